@@ -1,0 +1,194 @@
+"""Every setting of a run, with its default and the reason for it, and what values make sense."""
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from charlstm.errors import UserError
+
+
+def base_config() -> ConfigDict:
+    """Return the default recipe, the only place where a setting gets its default."""
+    config = ConfigDict()
+
+    # One number decides the initial weights, the order of windows, dropout and the samples.
+    config.seed = 0
+    # How long to train: passes over the training text, or steps where num_steps is not 0.
+    config.num_epochs = 8
+    config.num_steps = 0
+    # Few streams mean many updates a minute: on two cores that wins over full vector units.
+    config.batch_size = 16
+    # How many characters the gradient reaches back; the carry reaches further.
+    config.seq_len = 100
+    # How often to measure the validation part and write a sample; 0 means once an epoch.
+    config.eval_every_steps = 500
+    # How often to save between evaluations (each of which saves as well); 0 means never.
+    config.checkpoint_every_steps = 0
+    # How often a line goes to metrics.jsonl and TensorBoard.
+    config.log_every_steps = 50
+
+    config.data = data = ConfigDict()
+    # A UTF-8 text; empty means Dracula.
+    data.path = ""
+    # Fewer distinct characters are easier to learn, at the price of capital letters.
+    data.lowercase = False
+    # Drops punctuation and symbols: an easier, poorer text.
+    data.strip_punctuation = False
+    # The last part of the text, never trained on, tells how well the model has understood.
+    data.val_fraction = 0.1
+    # streams: text in order, the carry handed on; windows: every position, shuffled, no carry.
+    data.order = "streams"
+    # all: every time step predicts its next character; last: one prediction a window.
+    data.loss_on = "all"
+
+    config.model = model = ConfigDict()
+    # The Flax class behind the recurrence; both compute the same from the same parameters.
+    model.cell = "OptimizedLSTMCell"
+    # More units learn more and cost their square.
+    model.hidden_size = 256
+    model.num_layers = 1
+    # Applied after every LSTM layer while training: a novel is small enough to be memorised.
+    model.dropout_rate = 0.1
+    # one_hot: a unit vector a character; embed: a learnt vector; scaled: its number / V.
+    model.input = "one_hot"
+    # The length of the learnt vector; read only where model.input is embed.
+    model.embed_size = 64
+    # bfloat16 computes faster on accelerators; parameters and cell state stay float32.
+    model.dtype = "float32"
+
+    config.optimizer = optimizer = ConfigDict()
+    # adamw is adam with weight_decay.
+    optimizer.name = "adam"
+    optimizer.learning_rate = 8e-3
+    # cosine ends at a learning rate of 0, where the last weights are the best.
+    optimizer.schedule = "cosine"
+    # Adam's first steps rest on few gradients, so the rate starts small.
+    optimizer.warmup_steps = 100
+    optimizer.weight_decay = 0.0
+    # Recurrent gradients explode now and then; 0 means no clipping.
+    optimizer.clip_norm = 1.0
+    # Keeps Adam's quotient finite where gradients vanish.
+    optimizer.epsilon = 1e-8
+
+    config.sample = sample = ConfigDict()
+    # What is written at every evaluation, and what launch/sample.py does unless told otherwise.
+    sample.length = 400
+    # Below 1 the text is more careful, above 1 more daring, and 0 takes the most probable.
+    sample.temperature = 0.8
+    # Choose among the k most probable characters only; 0 means all.
+    sample.top_k = 0
+    # Choose among the fewest characters that hold this much probability; 1 means all.
+    sample.top_p = 1.0
+    # carry: one step a character; window: reread seq_len characters for each, as windows train.
+    sample.method = "carry"
+    return config
+
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _at_least(low: float) -> Rule:
+    return (lambda v: math.isfinite(v) and v >= low), f"a number of at least {low}"
+
+
+def _above(low: float) -> Rule:
+    return (lambda v: math.isfinite(v) and v > low), f"a number above {low}"
+
+
+def _fraction(include_one: bool = False) -> Rule:
+    if include_one:
+        return (lambda v: 0 < v <= 1), "above 0 and at most 1"
+    return (lambda v: 0 <= v < 1), "at least 0 and below 1"
+
+
+def _one_of(*values: str) -> Rule:
+    return (lambda v: v in values), " or ".join(values)
+
+
+_RULES: dict[str, Rule] = {
+    "seed": ((lambda v: 0 <= v < 2**32), "from 0 to 4294967295"),
+    "num_epochs": _at_least(1),
+    "num_steps": _at_least(0),
+    "batch_size": _at_least(1),
+    "seq_len": _at_least(1),
+    "eval_every_steps": _at_least(0),
+    "checkpoint_every_steps": _at_least(0),
+    "log_every_steps": _at_least(1),
+    "data.val_fraction": _fraction(),
+    "data.order": _one_of("streams", "windows"),
+    "data.loss_on": _one_of("all", "last"),
+    "model.cell": _one_of("OptimizedLSTMCell", "LSTMCell"),
+    "model.hidden_size": _at_least(1),
+    "model.num_layers": _at_least(1),
+    "model.dropout_rate": _fraction(),
+    "model.input": _one_of("one_hot", "embed", "scaled"),
+    "model.embed_size": _at_least(1),
+    "model.dtype": _one_of("float32", "bfloat16"),
+    "optimizer.name": _one_of("adam", "adamw"),
+    "optimizer.learning_rate": _above(0),
+    "optimizer.schedule": _one_of("constant", "cosine", "linear"),
+    "optimizer.warmup_steps": _at_least(0),
+    "optimizer.weight_decay": _at_least(0),
+    "optimizer.clip_norm": _at_least(0),
+    "optimizer.epsilon": _above(0),
+    "sample.length": _at_least(1),
+    "sample.temperature": _at_least(0),
+    "sample.top_k": _at_least(0),
+    "sample.top_p": _fraction(include_one=True),
+    "sample.method": _one_of("carry", "window"),
+}
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Return the settings of `config` as one flat dict, keys in dotted form."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= {f"{key}.{name}": inner for name, inner in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def check_key(key: str) -> None:
+    """Raise UserError with the nearest valid name if no config has the setting `key`."""
+    known = list(flatten(base_config()))
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
+        raise UserError(f"config.{key}: no such key; {hint}")
+
+
+def check_setting(key: str, value: Any) -> None:
+    """Raise UserError if `value` makes no sense for the setting `key`."""
+    if key in _RULES:
+        is_valid, allowed = _RULES[key]
+        if not is_valid(value):
+            raise UserError(f"config.{key}={value}: must be {allowed}")
+
+
+def validate(config: ConfigDict) -> None:
+    """Raise UserError, naming key, value and what is allowed, at the first senseless setting."""
+    settings, defaults = flatten(config), flatten(base_config())
+    for key, value in settings.items():
+        check_key(key)
+        if type(value) is not type(defaults[key]):
+            wanted = type(defaults[key]).__name__
+            raise UserError(f"config.{key}={value!r}: must be of type {wanted}")
+        check_setting(key, value)
+    for key in defaults:
+        if key not in settings:
+            raise UserError(f"config.{key}: missing; start from charlstm.config.base_config()")
+    if config.data.order == "streams" and config.data.loss_on == "last":
+        raise UserError(
+            "config.data.loss_on=last: streams would leave most characters unlearnt; "
+            "use all, or config.data.order=windows"
+        )
+    if config.optimizer.name == "adam" and config.optimizer.weight_decay:
+        raise UserError(
+            f"config.optimizer.weight_decay={config.optimizer.weight_decay}: adam has none; "
+            "use config.optimizer.name=adamw"
+        )

@@ -1,0 +1,187 @@
+"""Batches as a pure function of the step: nothing to save for a resume, any step replayed alone."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from charlstm.errors import UserError
+
+
+class Batch(NamedTuple):
+    """What one training or evaluation step reads: arrays of NumPy or of JAX."""
+
+    inputs_BT: Any  # int32 ids
+    targets_BT: Any  # int32 ids of the characters that follow
+    weights_BT: Any  # float32, 0 where a position does not count
+    reset_B: Any  # bool, where the carry begins anew
+
+
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """A text cut into B streams of equal length, read side by side in windows of T.
+
+    Every character but the first is a target exactly once an epoch. An epoch begins with an
+    empty carry; within it the carry of one window belongs to the next one.
+
+    Attributes:
+      ids_M: the text.
+      batch_size: B, at most M - 1.
+      seq_len: T.
+      context: how many characters, a multiple of T, each stream but the first reads uncounted
+        before its own, so that it does not start cold.
+    """
+
+    ids_M: np.ndarray
+    batch_size: int
+    seq_len: int
+    context: int = 0
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """The B + 1 positions between the streams, as indices of inputs."""
+        return np.arange(self.batch_size + 1) * (len(self.ids_M) - 1) // self.batch_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The windows of the longest stream."""
+        return -(-(int(np.diff(self.bounds).max()) + self.context) // self.seq_len)
+
+    def __call__(self, step: int) -> Batch:
+        """Return the batch of `step`, counted from 0 over all epochs."""
+        window = step % self.steps_per_epoch
+        begin_B, end_B = self.bounds[:-1], self.bounds[1:]
+        first_B = begin_B - self.context + window * self.seq_len
+        position_BT = first_B[:, None] + np.arange(self.seq_len)
+        counts_BT = (position_BT >= begin_B[:, None]) & (position_BT < end_B[:, None])
+        safe_BT = np.clip(position_BT, 0, len(self.ids_M) - 2)
+        return Batch(
+            inputs_BT=self.ids_M[safe_BT].astype(np.int32),
+            targets_BT=self.ids_M[safe_BT + 1].astype(np.int32),
+            weights_BT=counts_BT.astype(np.float32),
+            # The first stream has no context before it: it begins anew at the text's beginning.
+            reset_B=np.full(self.batch_size, window == 0) | (first_B == 0),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Every window of T characters with what follows it, shuffled each epoch, no carry.
+
+    The last batch of an epoch is filled up with windows of weight 0, so that all have one shape.
+
+    Attributes:
+      ids_M: the text, which has M - T windows.
+      batch_size: B.
+      seq_len: T.
+      last_only: count the one character after each window, instead of every next character.
+      seed: decides the order; None keeps the order of the text.
+    """
+
+    ids_M: np.ndarray
+    batch_size: int
+    seq_len: int
+    last_only: bool = True
+    seed: int | None = None
+
+    @property
+    def num_windows(self) -> int:
+        """How many patterns the text has."""
+        return len(self.ids_M) - self.seq_len
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The batches that hold each window once."""
+        return -(-self.num_windows // self.batch_size)
+
+    def __call__(self, step: int) -> Batch:
+        """Return the batch of `step`, counted from 0 over all epochs."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        chosen = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        if self.seed is None:
+            start_b = np.arange(self.num_windows)[chosen]
+        else:
+            start_b = _permutation(self.seed, epoch, self.num_windows)[chosen]
+        start_B = np.pad(start_b, (0, self.batch_size - len(start_b)))
+        position_BT = start_B[:, None] + np.arange(self.seq_len)
+        weights_BT = np.ones(position_BT.shape, np.float32)
+        weights_BT[len(start_b) :] = 0
+        if self.last_only:
+            weights_BT[:, :-1] = 0
+        return Batch(
+            inputs_BT=self.ids_M[position_BT].astype(np.int32),
+            targets_BT=self.ids_M[position_BT + 1].astype(np.int32),
+            weights_BT=weights_BT,
+            reset_B=np.ones(self.batch_size, dtype=bool),
+        )
+
+
+@lru_cache(maxsize=1)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    # Kept for the epoch: drawing it anew would cost 20 ms at every step.
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def split(ids_M: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the training part of a text and its last `val_fraction`, the validation part."""
+    cut = len(ids_M) - round(len(ids_M) * val_fraction)
+    return ids_M[:cut], ids_M[cut:]
+
+
+def training_batches(ids_M: np.ndarray, config: ConfigDict) -> Streams | Windows:
+    """Return the batches that `config` trains on.
+
+    Raises:
+      UserError: if the text is too short for batch_size and seq_len.
+    """
+    batch_size, seq_len = config.batch_size, config.seq_len
+    if len(ids_M) <= seq_len:
+        raise UserError(
+            f"config.seq_len={seq_len}: the training text has {len(ids_M)} characters, too few "
+            "for one window and the character after it; give a longer text or a smaller seq_len"
+        )
+    if config.data.order == "windows":
+        needed = batch_size + seq_len
+    else:
+        needed = batch_size * seq_len + 1
+    if len(ids_M) < needed:
+        raise UserError(
+            f"config.batch_size={batch_size}: with config.seq_len={seq_len} it takes at least "
+            f"{needed:,} characters of training text, and there are {len(ids_M):,}; "
+            "lower batch_size or seq_len"
+        )
+    if config.data.order == "windows":
+        last_only = config.data.loss_on == "last"
+        return Windows(ids_M, batch_size, seq_len, last_only, seed=config.seed)
+    return Streams(ids_M, batch_size, seq_len)
+
+
+def evaluation_batches(
+    ids_M: np.ndarray, config: ConfigDict, batch_size: int | None = None
+) -> Streams | Windows:
+    """Return batches that count each character of a held-out text once, as `config` trains.
+
+    Args:
+      ids_M: the held-out text.
+      config: the run's.
+      batch_size: how many streams to read side by side, by default as many as in training;
+        with 1 the text is read as one.
+
+    Raises:
+      UserError: if the text is too short to predict anything in it.
+    """
+    shortest = config.seq_len + 1 if config.data.order == "windows" else 2
+    if len(ids_M) < shortest:
+        raise UserError(
+            f"a text of {len(ids_M)} character(s) is too short to evaluate: at least {shortest} "
+            "are needed; give a longer text, or set config.data.val_fraction higher, or to 0"
+        )
+    if config.data.order == "windows":
+        return Windows(ids_M, config.batch_size, config.seq_len, config.data.loss_on == "last")
+    # A stream shorter than its context would cost more than it saves.
+    most = max(1, len(ids_M) // (2 * config.seq_len))
+    return Streams(
+        ids_M, min(batch_size or config.batch_size, most), config.seq_len, context=config.seq_len
+    )

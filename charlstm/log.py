@@ -1,0 +1,139 @@
+"""What a run tells: metrics.jsonl and the files drawn from it, TensorBoard, and the screen."""
+
+import json
+import logging
+import math
+from typing import Any
+
+from etils import epath
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from charlstm.curves import draw_curves
+from charlstm.files import write_file
+
+logger = logging.getLogger(__name__)
+
+# On stderr, so that stdout carries results alone.
+CONSOLE = Console(stderr=True)
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints log records as they are, above the progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        prefix = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+        CONSOLE.print(prefix + record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+
+def show_logs() -> None:
+    """Let the package's log records appear on stderr."""
+    package = logging.getLogger("charlstm")
+    package.handlers = [ConsoleHandler()]
+    package.propagate = False
+    package.setLevel(logging.INFO)
+
+
+def bits(nats: float) -> float:
+    """Return `nats` in bits."""
+    return nats / math.log(2)
+
+
+class RunLog:
+    """metrics.jsonl, its pictures samples.txt and curves.png, and TensorBoard events.
+
+    The records of metrics.jsonl hold everything; the other files are drawn from them.
+    """
+
+    def __init__(self, workdir: epath.Path, step: int, title: str):
+        """Open the log of a run that stands at `step`; what a lost later step wrote is dropped."""
+        from tensorboardX import SummaryWriter
+
+        self._path = workdir / "metrics.jsonl"
+        self._title = title
+        self.records = [record for record in read_records(self._path) if record["step"] <= step]
+        self._events = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record, which has at least 'step'."""
+        self.records.append(record)
+        # Rewritten whole: cheap at this size, never torn, and bucket storage has no append.
+        write_file(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
+        for name, value in record.items():
+            if isinstance(value, float):
+                self._events.add_scalar(name, value, record["step"])
+        self._events.flush()
+
+    def draw(self) -> None:
+        """Write samples.txt and curves.png anew."""
+        samples = [
+            f"=== step {record['step']}{_val_figure(record)} ===\n{record['sample']}\n\n"
+            for record in self.records
+            if "sample" in record
+        ]
+        write_file(self._path.parent / "samples.txt", "".join(samples))
+        write_file(self._path.parent / "curves.png", draw_curves(self.records, self._title))
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._events.close()
+
+
+def read_records(path: epath.Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl, none where it does not exist."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def _val_figure(record: dict[str, Any]) -> str:
+    if "val/bits_per_char" not in record:
+        return ""
+    return f", validation {record['val/bits_per_char']:.3f} bits per character"
+
+
+class TrainingBar:
+    """A progress bar with loss, bits per character, speed and time left; nothing off a terminal."""
+
+    def __init__(self, num_steps: int, step: int):
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=CONSOLE,
+            disable=not CONSOLE.is_terminal,
+            refresh_per_second=4,
+        )
+        self._task = self._progress.add_task("", total=num_steps, completed=step, figures="")
+
+    def __enter__(self) -> "TrainingBar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._progress.stop()
+
+    def advance(self) -> None:
+        """Count one step."""
+        self._progress.advance(self._task)
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Show a training record's figures: in the bar, or as a line where there is no bar."""
+        figures = (
+            f"loss {record['train/loss']:.3f}, {record['train/bits_per_char']:.3f} bits/char, "
+            f"{record['chars_per_second']:,.0f} chars/s"
+        )
+        self._progress.update(self._task, figures=figures)
+        if not CONSOLE.is_terminal:
+            logger.info("step %d: %s", record["step"], figures)

@@ -1,0 +1,115 @@
+"""The language model: characters in, logits of the next character out."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from charlstm.recurrence import LayerCarry, init_lstm, lstm
+
+Carry = tuple[LayerCarry, ...]
+
+
+class CharLSTM(nn.Module):
+    """N layers of LSTM between a view of the characters and a dense layer.
+
+    Attributes:
+      vocab_size: V.
+      hidden_size: H, the units of each layer.
+      num_layers: N.
+      dropout_rate: the share of each layer's outputs that training drops.
+      input: 'one_hot', 'embed' (a learnt vector), or 'scaled' (the id divided by V).
+      embed_size: E, where input is 'embed'.
+      cell: the Flax class that is scanned over time, 'OptimizedLSTMCell' or 'LSTMCell'.
+      dtype: 'float32' or 'bfloat16' to compute in; parameters, carry and logits are float32.
+    """
+
+    vocab_size: int
+    hidden_size: int = 256
+    num_layers: int = 1
+    dropout_rate: float = 0.0
+    input: str = "one_hot"
+    embed_size: int = 64
+    cell: str = "OptimizedLSTMCell"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, ids_BT: jax.Array, carry: Carry, *, train: bool = False
+    ) -> tuple[jax.Array, Carry]:
+        """Return logits_BTV of the next characters and the carry after the last one.
+
+        Args:
+          ids_BT: integers from 0 to V - 1.
+          carry: (c_BH, h_BH) for every layer, such as zero_carry gives.
+          train: apply dropout, with the random key of the name 'dropout'.
+
+        Raises:
+          ValueError: if the carry is not that of a model of this size.
+        """
+        check_carry(carry, ids_BT.shape[0], self.hidden_size, self.num_layers)
+        layer_TBE = self._view(ids_BT.T)
+        new_carry = []
+        for index, layer_carry in enumerate(carry):
+            params = self.param(f"lstm_{index}", init_lstm, layer_TBE.shape[-1], self.hidden_size)
+            layer_carry, layer_TBE = lstm(
+                params, layer_carry, layer_TBE, cell=self.cell, dtype=self.dtype
+            )
+            layer_TBE = nn.Dropout(self.dropout_rate)(layer_TBE, deterministic=not train)
+            new_carry.append(layer_carry)
+        dense = nn.Dense(
+            self.vocab_size,
+            kernel_init=nn.initializers.glorot_uniform(),
+            dtype=self.dtype,
+            name="dense",
+        )
+        logits_TBV = dense(layer_TBE).astype(jnp.float32)
+        return logits_TBV.swapaxes(0, 1), tuple(new_carry)
+
+    def _view(self, ids_TB: jax.Array) -> jax.Array:
+        if self.input == "one_hot":
+            return jax.nn.one_hot(ids_TB, self.vocab_size, dtype=self.dtype)
+        if self.input == "embed":
+            embed = nn.Embed(self.vocab_size, self.embed_size, dtype=self.dtype, name="embed")
+            return embed(ids_TB)
+        if self.input == "scaled":
+            return (ids_TB / self.vocab_size).astype(self.dtype)[..., None]
+        raise ValueError(f"input={self.input!r}: must be one_hot, embed or scaled")
+
+
+def model_from_config(config: ConfigDict, vocab_size: int) -> CharLSTM:
+    """Return the model that `config.model` describes."""
+    return CharLSTM(vocab_size=vocab_size, **config.model.to_dict())
+
+
+def predict(
+    model: CharLSTM,
+    params: Any,
+    ids_BT: jax.Array,
+    carry: Carry,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, Carry]:
+    """Return logits_BTV and the new carry; with a `dropout_key`, as in training."""
+    if dropout_key is None:
+        return model.apply({"params": params}, ids_BT, carry)  # type: ignore[return-value]
+    rngs = {"dropout": dropout_key}
+    return model.apply({"params": params}, ids_BT, carry, train=True, rngs=rngs)  # type: ignore[return-value]
+
+
+def zero_carry(model: CharLSTM, batch_size: int) -> Carry:
+    """Return the empty carry of `model` for B sequences: (c_BH, h_BH) of zeros for each layer."""
+
+    def zeros() -> jax.Array:
+        return jnp.zeros((batch_size, model.hidden_size), jnp.float32)
+
+    return tuple((zeros(), zeros()) for _ in range(model.num_layers))
+
+
+def check_carry(carry: Any, batch_size: int, hidden_size: int, num_layers: int) -> None:
+    """Raise ValueError if `carry` has other shapes; Flax's cells would take them silently."""
+    wanted = (((batch_size, hidden_size),) * 2,) * num_layers
+    found = jax.tree.map(jnp.shape, carry)
+    if found != wanted:
+        raise ValueError(f"the carry has the shapes {found}, the model needs {wanted}")

@@ -1,0 +1,40 @@
+"""Learning-rate schedules and optimizers, all optax's own."""
+
+import optax
+from ml_collections import ConfigDict
+
+
+def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
+    """Return the learning rate as a function of the step: a linear warm-up, then the schedule.
+
+    Args:
+      config: the run's; reads config.optimizer.
+      num_steps: the length of the run, at which 'cosine' and 'linear' reach 0.
+    """
+    peak = config.optimizer.learning_rate
+    # A run shorter than its warm-up would otherwise never train at its own rate.
+    warmup_steps = min(config.optimizer.warmup_steps, num_steps // 2)
+    rest = max(1, num_steps - warmup_steps)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+    }[config.optimizer.schedule]
+    if warmup_steps == 0:
+        return after
+    # Begins above 0, so that the first step already moves.
+    warmup = optax.linear_schedule(peak / warmup_steps, peak, warmup_steps)
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
+    """Return the optimizer that `config.optimizer` describes, for a run of `num_steps`."""
+    schedule = make_schedule(config, num_steps)
+    epsilon = config.optimizer.epsilon
+    if config.optimizer.name == "adamw":
+        rule = optax.adamw(schedule, eps=epsilon, weight_decay=config.optimizer.weight_decay)
+    else:
+        rule = optax.adam(schedule, eps=epsilon)
+    if config.optimizer.clip_norm == 0:
+        return rule
+    return optax.chain(optax.clip_by_global_norm(config.optimizer.clip_norm), rule)

@@ -1,0 +1,13 @@
+"""The default recipe: good text in about two minutes on two CPU cores.
+
+python launch/train.py
+"""
+
+from ml_collections import ConfigDict
+
+from charlstm.config import base_config
+
+
+def get_config() -> ConfigDict:
+    """Return base_config() as it stands."""
+    return base_config()

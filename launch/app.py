@@ -1,0 +1,136 @@
+"""What the launchers share: flags in, mistakes as one line out."""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from charlstm.config import base_config, check_key, flatten, validate
+from charlstm.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEFAULT_CONFIG = REPOSITORY / "configs" / "default.py"
+_CONFIG_FLAG = re.compile(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", re.DOTALL)
+
+
+def define_config() -> flags.FlagHolder:
+    """Define --config and --config.KEY=VALUE, once the command line's are known to be sound."""
+    try:
+        sys.argv = _normalise(sys.argv)
+    except UserError as error:
+        sys.exit(_fail(error))
+    return config_flags.DEFINE_config_file(
+        "config",
+        default=str(DEFAULT_CONFIG),
+        help_string="a file of configs/ or its name; --config.KEY=VALUE changes one setting",
+        lock_config=True,
+    )
+
+
+def config_name(holder: flags.FlagHolder) -> str:
+    """Return the name of the config file without folder and ending."""
+    return Path(config_flags.get_config_filename(flags.FLAGS[holder.name])).stem
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parse the flags, call `main`, and exit with its code; a user's mistake is one line and 2."""
+    # The orthogonal initialiser is slow, and its result depends on the machine, where OpenBLAS
+    # spreads over threads. It reads this when it is loaded, which JAX does, not imported yet.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    # JAX and Orbax tell much that is not about the run.
+    logging.set_verbosity(logging.WARNING)
+
+    def guarded(argv: list[str]) -> int | None:
+        try:
+            if len(argv) > 1:
+                raise UserError(
+                    f"{argv[1]}: not a flag; flags begin with --, and --help lists them"
+                )
+            from charlstm.log import show_logs
+
+            show_logs()
+            return main()
+        except UserError as error:
+            return _fail(error)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def checked_config(holder: flags.FlagHolder) -> ConfigDict:
+    """Return the config of --config, validated."""
+    try:
+        config = holder.value
+    except Exception as error:
+        raise UserError(f"--config: the file raised {type(error).__name__}: {error}") from None
+    validate(config)
+    return config
+
+
+def _fail(error: Exception) -> int:
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return getattr(error, "exit_code", 2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, UserError) as error:
+        sys.exit(_fail(error))
+    except SystemExit:
+        sys.exit(0)  # --help was asked for and given, which absl counts as a failure
+
+
+def _normalise(argv: list[str]) -> list[str]:
+    """Return `argv` with every config flag checked, in the form --config.KEY=VALUE.
+
+    config_flags answers a mistyped key or a missing file with pages of traceback, or late.
+    """
+    normal = []
+    words = iter(argv)
+    for word in words:
+        match = _CONFIG_FLAG.fullmatch(word)
+        if match is None:
+            normal.append(word)
+            continue
+        negated, key, value = match.groups()
+        if key is None:
+            value = next(words, "") if value is None else value
+            normal.append(f"--config={_config_path(value)}")
+            continue
+        check_key(key)
+        default = flatten(base_config())[key]
+        if value is None and isinstance(default, bool):
+            value = "false" if negated else "true"
+        elif value is None:
+            value = next(words, "")
+        _check_type(key, value, type(default))
+        normal.append(f"--config.{key}={value}")
+    return normal
+
+
+def _check_type(key: str, value: str, wanted: type) -> None:
+    words = {int: "a whole number", float: "a number", bool: "true or false"}
+    try:
+        if wanted is bool and value.lower() not in ("true", "false", "1", "0"):
+            raise ValueError
+        wanted(value)
+    except ValueError:
+        raise UserError(f"config.{key}={value}: must be {words[wanted]}") from None
+
+
+def _config_path(name: str) -> Path:
+    """Return the file that `name` means: a path, or a name in configs/."""
+    in_repository = REPOSITORY / name
+    by_name = REPOSITORY / "configs" / f"{name}.py"
+    for path in (Path(name), in_repository, by_name):
+        if name and path.is_file():
+            return path.resolve()
+    known = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
+    near = difflib.get_close_matches(Path(name).stem, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"--config={name}: no such file; {hint}configs/ has {', '.join(known)}")

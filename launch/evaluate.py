@@ -1,0 +1,75 @@
+"""Measure how well a trained run predicts a text.
+
+  python launch/evaluate.py --workdir=runs/default [--text=FILE] [--json]
+
+Without --text: the validation part of the run's own text. Every character but the first counts
+once, read in one go with the carry handed on; for a run trained on windows, every character that
+has a full window before it.
+"""
+
+import json
+import math
+
+import app
+from absl import flags
+
+from charlstm.errors import UserError
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/default", "the run folder")
+CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
+TEXT = flags.DEFINE_string("text", "", "a UTF-8 text; none: the run's validation part")
+UNKNOWN = flags.DEFINE_enum(
+    "unknown", "error", ["error", "drop", "replace"], "characters of --text that are not known"
+)
+JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
+
+
+def main() -> None:
+    """Evaluate as the flags say and print the figures on stdout."""
+    import jax
+
+    from charlstm.checkpoint import load_model
+    from charlstm.data import evaluation_batches, split
+    from charlstm.model import zero_carry
+    from charlstm.steps import evaluate, make_eval_step
+    from charlstm.text import load_text
+
+    run, model, params = load_model(WORKDIR.value, CHECKPOINT.value)
+    data = run.config.data
+    if not TEXT.value and not data.val_fraction:
+        raise UserError(f"{WORKDIR.value}: this run has no validation part; give --text=FILE")
+    text = load_text(
+        TEXT.value or data.path,
+        lowercase=data.lowercase,
+        strip_punctuation=data.strip_punctuation,
+        source=run.text["source"],
+    )
+    if not TEXT.value and text.sha256 != run.text["sha256"]:
+        raise UserError(f"{text.source}: has changed since the run was trained; give --text=FILE")
+    ids_M = run.vocab.encode(text.content, UNKNOWN.value)
+    if not TEXT.value:
+        ids_M = split(ids_M, data.val_fraction)[1]
+    batches = evaluation_batches(ids_M, run.config, batch_size=1)
+    result = evaluate(
+        jax.jit(make_eval_step(model)),
+        params,
+        zero_carry(model, batches.batch_size),
+        map(batches, range(batches.steps_per_epoch)),
+    )
+    figures = {
+        "text": TEXT.value or f"the last {data.val_fraction:.0%} of {text.source}",
+        "characters": int(result["count"]),
+        "nats_per_char": result["loss"],
+        "bits_per_char": result["loss"] / math.log(2),
+        "perplexity": math.exp(result["loss"]),
+        "accuracy": result["accuracy"],
+    }
+    if JSON.value:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name:14} {value:.4f}" if isinstance(value, float) else f"{name:14} {value}")
+
+
+if __name__ == "__main__":
+    app.run(main)

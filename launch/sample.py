@@ -1,0 +1,126 @@
+"""Write new text with a trained run.
+
+  python launch/sample.py --workdir=runs/default --prompt='The castle ' --length=1000
+
+The text, after the prompt where one is given, goes to stdout and nothing else does. Several texts
+are parted by a form feed. Whatever is not given is as in the run's own config.sample.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import app
+from absl import flags
+
+from charlstm.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from charlstm.checkpoint import Run
+
+logger = logging.getLogger("charlstm.launch.sample")
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/default", "the run folder")
+CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
+PROMPT = flags.DEFINE_string("prompt", "", "the text to go on from; none: a place of the book")
+PROMPT_FILE = flags.DEFINE_string("prompt_file", "", "a UTF-8 file that holds the prompt")
+LENGTH = flags.DEFINE_integer("length", None, "how many characters, the prompt not counted")
+TEMPERATURE = flags.DEFINE_float("temperature", None, "0 takes the most probable character")
+TOP_K = flags.DEFINE_integer("top_k", None, "choose among the k most probable; 0: all")
+TOP_P = flags.DEFINE_float("top_p", None, "choose among those with this much probability; 1: all")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "how many texts", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "the same seed gives the same text", lower_bound=0)
+METHOD = flags.DEFINE_enum(
+    "method", None, ["carry", "window"], "one step a character, or reread a window for each"
+)
+STREAM = flags.DEFINE_boolean("stream", False, "show characters as they are made")
+UNKNOWN = flags.DEFINE_enum(
+    "unknown", "error", ["error", "drop", "replace"], "characters of the prompt that are not known"
+)
+
+
+def read_prompt() -> str:
+    """Return the prompt that the flags give, '' for none."""
+    if PROMPT.value and PROMPT_FILE.value:
+        raise UserError("--prompt and --prompt_file: give one of them")
+    if not PROMPT_FILE.value:
+        return PROMPT.value
+    try:
+        return Path(PROMPT_FILE.value).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt_file={PROMPT_FILE.value}: {error}; give a UTF-8 file") from None
+
+
+def sample_settings(run: "Run") -> dict[str, Any]:
+    """Return config.sample of the run with what the flags change, checked."""
+    from charlstm.config import check_setting
+
+    settings = run.config.sample.to_dict()
+    for flag in (LENGTH, TEMPERATURE, TOP_K, TOP_P, METHOD):
+        if flag.value is not None:
+            try:
+                check_setting(f"sample.{flag.name}", flag.value)
+            except UserError as error:
+                raise UserError(str(error).replace("config.sample.", "--")) from None
+            settings[flag.name] = flag.value
+    return settings
+
+
+def encode_prompts(run: "Run", prompt: str, method: str) -> tuple["np.ndarray", str]:
+    """Return ids_BP, the ids to go on from, and the text to print before what is made."""
+    import numpy as np
+
+    if prompt:
+        ids_P = run.vocab.encode(prompt, UNKNOWN.value)
+        if len(ids_P) == 0:
+            raise UserError("the prompt has no character that the model knows; give another one")
+        if method == "window" and len(ids_P) < run.config.seq_len:
+            raise UserError(
+                f"--method=window needs a prompt of at least {run.config.seq_len} characters, and "
+                f"this one has {len(ids_P)}; give a longer one, or use --method=carry"
+            )
+        ids_BP = np.tile(ids_P, (NUM_SAMPLES.value, 1))
+        return ids_BP, run.vocab.decode(ids_P)
+    chosen = np.random.default_rng(SEED.value).integers(len(run.prompts), size=NUM_SAMPLES.value)
+    for index in chosen:
+        logger.info("from the training text: %r", run.prompts[index])
+    ids_BP = np.stack([run.vocab.encode(run.prompts[index]) for index in chosen])
+    return ids_BP, ""
+
+
+def main() -> None:
+    """Write as the flags say."""
+    if STREAM.value and NUM_SAMPLES.value > 1:
+        raise UserError(f"--num_samples={NUM_SAMPLES.value}: --stream shows one text at a time")
+    prompt = read_prompt()
+    import jax
+
+    from charlstm.checkpoint import load_model
+    from charlstm.sample import make_sampler, make_writer, stream
+
+    run, model, params = load_model(WORKDIR.value, CHECKPOINT.value)
+    settings = sample_settings(run)
+    length, method = settings.pop("length"), settings.pop("method")
+    ids_BP, opening = encode_prompts(run, prompt, method)
+    prompt_BP = jax.numpy.asarray(ids_BP, dtype="int32")
+    key, seq_len = jax.random.key(SEED.value), run.config.seq_len
+    if STREAM.value:
+        sys.stdout.write(opening)
+        writer = make_writer(model, method, seq_len, **settings)
+        for ids_B in stream(writer, params, prompt_BP, key, length):
+            sys.stdout.write(run.vocab.decode(ids_B))
+            sys.stdout.flush()
+    else:
+        sampler = make_sampler(model, length, method=method, seq_len=seq_len, **settings)
+        texts = [
+            opening + run.vocab.decode(ids_L) for ids_L in jax.jit(sampler)(params, prompt_BP, key)
+        ]
+        sys.stdout.write("\n\f\n".join(texts))
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
