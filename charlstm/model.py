@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from charlstm.recurrence import LayerCarry, init_lstm, lstm
+from charlstm.recurrence import LayerCarry, flax_lstm, fused_lstm, init_lstm
 
 Carry = tuple[LayerCarry, ...]
 
@@ -22,7 +22,8 @@ class CharLSTM(nn.Module):
       dropout_rate: the share of each layer's outputs that training drops.
       input: 'one_hot', 'embed' (a learnt vector), or 'scaled' (the id divided by V).
       embed_size: E, where input is 'embed'.
-      cell: the Flax class that is scanned over time, 'OptimizedLSTMCell' or 'LSTMCell'.
+      recurrence: 'fused', or 'flax' for its readable twin, the Flax cell scanned.
+      cell: the Flax class that 'flax' scans, 'OptimizedLSTMCell' or 'LSTMCell'.
       dtype: 'float32' or 'bfloat16' to compute in; parameters, carry and logits are float32.
     """
 
@@ -32,6 +33,7 @@ class CharLSTM(nn.Module):
     dropout_rate: float = 0.0
     input: str = "one_hot"
     embed_size: int = 64
+    recurrence: str = "fused"
     cell: str = "OptimizedLSTMCell"
     dtype: str = "float32"
 
@@ -49,28 +51,35 @@ class CharLSTM(nn.Module):
         Raises:
           ValueError: if the carry is not that of a model of this size.
         """
+        if self.recurrence not in ("fused", "flax"):
+            raise ValueError(f"recurrence={self.recurrence!r}: must be fused or flax")
         check_carry(carry, ids_BT.shape[0], self.hidden_size, self.num_layers)
-        layer_TBE = self._view(ids_BT.T)
+        layer = self._view(ids_BT.T)
+        input_size = self.vocab_size if self.input == "one_hot" else layer.shape[-1]
         new_carry = []
         for index, layer_carry in enumerate(carry):
-            params = self.param(f"lstm_{index}", init_lstm, layer_TBE.shape[-1], self.hidden_size)
-            layer_carry, layer_TBE = lstm(
-                params, layer_carry, layer_TBE, cell=self.cell, dtype=self.dtype
-            )
-            layer_TBE = nn.Dropout(self.dropout_rate)(layer_TBE, deterministic=not train)
+            params = self.param(f"lstm_{index}", init_lstm, input_size, self.hidden_size)
+            if self.recurrence == "flax":
+                layer_carry, layer_TBE = flax_lstm(
+                    params, layer_carry, layer, cell=self.cell, dtype=self.dtype
+                )
+            else:
+                layer_carry, layer_TBE = fused_lstm(params, layer_carry, layer, dtype=self.dtype)
+            layer = nn.Dropout(self.dropout_rate)(layer_TBE, deterministic=not train)
             new_carry.append(layer_carry)
+            input_size = self.hidden_size
         dense = nn.Dense(
             self.vocab_size,
             kernel_init=nn.initializers.glorot_uniform(),
             dtype=self.dtype,
             name="dense",
         )
-        logits_TBV = dense(layer_TBE).astype(jnp.float32)
+        logits_TBV = dense(layer).astype(jnp.float32)
         return logits_TBV.swapaxes(0, 1), tuple(new_carry)
 
     def _view(self, ids_TB: jax.Array) -> jax.Array:
         if self.input == "one_hot":
-            return jax.nn.one_hot(ids_TB, self.vocab_size, dtype=self.dtype)
+            return ids_TB  # both recurrences take ids for one-hot vectors
         if self.input == "embed":
             embed = nn.Embed(self.vocab_size, self.embed_size, dtype=self.dtype, name="embed")
             return embed(ids_TB)
