@@ -43,7 +43,7 @@ def init_lstm(key: jax.Array, input_size: int, hidden_size: int) -> Params:
         strict=True,
     ):
         params[f"i{gate}"] = {"kernel": kernel_EH}
-        bias_H = jnp.full(hidden_size, 1.0 if gate == "f" else 0.0)
+        bias_H = jnp.full(hidden_size, gate == "f", dtype=jnp.float32)
         params[f"h{gate}"] = {"kernel": kernel_HH, "bias": bias_H}
     return params
 

@@ -65,7 +65,7 @@ def make_train_step(
         (loss, carry), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "count": count, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "count": count, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, carry, state.key), metrics
 
     return train_step

@@ -1,0 +1,37 @@
+"""Settings that must stand before NumPy, JAX and Keras are imported, and what tests share."""
+
+import os
+
+# As the launchers do: LAPACK's result depends on its threads, and they fight over two cores.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["KERAS_BACKEND"] = "jax"
+# Two devices, so that shard_map has something to shard.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_force_host_platform_device_count=2"
+)
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def book() -> str:
+    """Return a made-up text of 6,000 characters with words, lines and capitals."""
+    chooser = random.Random(0)
+    words = "the count came to a castle in night and said not I Lucy saw blood upon her".split()
+    lines = (" ".join(chooser.choices(words, k=8)).capitalize() + ".\n" for _ in range(1000))
+    return "".join(lines)[:6000]
+
+
+@pytest.fixture
+def book_path(book: str, tmp_path: Path) -> Path:
+    """Return a file with the text of `book`."""
+    path = tmp_path / "book.txt"
+    path.write_text(book, encoding="utf-8")
+    return path

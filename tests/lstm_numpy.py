@@ -1,0 +1,61 @@
+"""The LSTM in plain NumPy, gate by gate, and its gradient by hand: the oracle of the recurrence."""
+
+import numpy as np
+
+GATES = "ifgo"
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def lstm(params, carry, inputs_TBE):
+    """Return the last carry (c_BH, h_BH) and hidden_TBH, on the parameter tree of Flax's cell."""
+    steps = _steps(params, carry, inputs_TBE)
+    hidden_TBH = np.stack([step["h"] for step in steps])
+    return (steps[-1]["c"], steps[-1]["h"]), hidden_TBH
+
+
+def _steps(params, carry, inputs_TBE):
+    c_BH, h_BH = carry
+    steps = []
+    for x_BE in inputs_TBE:
+        step = {"x": x_BE, "h_before": h_BH, "c_before": c_BH}
+        for gate in GATES:
+            into, back = params["i" + gate], params["h" + gate]
+            sum_BH = x_BE @ into["kernel"] + h_BH @ back["kernel"] + back["bias"]
+            step[gate] = np.tanh(sum_BH) if gate == "g" else sigmoid(sum_BH)
+        step["c"] = c_BH = step["f"] * c_BH + step["i"] * step["g"]
+        step["h"] = h_BH = step["o"] * np.tanh(c_BH)
+        steps.append(step)
+    return steps
+
+
+def lstm_gradient(params, carry, inputs_TBE, carry_grad, hidden_grad_TBH):
+    """Return the gradients for (params, carry, inputs_TBE), by back-propagation through time.
+
+    `carry_grad` and `hidden_grad_TBH` are the gradients of a loss for what lstm returns.
+    """
+    params_grad = {name: {k: np.zeros_like(v) for k, v in p.items()} for name, p in params.items()}
+    inputs_grad_TBE = np.zeros_like(inputs_TBE)
+    dc_BH, dh_BH = carry_grad
+    steps = _steps(params, carry, inputs_TBE)
+    for time in reversed(range(len(steps))):
+        step = steps[time]
+        i_BH, f_BH, g_BH, o_BH = (step[gate] for gate in GATES)
+        dh_BH = dh_BH + hidden_grad_TBH[time]
+        dc_BH = dc_BH + dh_BH * o_BH * (1 - np.tanh(step["c"]) ** 2)
+        sum_grads = {
+            "i": dc_BH * g_BH * i_BH * (1 - i_BH),
+            "f": dc_BH * step["c_before"] * f_BH * (1 - f_BH),
+            "g": dc_BH * i_BH * (1 - g_BH**2),
+            "o": dh_BH * np.tanh(step["c"]) * o_BH * (1 - o_BH),
+        }
+        dc_BH, dh_BH = dc_BH * f_BH, np.zeros_like(dh_BH)
+        for gate, ds_BH in sum_grads.items():
+            params_grad["i" + gate]["kernel"] += step["x"].T @ ds_BH
+            params_grad["h" + gate]["kernel"] += step["h_before"].T @ ds_BH
+            params_grad["h" + gate]["bias"] += ds_BH.sum(axis=0)
+            inputs_grad_TBE[time] += ds_BH @ params["i" + gate]["kernel"].T
+            dh_BH += ds_BH @ params["h" + gate]["kernel"].T
+    return params_grad, (dc_BH, dh_BH), inputs_grad_TBE

@@ -1,0 +1,276 @@
+"""The walls of the house, read from its source."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = sorted((ROOT / "charlstm").glob("**/*.py"))
+LAUNCH = sorted((ROOT / "launch").glob("**/*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("**/*.py"))
+TESTS = sorted((ROOT / "tests").glob("**/*.py"))
+
+MAY_IMPORT = {
+    "errors": "",
+    "files": "",
+    "config": "errors",
+    "text": "errors",
+    "data": "errors text",
+    "recurrence": "",
+    "model": "recurrence",
+    "optim": "",
+    "steps": "data model",
+    "sample": "model",
+    "curves": "",
+    "log": "curves files",
+    "checkpoint": "config errors files model optim steps text",
+    "train": "checkpoint config curves data errors files log model optim recurrence sample steps "
+    "text",
+}
+# The sections of a config that are handed on as **config.SECTION.to_dict().
+SPREAD = ("model", "sample")
+TOP_LEVEL = set(
+    "charlstm configs launch tests BUILD.md pyproject.toml README.md LICENSE .gitignore .ci".split()
+)
+
+
+def each(paths):
+    return pytest.mark.parametrize("path", paths, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def nodes(path: Path, *kinds: type) -> list:
+    return [node for node in ast.walk(tree_of(path)) if isinstance(node, kinds)]
+
+
+def names_imported(path: Path) -> set[str]:
+    """All that a file imports, wherever in it, in dotted form: 'absl', 'absl.flags'."""
+    found = set()
+    for node in nodes(path, ast.Import, ast.ImportFrom):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+            continue
+        origin = node.module or ""
+        if node.level:
+            # The package is flat, so that a relative import can only mean it.
+            origin = f"{path.parent.name}.{origin}".rstrip(".")
+        found |= {origin} | {f"{origin}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules_of_ours(path: Path) -> set[str]:
+    """The modules of the package that a file imports."""
+    found = set()
+    for name in names_imported(path):
+        package, _, rest = name.partition(".")
+        if package == "charlstm":
+            found.add(rest.split(".")[0])
+    # `from charlstm.text import Vocab` and `from charlstm import text` both gave 'text', and the
+    # latter an empty name as well. Alone that is `import charlstm`, around the table.
+    return found if found == {""} else found - {""}
+
+
+def dotted(node: ast.AST) -> str:
+    """'config.data.path' for such an expression, with '?' for what is no name."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def test_there_is_something_to_keep():
+    # Every test below is a loop over these.
+    assert len(PACKAGE) > 10
+    assert len(LAUNCH) >= 4
+    assert len(CONFIGS) >= 3
+    assert Path(__file__) in TESTS
+
+
+# --- who may import whom ---
+
+
+def test_the_table_of_imports_has_every_module_and_no_other():
+    found = {path.relative_to(ROOT / "charlstm").with_suffix("").as_posix() for path in PACKAGE}
+    assert found == MAY_IMPORT.keys() | {"__init__"}
+    # Even train, which may import all, has to name them.
+    assert set(MAY_IMPORT["train"].split()) == MAY_IMPORT.keys() - {"train"}
+
+
+@each([path for path in PACKAGE if path.stem != "__init__"])
+def test_a_module_imports_only_those_below_it(path):
+    # A public name taken from __init__ is no module, and so in no row.
+    assert modules_of_ours(path) <= set(MAY_IMPORT[path.stem].split())
+
+
+@each(PACKAGE + CONFIGS)
+def test_flags_are_for_launchers_only(path):
+    names = names_imported(path)
+    assert not {name for name in names if name.startswith(("absl", "ml_collections.config_flags"))}
+
+
+def test_the_launchers_do_have_flags():
+    # Otherwise the test above would look for the wrong names.
+    names = set().union(*(names_imported(path) for path in LAUNCH))
+    assert {"absl.flags", "ml_collections.config_flags"} <= names
+
+
+# --- settings ---
+
+
+def is_config(node: ast.AST) -> bool:
+    return "config" in dotted(node).split(".")
+
+
+@each(PACKAGE + LAUNCH + CONFIGS)
+def test_defaults_are_in_config_py_only(path):
+    gets = [
+        ast.unparse(call)
+        for call in nodes(path, ast.Call)
+        if (isinstance(call.func, ast.Attribute) and call.func.attr == "get")
+        and is_config(call.func.value)
+        or dotted(call.func) == "getattr"
+        and len(call.args) > 2
+        and is_config(call.args[0])
+    ]
+    assert gets == []
+
+
+def config_keys() -> list[str]:
+    from charlstm.config import base_config, flatten
+
+    return list(flatten(base_config()))
+
+
+def reads_of_settings() -> set[str]:
+    """The ends 'config.seed' and 'data.path' of all that charlstm and launch read."""
+    readers = [path for path in PACKAGE if path.stem != "config"] + LAUNCH
+    reads = set()
+    for path in readers:
+        for node in nodes(path, ast.Attribute):
+            if isinstance(node.ctx, ast.Load):
+                reads.add(".".join(dotted(node).split(".")[-2:]))
+    return reads
+
+
+def spreads(path: Path) -> list[str]:
+    """The expressions X of all f(**X) in a file."""
+    return [
+        ast.unparse(keyword.value)
+        for call in nodes(path, ast.Call)
+        for keyword in call.keywords
+        if keyword.arg is None
+    ]
+
+
+@pytest.mark.parametrize("key", [key for key in config_keys() if key.split(".")[0] not in SPREAD])
+def test_every_setting_is_read_by_somebody(key):
+    wanted = key if "." in key else f"config.{key}"
+    assert wanted in reads_of_settings()
+
+
+@pytest.mark.parametrize("section", SPREAD)
+def test_the_sections_that_are_spread_whole_have_a_taker_for_every_setting(section):
+    from charlstm.model import CharLSTM
+    from charlstm.sample import make_sampler
+
+    taker = {"model": CharLSTM, "sample": make_sampler}[section]
+    keys = {key.split(".")[1] for key in config_keys() if key.startswith(f"{section}.")}
+    assert keys
+    assert keys <= inspect.signature(taker).parameters.keys()
+    assert f"config.{section}.to_dict()" in {text for path in PACKAGE for text in spreads(path)}
+
+
+# --- nothing that a stranger's file could run ---
+
+
+@each(PACKAGE + LAUNCH + CONFIGS)
+def test_nothing_reads_a_file_as_a_program(path):
+    unsafe = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    assert not {name for name in names_imported(path) if name.split(".")[0] in unsafe}
+    called = {dotted(call.func) for call in nodes(path, ast.Call)}
+    assert not called & {"eval", "exec", "builtins.eval", "builtins.exec"}
+    attributes = {dotted(node) for node in nodes(path, ast.Attribute)}
+    assert not attributes & {"np.load", "numpy.load", "jnp.load", "jax.numpy.load"}
+    words = {keyword.arg or "" for keyword in nodes(path, ast.keyword)} | attributes
+    assert not {word for word in words if "pickle" in word}
+
+
+# --- sizes and places ---
+
+
+@each(PACKAGE + LAUNCH)
+def test_no_file_is_longer_than_400_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@each(PACKAGE + LAUNCH)
+def test_no_function_is_longer_than_60_lines(path):
+    functions = nodes(path, ast.FunctionDef, ast.AsyncFunctionDef)
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert {name: length for name, length in lengths.items() if length > 60} == {}
+
+
+@each([*PACKAGE, *LAUNCH, *CONFIGS, *TESTS, ROOT / "README.md", ROOT / "pyproject.toml"])
+def test_no_file_mentions_a_place_on_one_machine(path):
+    places = [f"/{folder}/" for folder in ("work", "tmp")]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if any(place in line for place in places)] == []
+
+
+def test_the_top_of_the_repository_holds_nothing_unexpected():
+    try:
+        answer = subprocess.run(
+            ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"not a git repository, or no git: {error}")
+    top = {line.split("/")[0] for line in answer.stdout.splitlines()}
+    assert top - TOP_LEVEL == set()
+    assert {"charlstm", "configs", "launch", "pyproject.toml"} <= top
+
+
+# --- the front door ---
+
+
+def test_the_public_names_are_all_there():
+    import charlstm
+
+    assert len(charlstm.__all__) == len(set(charlstm.__all__))
+    for name in charlstm.__all__:
+        assert getattr(charlstm, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = charlstm.nonsense
+
+
+def test_type_checkers_see_the_same_public_names():
+    from charlstm import __all__ as public
+
+    [block] = [node for node in tree_of(ROOT / "charlstm" / "__init__.py").body if is_typing(node)]
+    homes = {alias.name: line.module for line in block.body for alias in line.names}
+    assert homes.keys() == set(public)
+    for name, home in homes.items():
+        assert getattr(import_module(home), name) is getattr(import_module("charlstm"), name)
+
+
+def is_typing(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and dotted(node.test) == "TYPE_CHECKING"
+
+
+@pytest.mark.parametrize("module", ["charlstm", "charlstm.config"])
+def test_a_mistyped_flag_is_answered_before_jax_is_imported(module):
+    program = (
+        f"import sys, {module}; print(sorted({{'jax', 'jaxlib', 'flax'}} & sys.modules.keys()))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout == "[]\n"

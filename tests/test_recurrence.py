@@ -1,0 +1,337 @@
+"""Promise 1: the scanned Flax cell, its fast twin and a NumPy LSTM agree, forward and gradient."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+from lstm_numpy import GATES, lstm, lstm_gradient
+
+from charlstm.recurrence import CELLS, flax_lstm, fused_lstm, init_lstm
+
+# Newer versions of JAX have it here, older ones there.
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+
+LSTMS = {
+    "OptimizedLSTMCell": partial(flax_lstm, cell="OptimizedLSTMCell"),
+    "LSTMCell": partial(flax_lstm, cell="LSTMCell"),
+    "fused": fused_lstm,
+}
+# T, B, E and H all differ, so that no two axes can be mixed up unnoticed.
+T, B, E, H = 8, 3, 5, 6
+# Sums of a few dozen products; float64 keeps 16 digits, float32 7, and cancelling costs some.
+RELATIVE = {"float64": 1e-10, "float32": 1e-5}
+
+# Optimizing costs most of a test's time.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+each_lstm = pytest.mark.parametrize("name", LSTMS)
+each_dtype = pytest.mark.parametrize("dtype", RELATIVE)
+each_kind = pytest.mark.parametrize("kind", ["ids", "vectors"])
+
+
+def draw_params(rng, input_size, hidden_size):
+    params = {}
+    for gate in GATES:
+        # About as large as in a trained model: gates neither all open nor all half open.
+        into = rng.normal(size=(input_size, hidden_size)) / np.sqrt(input_size)
+        back = rng.normal(size=(hidden_size, hidden_size)) / np.sqrt(hidden_size)
+        params["i" + gate] = {"kernel": into}
+        params["h" + gate] = {"kernel": back, "bias": rng.normal(size=hidden_size)}
+    return params
+
+
+def draw_case(seed, t=T, b=B, e=E, h=H):
+    """Return (params, carry, inputs_TBE), and gradients for the carry and the hidden states."""
+    rng = np.random.default_rng(seed)
+    carry = rng.normal(size=(b, h)), rng.normal(size=(b, h))
+    arguments = draw_params(rng, e, h), carry, rng.normal(size=(t, b, e))
+    carry_grad = rng.normal(size=(b, h)), rng.normal(size=(b, h))
+    return arguments, (carry_grad, rng.normal(size=(t, b, h)))
+
+
+def draw_ids(seed, t=T, b=B, e=E):
+    return np.random.default_rng(seed).integers(e, size=(t, b), dtype=np.int32)
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
+
+
+def singles(tree):
+    """Return a tree with all its floats in single precision."""
+    return jax.tree.map(lambda leaf: leaf if leaf.dtype == np.int32 else jnp.float32(leaf), tree)
+
+
+def dot(tree, other):
+    return sum(jax.tree.leaves(jax.tree.map(lambda a, b: (a * b).sum(), tree, other)))
+
+
+def assert_close(found, wanted, relative):
+    """Compare two trees leaf by leaf, relative to each leaf's largest entry."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for (path, leaf), other in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True
+    ):
+        assert leaf.shape == other.shape, path
+        worst, largest = np.max(np.abs(leaf - other)), np.max(np.abs(other))
+        assert worst <= relative * largest, (jax.tree_util.keystr(path), worst, largest)
+
+
+def value_and_gradients(name, arguments, gradients, dtype="float32"):
+    """Return what a recurrence gives and its gradients for params, carry and float inputs."""
+    params, carry, inputs = arguments
+    is_ids = inputs.dtype == np.int32
+
+    def run(params, carry, inputs, gradients):
+        apply = partial(LSTMS[name], dtype=dtype)
+        if is_ids:
+            result, pull = jax.vjp(lambda p, c: apply(p, c, inputs), params, carry)
+        else:
+            result, pull = jax.vjp(apply, params, carry, inputs)
+        return result, pull(gradients)
+
+    inputs = jnp.asarray(inputs) if is_ids else cast(inputs, dtype)
+    # What people run is optimized.
+    compiled = jax.jit(run) if dtype == "float32" else quick_jit(run)
+    return compiled(*cast((params, carry), dtype), inputs, cast(gradients, dtype))
+
+
+def test_numpy_gradient_is_the_slope_of_numpy_forward():
+    arguments, gradients = draw_case(0)
+    rng = np.random.default_rng(1)
+    direction = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), arguments)
+
+    def loss(size):
+        moved = jax.tree.map(lambda leaf, d: leaf + size * d, arguments, direction)
+        return dot(lstm(*moved), gradients)
+
+    # A central difference is off by size**2 and by float64's rounding divided by size.
+    slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    np.testing.assert_allclose(
+        dot(lstm_gradient(*arguments, *gradients), direction), slope, rtol=1e-7
+    )
+
+
+@each_dtype
+@each_lstm
+def test_forward_and_gradients_equal_numpy(name, dtype):
+    arguments, gradients = draw_case(2)
+    with enable_x64(dtype == "float64"):
+        found = value_and_gradients(name, arguments, gradients, dtype)
+        wanted = lstm(*arguments), lstm_gradient(*arguments, *gradients)
+        assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
+        assert_close(found, wanted, RELATIVE[dtype])
+
+
+@each_dtype
+@each_lstm
+def test_ids_stand_for_one_hot_vectors(name, dtype):
+    (params, carry, _), gradients = draw_case(3)
+    ids_TB = draw_ids(3)
+    one_hot_TBE = np.eye(E)[ids_TB]
+    with enable_x64(dtype == "float64"):
+        found = value_and_gradients(name, (params, carry, ids_TB), gradients, dtype)
+        arguments = params, carry, one_hot_TBE
+        wanted = lstm(*arguments), lstm_gradient(*arguments, *gradients)[:2]
+        assert_close(found, wanted, RELATIVE[dtype])
+
+
+sizes = {"t": st.integers(1, 9), "b": st.integers(1, 5), "e": st.integers(1, 6)}
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(
+    **sizes,
+    h=st.integers(1, 20),
+    seed=st.integers(0, 99),
+    ids=st.booleans(),
+    name=st.sampled_from(["fused", "OptimizedLSTMCell"]),
+)
+@example(t=1, b=1, e=1, h=1, seed=0, ids=False, name="fused")
+@example(t=1, b=2, e=4, h=13, seed=1, ids=True, name="fused")
+@example(t=4, b=1, e=3, h=9, seed=2, ids=True, name="LSTMCell")
+def test_any_shape_equals_numpy(name, t, b, e, h, seed, ids):
+    (params, carry, inputs), gradients = draw_case(seed, t, b, e, h)
+    dense_TBE = np.eye(e)[draw_ids(seed, t, b, e)] if ids else inputs
+    arguments = params, carry, dense_TBE
+    value, slopes = lstm(*arguments), lstm_gradient(*arguments, *gradients)
+    with enable_x64(True):
+        inputs = draw_ids(seed, t, b, e) if ids else inputs
+        found = value_and_gradients(name, (params, carry, inputs), gradients, "float64")
+        wanted = value, slopes[: len(found[1])]
+        assert_close(found, wanted, RELATIVE["float64"])
+
+
+@each_lstm
+@each_kind
+def test_two_half_windows_with_the_carry_handed_on_equal_one(name, kind):
+    params, carry, inputs = cast(draw_case(4)[0], "float32")
+    if kind == "ids":
+        inputs = draw_ids(4)
+    apply = LSTMS[name]
+    whole = apply(params, carry, inputs)
+    middle_carry, first_TBH = apply(params, carry, inputs[: T // 2])
+    last_carry, second_TBH = apply(params, middle_carry, inputs[T // 2 :])
+    assert_close((last_carry, np.concatenate([first_TBH, second_TBH])), whole, 1e-6)
+
+
+def fused_loss(params, carry, inputs, gradients):
+    """Return a scalar that all results enter, each entry with its own weight."""
+    return dot(fused_lstm(params, carry, inputs), gradients)
+
+
+def numpy_grads(params, carry, inputs, gradients):
+    """Return what jax.grad(fused_loss, argnums=(0, 1)) should give."""
+    inputs_TBE = np.eye(E)[inputs] if inputs.dtype == np.int32 else inputs
+    return lstm_gradient(params, carry, inputs_TBE, *gradients)[:2]
+
+
+@each_kind
+def test_fused_maps_over_parameters_as_over_each_alone(kind):
+    (_, carry, inputs), gradients = draw_case(5)
+    if kind == "ids":
+        inputs = draw_ids(5)
+    many = [draw_params(np.random.default_rng(seed), E, H) for seed in (6, 7)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *many)
+    mapped = jax.vmap(jax.grad(fused_loss, argnums=(0, 1)), in_axes=(0, None, None, None))
+    found = quick_jit(mapped)(*singles((stacked, carry, inputs, gradients)))
+    for index, params in enumerate(many):
+        wanted = numpy_grads(params, carry, inputs, gradients)
+        assert_close(jax.tree.map(lambda leaf, i=index: leaf[i], found), wanted, 1e-5)
+
+
+@each_kind
+def test_fused_maps_over_an_extra_batch_axis(kind):
+    params, _, _ = draw_case(8)[0]
+    rests = []
+    for seed in (8, 9):
+        (_, carry, inputs), gradients = draw_case(seed)
+        rests.append((carry, draw_ids(seed) if kind == "ids" else inputs, gradients))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *rests)
+    mapped = jax.vmap(jax.grad(fused_loss, argnums=(0, 1)), in_axes=(None, 0, 0, 0))
+    found = quick_jit(mapped)(*singles((params, *stacked)))
+    for index, rest in enumerate(rests):
+        wanted = numpy_grads(params, *rest)
+        assert_close(jax.tree.map(lambda leaf, i=index: leaf[i], found), wanted, 1e-5)
+
+
+@each_kind
+@pytest.mark.parametrize("recompute", [True, False], ids=["checkpoint", "eager"])
+def test_fused_has_the_same_gradients_recomputed_and_uncompiled(recompute, kind):
+    (params, carry, inputs), gradients = draw_case(10)
+    if kind == "ids":
+        inputs = draw_ids(10)
+    arguments = params, carry, inputs, gradients
+    if recompute:
+        grads = quick_jit(jax.grad(jax.checkpoint(fused_loss), argnums=(0, 1)))
+    else:
+        grads = jax.grad(fused_loss, argnums=(0, 1))
+    assert_close(grads(*singles(arguments)), numpy_grads(*arguments), 1e-5)
+
+
+def test_fused_gradients_pass_the_check_by_finite_differences():
+    with enable_x64(True):
+        arguments = cast(draw_case(11)[0], "float64")
+        check_grads(partial(fused_lstm, dtype="float64"), arguments, order=1, modes=["rev"])
+
+
+def test_fused_has_no_forward_mode_but_the_flax_cell_has():
+    (params, carry, inputs), gradients = draw_case(12)
+    direction = draw_params(np.random.default_rng(13), E, H)
+    _, carry32, inputs32 = singles((params, carry, inputs))
+    primals, tangents = (singles(params),), (singles(direction),)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda p: fused_lstm(p, carry32, inputs32), primals, tangents)
+    _, moved = jax.jvp(lambda p: flax_lstm(p, carry32, inputs32), primals, tangents)
+    # The same number both ways: <gradients, J direction> = <J' gradients, direction>.
+    params_grad = lstm_gradient(params, carry, inputs, *gradients)[0]
+    np.testing.assert_allclose(dot(moved, gradients), dot(params_grad, direction), rtol=1e-4)
+
+
+@each_kind
+@pytest.mark.parametrize("name", ["OptimizedLSTMCell", "fused"])
+def test_bfloat16_stays_near_float32_and_keeps_carry_and_gradients_in_float32(name, kind):
+    (params, carry, inputs), gradients = draw_case(15)
+    inputs_TBE = inputs
+    if kind == "ids":
+        inputs = draw_ids(15)
+        inputs_TBE = np.eye(E)[inputs]
+    wanted_carry, wanted_TBH = lstm(params, carry, inputs_TBE)
+    wanted_grads = lstm_gradient(params, carry, inputs_TBE, *gradients)[:2]
+
+    @quick_jit
+    def run(params, carry, inputs, gradients):
+        apply = partial(LSTMS[name], dtype=jnp.bfloat16)
+        result, pull = jax.vjp(lambda p, c: apply(p, c, inputs), params, carry)
+        return result, pull(gradients)
+
+    (last_carry, hidden_TBH), grads = run(*singles((params, carry, inputs, gradients)))
+    # bfloat16 keeps 8 bits: gates are off by 1/256 or so, at each of 8 steps.
+    np.testing.assert_allclose(hidden_TBH, wanted_TBH, atol=0.03)
+    for found, wanted in zip(last_carry, wanted_carry, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=0.03 * np.max(np.abs(wanted)))
+    # And it is bfloat16: float32 would be a hundred times nearer.
+    assert np.max(np.abs(hidden_TBH - wanted_TBH)) > 3e-4
+    results = jax.tree.leaves((last_carry, hidden_TBH, grads))
+    assert {leaf.dtype for leaf in results} == {jnp.dtype("float32")}
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads))
+    assert_close(grads, wanted_grads, 0.1)
+
+
+INITIAL_E, INITIAL_H = 40, 33
+
+
+@pytest.fixture(scope="module")
+def initial():
+    return jax.tree.map(np.asarray, init_lstm(jax.random.key(0), INITIAL_E, INITIAL_H))
+
+
+def side_by_side(params, side):
+    return np.concatenate([params[side + gate]["kernel"] for gate in GATES], axis=1)
+
+
+def test_initial_biases_are_1_for_the_forget_gate_and_0_for_the_others(initial):
+    for gate in GATES:
+        wanted_H = np.full(INITIAL_H, 1.0 if gate == "f" else 0.0)
+        np.testing.assert_array_equal(initial["h" + gate]["bias"], wanted_H)
+
+
+def test_initial_recurrent_kernels_side_by_side_have_orthonormal_rows(initial):
+    kernel_HG = side_by_side(initial, "h")
+    np.testing.assert_allclose(kernel_HG @ kernel_HG.T, np.eye(INITIAL_H), atol=1e-5)
+    # Not just a unit matrix and zeros: every gate takes part.
+    assert all(np.abs(block).max() > 0.1 for block in np.split(kernel_HG, 4, axis=1))
+
+
+def test_initial_input_kernel_is_glorot_uniform_over_all_four_gates(initial):
+    kernel_EG = side_by_side(initial, "i")
+    bound = np.sqrt(6 / (INITIAL_E + 4 * INITIAL_H))
+    assert 0.99 * bound < np.max(np.abs(kernel_EG)) <= bound
+    # The variance of n uniform numbers is off by a share of sqrt(0.8 / n); five times that.
+    five_deviations = 5 * np.sqrt(0.8 / kernel_EG.size)
+    np.testing.assert_allclose(np.var(kernel_EG), bound**2 / 3, rtol=five_deviations)
+
+
+def test_initial_parameters_follow_the_key(initial):
+    same, other = (init_lstm(jax.random.key(seed), INITIAL_E, INITIAL_H) for seed in (0, 1))
+    jax.tree.map(np.testing.assert_array_equal, same, initial)
+    for name in ("ii", "io", "hi", "ho"):
+        assert np.abs(other[name]["kernel"] - initial[name]["kernel"]).max() > 0.01
+
+
+@pytest.mark.parametrize("cell", [nn.OptimizedLSTMCell, nn.LSTMCell])
+def test_initial_tree_is_that_of_the_flax_cell(cell):
+    assert cell in CELLS.values()
+    carry = jnp.zeros((B, H)), jnp.zeros((B, H))
+    inputs_BE = jnp.zeros((B, E))
+    wanted = jax.eval_shape(cell(features=H).init, jax.random.key(0), carry, inputs_BE)["params"]
+    found = init_lstm(jax.random.key(0), E, H)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, wanted)
+    assert jax.tree.map(jnp.result_type, found) == jax.tree.map(jnp.result_type, wanted)

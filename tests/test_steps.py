@@ -1,0 +1,298 @@
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from charlstm import (
+    Batch,
+    CharLSTM,
+    Vocab,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    zero_carry,
+)
+from charlstm.data import Streams
+from charlstm.steps import evaluate
+
+V, B, T, H = 11, 4, 8, 12
+
+
+def small_model(**changes) -> CharLSTM:
+    return CharLSTM(**{"vocab_size": V, "hidden_size": H, "dropout_rate": 0.2} | changes)
+
+
+def random_ids(size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, V, size)
+
+
+@pytest.fixture
+def batches() -> Streams:
+    return Streams(random_ids(300), batch_size=B, seq_len=T)
+
+
+def assert_trees_close(actual, desired, rtol=1e-5, atol=1e-6):
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, desired)
+
+
+@lru_cache
+def compiled_step(model, optimizer):
+    return jax.jit(make_train_step(model, optimizer))
+
+
+def run_steps(state, batches, num_steps, model, optimizer):
+    step = compiled_step(model, optimizer)
+    losses = []
+    for index in range(num_steps):
+        state, metrics = step(state, batches(index))
+        losses.append(metrics["loss"])
+    return state, np.array(losses)
+
+
+def unkeyed(state):
+    return state._replace(key=jax.random.key_data(state.key))
+
+
+def test_a_step_is_the_optimizer_applied_to_the_gradient_of_the_mean_loss(batches):
+    model, optimizer = small_model(dropout_rate=0.0), optax.sgd(0.5)
+    state = init_state(model, optimizer, jax.random.key(0), B)
+    batch = batches(batches.steps_per_epoch - 1)  # the padded one
+
+    def mean_nats(params):
+        logits_BTV, _ = model.apply({"params": params}, batch.inputs_BT, state.carry)
+        log_probs_BTV = jax.nn.log_softmax(logits_BTV)
+        total, count = 0.0, 0
+        for row in range(B):
+            for time in range(T):
+                if batch.weights_BT[row, time]:
+                    total -= log_probs_BTV[row, time, batch.targets_BT[row, time]]
+                    count += 1
+        return total / count
+
+    loss, grads = jax.value_and_grad(mean_nats)(state.params)
+    desired = jax.tree.map(lambda param, grad: param - 0.5 * grad, state.params, grads)
+    new_state, metrics = make_train_step(model, optimizer)(state, batch)
+    assert 0 < metrics["count"] < B * T
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
+    assert_trees_close(new_state.params, desired)
+    assert new_state.step == 1
+
+
+def test_a_position_of_weight_zero_has_no_influence(batches):
+    model, optimizer = small_model(), optax.sgd(0.5)
+    state = init_state(model, optimizer, jax.random.key(0), B)
+    batch = batches(batches.steps_per_epoch - 1)
+    other = (batch.targets_BT + 1) % V
+    changed = batch._replace(
+        targets_BT=np.where(batch.weights_BT > 0, batch.targets_BT, other).astype(np.int32)
+    )
+    assert (changed.targets_BT != batch.targets_BT).any()
+    step = make_train_step(model, optimizer)
+    assert_trees_close(step(state, batch)[0].params, step(state, changed)[0].params, 0, 0)
+
+
+def test_the_carry_is_handed_on_and_reset_where_a_row_begins_anew(batches):
+    model, optimizer = small_model(dropout_rate=0.0), optax.sgd(0.0)
+    state = init_state(model, optimizer, jax.random.key(0), B)
+    state, _ = run_steps(state, batches, 2, model, optimizer)
+    both_BT = np.concatenate([batches(0).inputs_BT, batches(1).inputs_BT], axis=1)
+    _, whole = model.apply({"params": state.params}, both_BT, zero_carry(model, B))
+    assert_trees_close(state.carry, whole)
+
+    reset_B = np.array([False, True, False, True])
+    batch = batches(2)._replace(reset_B=reset_B)
+    after = make_train_step(model, optimizer)(state, batch)[0].carry
+    _, kept = model.apply({"params": state.params}, batch.inputs_BT, whole)
+    _, fresh = model.apply({"params": state.params}, batch.inputs_BT, zero_carry(model, B))
+    for after_BH, kept_BH, fresh_BH in zip(
+        *map(jax.tree.leaves, (after, kept, fresh)), strict=True
+    ):
+        desired_BH = np.where(reset_B[:, None], fresh_BH, kept_BH)
+        np.testing.assert_allclose(after_BH, desired_BH, rtol=1e-5, atol=1e-6)
+        assert np.abs(kept_BH - fresh_BH).max() > 1e-3
+
+
+def test_dropout_depends_on_key_and_step_alone(batches):
+    model, optimizer = small_model(dropout_rate=0.5), optax.sgd(0.0)
+    state = init_state(model, optimizer, jax.random.key(0), B)
+    step = jax.jit(make_train_step(model, optimizer))
+    loss = step(state, batches(0))[1]["loss"]
+    assert step(state, batches(0))[1]["loss"] == loss
+    assert step(state._replace(step=state.step + 1), batches(0))[1]["loss"] != loss
+    assert step(state._replace(key=jax.random.key(9)), batches(0))[1]["loss"] != loss
+
+
+def test_one_compilation_serves_all_steps(batches):
+    model, optimizer = small_model(), optax.adam(1e-3)
+    state = init_state(model, optimizer, jax.random.key(0), B)
+    step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
+    for index in range(batches.steps_per_epoch + 1):
+        state, _ = step(state, batches(index))
+    assert step._cache_size() == 1
+
+
+def test_many_steps_in_one_scan_equal_a_loop(batches):
+    model, optimizer = small_model(), optax.adam(1e-2)
+    start = init_state(model, optimizer, jax.random.key(1), B)
+    looped, losses = run_steps(start, batches, 5, model, optimizer)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(batches, range(5)))
+    scanned, metrics = jax.jit(partial(jax.lax.scan, make_train_step(model, optimizer)))(
+        start, stacked
+    )
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
+    assert_trees_close(unkeyed(scanned), unkeyed(looped), rtol=1e-4, atol=1e-5)
+
+
+def test_four_seeds_at_once_equal_each_alone(batches):
+    model, optimizer = small_model(), optax.adam(1e-2)
+    keys = jax.random.split(jax.random.key(2), 4)
+    make = partial(init_state, model, optimizer, batch_size=B)
+    states = jax.jit(jax.vmap(make))(keys)
+    step = jax.jit(jax.vmap(make_train_step(model, optimizer), in_axes=(0, None)))
+    together = []
+    for index in range(3):
+        states, metrics = step(states, batches(index))
+        together.append(metrics["loss"])
+    for seed in range(4):
+        _, alone = run_steps(jax.jit(make)(keys[seed]), batches, 3, model, optimizer)
+        np.testing.assert_allclose(np.array(together)[:, seed], alone, rtol=1e-5)
+    assert len(set(np.array(together)[-1].tolist())) == 4
+
+
+def test_many_learning_rates_at_once(batches):
+    model = small_model()
+
+    def losses(rate):
+        optimizer = optax.sgd(rate)
+        state = init_state(model, optimizer, jax.random.key(0), B)
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(batches, range(3)))
+        return jax.lax.scan(make_train_step(model, optimizer), state, stacked)[1]["loss"]
+
+    rates = jnp.array([0.0, 0.1, 1.0])
+    together = jax.jit(jax.vmap(losses))(rates)
+    alone = np.stack(list(map(jax.jit(losses), rates)))
+    np.testing.assert_allclose(together, alone, rtol=1e-4)
+    assert together[2, 2] < together[0, 2]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.chain(optax.clip_by_global_norm(1.0), optax.lion(1e-2)),
+        optax.MultiSteps(optax.lion(1e-2), every_k_schedule=2),
+    ],
+    ids=["lion", "lion in MultiSteps"],
+)
+def test_any_optax_optimizer_will_do(optimizer):
+    model = small_model(dropout_rate=0.0)
+    repeating = Streams(np.arange(300) % V, batch_size=B, seq_len=T)
+    state = init_state(model, optimizer, jax.random.key(0), B)
+    _, losses = run_steps(state, repeating, 80, model, optimizer)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_users_own_loss_can_be_differentiated_through_the_eval_step(batches):
+    model = small_model()
+    state = init_state(model, optax.sgd(0.1), jax.random.key(0), B)
+    eval_step = make_eval_step(model)
+
+    def own_loss(params):
+        _, totals = eval_step(params, state.carry, batches(0))
+        penalty = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+        return totals["nats"] / totals["count"] + 0.01 * penalty
+
+    grads = jax.grad(own_loss)(state.params)
+    direction = jax.tree.map(lambda grad: grad / optax.tree.norm(grads), grads)
+    step = 1e-2  # float32: small enough for the slope, large enough for the rounding
+    plus, minus = (
+        own_loss(jax.tree.map(lambda p, d, s=sign: p + s * step * d, state.params, direction))
+        for sign in (1, -1)
+    )
+    slope = (plus - minus) / (2 * step)
+    np.testing.assert_allclose(slope, optax.tree.norm(grads), rtol=1e-2)
+
+
+def test_rows_over_two_devices_under_shard_map_give_what_one_device_gives(batches):
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    model = small_model(dropout_rate=0.0)
+
+    def averaged(optimizer):
+        # Rows have equal weights here, so the mean over devices is the mean over rows.
+        mean = optax.stateless(lambda updates, params: jax.lax.pmean(updates, "data"))
+        return optax.chain(mean, optimizer)
+
+    plain = optax.sgd(0.5)
+    state = init_state(model, plain, jax.random.key(0), B)
+    desired, _ = run_steps(state, batches, 3, model, plain)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    rows = jax.tree.map(lambda _: P("data"), state.carry)
+    spec = jax.tree.map(lambda _: P(), state._replace(carry=()))._replace(carry=rows)
+    step = make_train_step(model, averaged(plain))
+    opt_state = averaged(plain).init(state.params)
+    sharded = state._replace(opt_state=opt_state)
+    spec = spec._replace(opt_state=jax.tree.map(lambda _: P(), opt_state))
+    batch_spec = Batch(P("data"), P("data"), P("data"), P("data"))
+
+    def state_only(state, batch):
+        return step(state, batch)[0]
+
+    mapped = jax.jit(
+        jax.shard_map(
+            state_only, mesh=mesh, in_specs=(spec, batch_spec), out_specs=spec, check_vma=False
+        )
+    )
+    for index in range(3):
+        sharded = mapped(sharded, batches(index))
+    assert_trees_close(sharded.params, desired.params)
+    assert_trees_close(sharded.carry, desired.carry)
+
+
+def test_evaluation_counts_every_character_once_without_dropout():
+    model = small_model(dropout_rate=0.5)
+    ids_M = random_ids(203, seed=5)
+    params = init_state(model, optax.sgd(0.1), jax.random.key(0), B).params
+    logits_1MV, _ = model.apply({"params": params}, ids_M[None, :-1], zero_carry(model, 1))
+    log_probs_MV = np.asarray(jax.nn.log_softmax(logits_1MV[0]))
+    nats = -log_probs_MV[np.arange(202), ids_M[1:]].mean()
+    accuracy = (log_probs_MV.argmax(axis=1) == ids_M[1:]).mean()
+    one_stream = Streams(ids_M, batch_size=1, seq_len=T)
+    batches = map(one_stream, range(one_stream.steps_per_epoch))
+    result = evaluate(jax.jit(make_eval_step(model)), params, zero_carry(model, 1), batches)
+    assert result["count"] == 202
+    np.testing.assert_allclose(result["loss"], nats, rtol=1e-5)
+    np.testing.assert_allclose(result["accuracy"], accuracy, rtol=1e-6)
+
+
+def test_streams_with_context_give_nearly_the_figure_of_one_stream():
+    model = small_model()
+    ids_M = random_ids(2003, seed=6)
+    params = init_state(model, optax.sgd(0.1), jax.random.key(0), B).params
+    params = jax.tree.map(lambda leaf: 4 * leaf, params)  # so that what was read matters
+    eval_step = jax.jit(make_eval_step(model))
+
+    def loss(batch_size, context):
+        streams = Streams(ids_M, batch_size, T, context)
+        batches = map(streams, range(streams.steps_per_epoch))
+        return evaluate(eval_step, params, zero_carry(model, batch_size), batches)
+
+    exact, warm, cold = loss(1, 0), loss(8, 4 * T), loss(8, 0)
+    assert exact["count"] == warm["count"] == cold["count"] == 2002
+    assert abs(warm["loss"] - exact["loss"]) < 0.1 * abs(cold["loss"] - exact["loss"])
+
+
+def test_a_text_of_two_kilobytes_is_learnt_by_heart(book):
+    text = book[:2000]
+    vocab = Vocab.from_text(text)
+    batches = Streams(vocab.encode(text), batch_size=4, seq_len=50)
+    model = CharLSTM(vocab_size=len(vocab), hidden_size=128)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+    state = init_state(model, optimizer, jax.random.key(0), 4)
+    _, losses = run_steps(state, batches, 600, model, optimizer)
+    assert losses[-batches.steps_per_epoch :].mean() < 0.1
