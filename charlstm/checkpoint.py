@@ -77,12 +77,12 @@ def load_run(workdir: epath.Path) -> Run:
     about = _read_json(workdir / "config.json")
     if about.get("schema", 0) > SCHEMA:
         raise UserError(f"{workdir}: written by a newer version of charlstm; upgrade to read it")
-    config = base_config()
+    config = base_config().lock()
     try:
         config.update(ConfigDict(about["config"]))
-    except (KeyError, TypeError, ValueError) as error:
+        validate(config)
+    except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{workdir}/config.json: not a config of this version ({error})") from None
-    validate(config)
     return Run(
         workdir=workdir,
         config=config,

@@ -88,10 +88,12 @@ class RunLog:
 
 
 def read_records(path: epath.Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl, none where it does not exist."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
+    """Return the records of a metrics.jsonl, none where it does not exist.
+
+    A torn last line, as an appending process leaves it when it is killed, is left out.
+    """
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _val_figure(record: dict[str, Any]) -> str:

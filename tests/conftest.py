@@ -10,11 +10,22 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=2"
 )
 
+import atexit
 import random
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# One compilation for the whole session, the launchers' processes included: most of a small test's
+# time is XLA's compiler.
+_CACHE = tempfile.mkdtemp(prefix="charlstm-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).parent))

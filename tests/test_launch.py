@@ -1,0 +1,201 @@
+import ast
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+TINY = ["--config=tiny", "--config.num_steps=60", "--config.eval_every_steps=30"]
+
+
+def run_command(launcher, *flags, cwd=None):
+    """Run a launcher to its end; whatever happens, it must not show a traceback."""
+    command = [sys.executable, str(ROOT / "launch" / f"{launcher}.py"), *map(str, flags)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    for noise in ("Traceback", "Exception ignored", "terminate called", "Warning"):
+        assert noise not in result.stderr, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, book):
+    """Return (folder, result) of a run that was trained by command in folder/runs/tiny."""
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "book.txt").write_text(book, encoding="utf-8")
+    result = run_command("train", *TINY, "--config.data.path=book.txt", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def sample(folder, *flags):
+    result = run_command("sample", "--workdir=runs/tiny", *flags, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_training_tells_what_it_reads_does_and_how_to_go_on(trained, book):
+    _, result = trained
+    assert result.stdout == ""
+    for expected in (
+        "book.txt",
+        f"total characters: {len(book):,}",
+        f"total vocabulary: {len(set(book))}",
+        "model: 1 x 64 LSTM",
+        "devices: ",
+        "step 60: loss",
+        "validation",
+        "a sample at step 30",
+        "best validation",
+        "python launch/sample.py --workdir=runs/tiny",
+    ):
+        assert expected in result.stderr
+
+
+def test_the_same_command_again_has_nothing_to_do(trained):
+    folder, _ = trained
+    result = run_command("train", *TINY, "--config.data.path=book.txt", cwd=folder)
+    assert result.returncode == 0
+    assert "finished already, at step 60" in result.stderr
+
+
+def test_a_sample_is_the_prompt_and_as_many_characters_as_asked(trained, book):
+    text = sample(trained[0], "--prompt=The count", "--length=50").stdout
+    assert text.startswith("The count")
+    assert len(text) == len("The count") + 50 + 1  # and a newline
+    assert set(text) <= set(book)
+
+
+def test_the_same_seed_gives_the_same_text_streamed_or_not(trained):
+    flags = ("--prompt=night ", "--length=40", "--seed=3")
+    text = sample(trained[0], *flags).stdout
+    assert sample(trained[0], *flags, "--stream").stdout == text
+    assert sample(trained[0], *flags[:2], "--seed=4").stdout != text
+
+
+def test_without_a_prompt_it_goes_on_from_the_training_text_though_that_is_gone(trained, book):
+    folder, _ = trained
+    (folder / "book.txt").rename(folder / "gone.txt")
+    try:
+        result = sample(folder, "--length=20", "--num_samples=3")
+    finally:
+        (folder / "gone.txt").rename(folder / "book.txt")
+    texts = result.stdout.removesuffix("\n").split("\n\f\n")
+    assert [len(text) for text in texts] == [20, 20, 20]
+    prompts = re.findall(r"from the training text: (.*)", result.stderr)
+    assert len(prompts) == 3
+    assert all(ast.literal_eval(prompt) in book for prompt in prompts)
+
+
+def test_the_window_method_writes_too(trained):
+    text = sample(trained[0], "--method=window", "--length=10", "--temperature=0").stdout
+    assert len(text) == 11
+
+
+def test_a_prompt_from_a_file_and_characters_that_are_unknown(trained):
+    folder, _ = trained
+    (folder / "prompt.txt").write_text("to € her", encoding="utf-8")
+    flags = ("--prompt_file=prompt.txt", "--length=5")
+    result = run_command("sample", "--workdir=runs/tiny", *flags, cwd=folder)
+    assert result.returncode == 2
+    assert "'€' (U+20AC) at position 3" in result.stderr
+    assert sample(folder, *flags, "--unknown=drop").stdout.startswith("to  her")
+    assert sample(folder, *flags, "--unknown=replace").stdout.startswith("to   her")
+
+
+def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(trained, book):
+    folder, _ = trained
+    result = run_command("evaluate", "--workdir=runs/tiny", "--json", cwd=folder)
+    figures = json.loads(result.stdout)
+    assert figures["characters"] == len(book) // 10 - 1
+    best = json.loads((folder / "runs/tiny/metrics.jsonl").read_text().splitlines()[-1])
+    # The run reads its validation part as several streams, evaluate.py as one.
+    assert abs(figures["bits_per_char"] - best["val/bits_per_char"]) < 0.02
+    (folder / "other.txt").write_text(book[:500], encoding="utf-8")
+    other = run_command("evaluate", "--workdir=runs/tiny", "--text=other.txt", cwd=folder)
+    assert "bits_per_char" in other.stdout
+    assert re.search(r"characters +499", other.stdout)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(trained, tmp_path):
+    folder, _ = trained
+    flags = [*TINY, "--config.num_steps=100000", "--config.data.path=book.txt"]
+    command = [sys.executable, str(ROOT / "launch/train.py"), *flags, f"--workdir={tmp_path}/run"]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    step = int(re.search(r"stopped and saved at step (\d+)", errors)[1])
+    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+
+
+def test_it_runs_from_any_folder_with_a_path_or_a_name_of_a_config(trained, tmp_path):
+    missing = f"--config.data.path={tmp_path}/none.txt"
+    for config in ("tiny", "configs/tiny.py", str(ROOT / "configs" / "tiny.py")):
+        result = run_command("train", f"--config={config}", missing, cwd=tmp_path)
+        assert "none.txt: no such file" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+MISTAKES = [
+    ("train", "--config=tuturial", "did you mean tutorial"),
+    ("train", "--config.batchsize=3", "did you mean batch_size"),
+    ("train", "--config.hidden_size=3", "did you mean model.hidden_size"),
+    ("train", "--config.batch_size=1e3", "config.batch_size=1e3: must be a whole number"),
+    ("train", "--config.data.lowercase=maybe", "must be true or false"),
+    ("train", "--config.batch_size=-8", "config.batch_size=-8: must be a number of at least 1"),
+    ("train", "--config.model.dropout_rate=1.5", "at least 0 and below 1"),
+    ("train", "--config.optimizer.learning_rate=nan", "must be a number above 0"),
+    ("train", "--wrokdir=x", "workdir"),
+    ("train", "tiny", "tiny: not a flag"),
+    ("sample", "--workdir=nowhere", "nowhere: no run there"),
+    ("sample", "--temprature=1", "temperature"),
+    ("sample", "--num_samples=0", "num_samples"),
+    ("evaluate", "--workdir=nowhere", "nowhere: no run there"),
+]
+
+
+@pytest.mark.parametrize(("launcher", "flag", "message"), MISTAKES)
+def test_a_mistake_is_one_line_that_helps(launcher, flag, message, tmp_path):
+    result = run_command(launcher, flag, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
+    assert os.listdir(tmp_path) == []
+
+
+SAMPLE_MISTAKES = [
+    (["--temperature=-1"], "--temperature=-1.0: must be"),
+    (["--top_p=1.5"], "--top_p=1.5: must be"),
+    (["--length=0"], "--length=0: must be"),
+    (["--prompt=a", "--prompt_file=b"], "give one of them"),
+    (["--prompt_file=none.txt"], "none.txt"),
+    (["--method=window", "--prompt=short"], "--method=window needs a prompt of at least 32"),
+    (["--stream", "--num_samples=2"], "one text at a time"),
+    (["--prompt=€€", "--unknown=drop"], "no character that the model knows"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), SAMPLE_MISTAKES)
+def test_a_mistake_in_sampling_is_one_line_that_helps(flags, message, trained):
+    result = run_command("sample", "--workdir=runs/tiny", *flags, cwd=trained[0])
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("launcher", ["train", "sample", "evaluate"])
+def test_help_is_given_with_success(launcher):
+    result = run_command(launcher, "--help")
+    assert result.returncode == 0
+    assert f"python launch/{launcher}.py" in result.stdout

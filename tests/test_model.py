@@ -1,0 +1,222 @@
+"""Promise 3: a model is causal, and the carry is all that passes from one window to the next."""
+
+import itertools
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from charlstm.model import CharLSTM, predict, zero_carry
+
+# All different, so that no two axes can be mixed up unnoticed.
+B, T, V, H = 3, 6, 11, 10
+KINDS = list(itertools.product(["one_hot", "embed", "scaled"], [1, 2], ["fused", "flax"]))
+
+# Optimizing would take most of the time of these tests.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def make_model(input="one_hot", num_layers=1, recurrence="fused", **fields):
+    return CharLSTM(V, H, num_layers, input=input, embed_size=5, recurrence=recurrence, **fields)
+
+
+def draw_params(model, seed=0):
+    """Return parameters without the zeros and ones of the initial biases, as after training."""
+    ids_BT = jnp.zeros((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids_BT, zero_carry(model, 1))["params"]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.float32(rng.normal(0, 0.5, leaf.shape)), shapes)
+
+
+def draw_ids(seed=0, length=T):
+    return np.random.default_rng(seed).integers(V, size=(B, length), dtype=np.int32)
+
+
+def draw_carry(model, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.float32(rng.normal(size=leaf.shape)), zero_carry(model, B))
+
+
+def compiled_predict(model, params):
+    return quick_jit(partial(predict, model, params))
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="{0[0]}-{0[1]}-{0[2]}".format)
+def kind(request):
+    """Return a model of each kind, and its predict with parameters filled in."""
+    input, num_layers, recurrence = request.param
+    model = make_model(input, num_layers, recurrence)
+    params = draw_params(model)
+    return SimpleNamespace(model=model, predict=compiled_predict(model, params))
+
+
+def other_ids(ids):
+    """Return other characters than `ids`, far enough away for the scaled view to see it."""
+    return (ids + V // 2) % V
+
+
+def assert_trees_close(found, wanted, atol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), found, wanted)
+
+
+def test_logits_depend_on_no_later_character_and_on_each_earlier_one(kind):
+    ids_BT, carry = draw_ids(), draw_carry(kind.model)
+    logits_BTV, _ = kind.predict(ids_BT, carry)
+    for time in range(T):
+        changed_BT = ids_BT.copy()
+        changed_BT[:, time] = other_ids(ids_BT[:, time])
+        change_BT = np.abs(kind.predict(changed_BT, carry)[0] - logits_BTV).max(axis=-1)
+        # The same numbers in the same order of operations: equal up to nothing but noise.
+        assert np.all(change_BT[:, :time] < 1e-6)
+        assert np.all(change_BT[:, time:] > 1e-5)
+
+
+def test_rows_of_a_batch_do_not_influence_each_other(kind):
+    ids_BT, carry = draw_ids(), draw_carry(kind.model)
+    before = kind.predict(ids_BT, carry)
+    changed_BT = ids_BT.copy()
+    changed_BT[1] = other_ids(ids_BT[1])
+    changed_carry = jax.tree.map(lambda leaf_BH: leaf_BH.at[1].add(1.0), carry)
+    after = kind.predict(changed_BT, changed_carry)
+    for found, wanted in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+        np.testing.assert_allclose(found[::2], wanted[::2], atol=1e-6)
+        assert np.abs(found[1] - wanted[1]).max() > 1e-3
+
+
+def test_half_windows_and_single_steps_with_the_carry_handed_on_equal_the_whole(kind):
+    ids_BT, carry = draw_ids(), draw_carry(kind.model)
+    whole = kind.predict(ids_BT, carry)
+    assert np.abs(whole[0]).max() > 0.1
+    for width in (T // 2, 1):
+        pieces, memory = [], carry
+        for begin in range(0, T, width):
+            logits_BTV, memory = kind.predict(ids_BT[:, begin : begin + width], memory)
+            pieces.append(logits_BTV)
+        assert_trees_close((np.concatenate(pieces, axis=1), memory), whole)
+
+
+def test_the_carry_matters(kind):
+    ids_BT = draw_ids()
+    empty, full = (
+        kind.predict(ids_BT, carry)[0]
+        for carry in (zero_carry(kind.model, B), draw_carry(kind.model))
+    )
+    assert np.abs(full - empty).max() > 1e-2
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("input", ["one_hot", "embed", "scaled"])
+def test_fused_and_flax_have_one_parameter_tree_and_equal_logits(input, num_layers):
+    fused, flax = (make_model(input, num_layers, name) for name in ("fused", "flax"))
+    arguments = jax.random.key(3), jnp.zeros((1, 1), jnp.int32), zero_carry(fused, 1)
+    trees = [jax.eval_shape(model.init, *arguments)["params"] for model in (fused, flax)]
+    assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
+    assert jax.tree.leaves(trees[0]) == jax.tree.leaves(trees[1])  # shapes and types
+    params, ids_BT, carry = draw_params(fused), draw_ids(), draw_carry(fused)
+    found, wanted = (compiled_predict(m, params)(ids_BT, carry) for m in (fused, flax))
+    assert_trees_close(found, wanted)
+
+
+def test_fused_and_flax_draw_the_same_initial_parameters():
+    models = make_model("embed"), make_model("embed", recurrence="flax")
+    arguments = jax.random.key(5), jnp.zeros((1, 1), jnp.int32), zero_carry(models[0], 1)
+    one, other = (quick_jit(model.init)(*arguments)["params"] for model in models)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_each_row_alone_gives_what_it_gives_in_the_batch():
+    model = make_model(num_layers=2)
+    ids_BT, carry = draw_ids(), draw_carry(model)
+    predict_ids = compiled_predict(model, draw_params(model))
+    together = predict_ids(ids_BT, carry)
+    row = jax.tree.map(lambda leaf: leaf[2:], (ids_BT, carry))
+    assert_trees_close(predict_ids(*row), jax.tree.map(lambda leaf: leaf[2:], together))
+
+
+def test_the_scaled_view_is_the_number_of_the_character_divided_by_the_vocabulary():
+    model = make_model("scaled")
+    params, ids_BT = draw_params(model), draw_ids()
+    # A learnt vector of one number holds the same view, once it has learnt id / V.
+    embed = CharLSTM(V, H, input="embed", embed_size=1)
+    table = {"embed": {"embedding": jnp.arange(V, dtype=jnp.float32)[:, None] / V}}
+    wanted = compiled_predict(embed, params | table)(ids_BT, draw_carry(model))
+    assert_trees_close(compiled_predict(model, params)(ids_BT, draw_carry(model)), wanted)
+
+
+def test_dropout_is_off_unless_training_and_then_follows_the_key():
+    model, plain = make_model(num_layers=2, dropout_rate=0.5), make_model(num_layers=2)
+    params, ids_BT, carry = draw_params(model), draw_ids(), draw_carry(model)
+    train = quick_jit(partial(predict, model, params, ids_BT, carry))
+    evaluated = compiled_predict(model, params)(ids_BT, carry)
+    assert_trees_close(evaluated, compiled_predict(plain, params)(ids_BT, carry))
+    (one, carry_1), (same, _), (other, carry_2) = (
+        train(jax.random.key(seed)) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 0.1
+    assert np.abs(one - evaluated[0]).max() > 0.1
+    # Between the layers as well: the first has not met dropout yet, the second has.
+    assert_trees_close(carry_1[0], carry_2[0])
+    assert np.abs(carry_1[1][0] - carry_2[1][0]).max() > 0.1
+
+
+def test_dropout_keeps_the_mean():
+    model = make_model(dropout_rate=0.3)
+    params, ids_BT, carry = draw_params(model), draw_ids(), draw_carry(model)
+    keys = jax.random.split(jax.random.key(7), 1000)
+    # With one layer the logits are linear in what is dropped, so their mean is unbiased.
+    train = jax.vmap(lambda key: predict(model, params, ids_BT, carry, key)[0])
+    many_BTV = quick_jit(train)(keys)
+    deviation_BTV = np.std(many_BTV, axis=0) / np.sqrt(len(keys))
+    wanted_BTV, _ = compiled_predict(model, params)(ids_BT, carry)
+    assert np.all(np.abs(np.mean(many_BTV, axis=0) - wanted_BTV) < 5 * deviation_BTV)
+
+
+@pytest.mark.parametrize("recurrence", ["fused", "flax"])
+@pytest.mark.parametrize(
+    ("batch_size", "hidden_size", "num_layers"),
+    [(B + 1, H, 2), (1, H, 2), (B, H - 1, 2), (B, H, 1)],
+)
+def test_a_carry_of_another_size_is_refused(batch_size, hidden_size, num_layers, recurrence):
+    model = make_model(num_layers=2, recurrence=recurrence)
+    wrong = zero_carry(CharLSTM(V, hidden_size, num_layers), batch_size)
+    with pytest.raises(ValueError, match="the carry has the shapes"):
+        predict(model, draw_params(model), draw_ids(), wrong)
+
+
+@pytest.mark.parametrize("field", ["input", "recurrence"])
+def test_an_unknown_kind_of_model_is_refused(field):
+    with pytest.raises(ValueError, match=f"{field}='other'"):
+        draw_params(make_model(**{field: "other"}))
+
+
+def test_the_empty_carry_is_zeros_for_each_layer():
+    carry = zero_carry(make_model(num_layers=2), B)
+    assert jax.tree.map(jnp.shape, carry) == (((B, H), (B, H)), ((B, H), (B, H)))
+    for leaf_BH in jax.tree.leaves(carry):
+        assert leaf_BH.dtype == jnp.float32
+        np.testing.assert_array_equal(leaf_BH, np.zeros((B, H)))
+
+
+@pytest.mark.parametrize(
+    ("input", "recurrence"),
+    [("one_hot", "fused"), ("embed", "fused"), ("scaled", "fused"), ("embed", "flax")],
+)
+def test_bfloat16_gives_logits_and_carry_in_float32_near_those_of_float32(input, recurrence):
+    model = make_model(input, 2, recurrence)
+    params, ids_BT, carry = draw_params(model), draw_ids(), draw_carry(model)
+    wanted_BTV, _ = compiled_predict(model, params)(ids_BT, carry)
+    rounded = make_model(input, 2, recurrence, dtype="bfloat16")
+    logits_BTV, new_carry = compiled_predict(rounded, params)(ids_BT, carry)
+    assert {leaf.dtype for leaf in jax.tree.leaves((logits_BTV, new_carry))} == {
+        jnp.dtype("float32")
+    }
+    # bfloat16 keeps 8 bits of logits of up to 3, and of all that led to them.
+    error = np.abs(logits_BTV - wanted_BTV).max()
+    assert 1e-3 < error < 0.1
+    arguments = jax.random.key(0), ids_BT, carry
+    initial = jax.eval_shape(rounded.init, *arguments)
+    assert {leaf.dtype for leaf in jax.tree.leaves(initial)} == {jnp.dtype("float32")}
