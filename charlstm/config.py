@@ -13,11 +13,11 @@ from charlstm.errors import UserError
 def base_config() -> ConfigDict:
     """Return the default recipe, the only place where a setting gets its default."""
     config = ConfigDict()
-
     # One number decides the initial weights, the order of windows, dropout and the samples.
     config.seed = 0
-    # How long to train: passes over the training text, or steps where num_steps is not 0.
+    # How long to train, in passes over the training text.
     config.num_epochs = 8
+    # How long to train, in steps; 0 means as many as num_epochs asks for.
     config.num_steps = 0
     # Few streams mean many updates a minute: on two cores that wins over full vector units.
     config.batch_size = 16
@@ -29,8 +29,15 @@ def base_config() -> ConfigDict:
     config.checkpoint_every_steps = 0
     # How often a line goes to metrics.jsonl and TensorBoard.
     config.log_every_steps = 50
+    config.data = _data()
+    config.model = _model()
+    config.optimizer = _optimizer()
+    config.sample = _sample()
+    return config
 
-    config.data = data = ConfigDict()
+
+def _data() -> ConfigDict:
+    data = ConfigDict()
     # A UTF-8 text; empty means Dracula.
     data.path = ""
     # Fewer distinct characters are easier to learn, at the price of capital letters.
@@ -43,14 +50,18 @@ def base_config() -> ConfigDict:
     data.order = "streams"
     # all: every time step predicts its next character; last: one prediction a window.
     data.loss_on = "all"
+    return data
 
-    config.model = model = ConfigDict()
+
+def _model() -> ConfigDict:
+    model = ConfigDict()
     # fused is a third faster; flax, the scanned Flax cell, is there to be read and compared.
     model.recurrence = "fused"
     # The Flax class that model.recurrence=flax scans; both compute the same.
     model.cell = "OptimizedLSTMCell"
     # More units learn more and cost their square.
     model.hidden_size = 256
+    # More layers see more structure, once there is time to train them: a minute is for one.
     model.num_layers = 1
     # Applied after every LSTM layer while training: a novel is small enough to be memorised.
     model.dropout_rate = 0.1
@@ -60,22 +71,30 @@ def base_config() -> ConfigDict:
     model.embed_size = 64
     # bfloat16 computes faster on accelerators; parameters and cell state stay float32.
     model.dtype = "float32"
+    return model
 
-    config.optimizer = optimizer = ConfigDict()
+
+def _optimizer() -> ConfigDict:
+    optimizer = ConfigDict()
     # adamw is adam with weight_decay.
     optimizer.name = "adam"
+    # The peak, after the warm-up; high, since a short run has no time for a careful one.
     optimizer.learning_rate = 8e-3
-    # cosine ends at a learning rate of 0, where the last weights are the best.
+    # cosine and linear end at a learning rate of 0, where the last weights are the best.
     optimizer.schedule = "cosine"
     # Adam's first steps rest on few gradients, so the rate starts small.
     optimizer.warmup_steps = 100
+    # Pulls weights towards 0, which helps against memorising; for adamw only.
     optimizer.weight_decay = 0.0
     # Recurrent gradients explode now and then; 0 means no clipping.
     optimizer.clip_norm = 1.0
     # Keeps Adam's quotient finite where gradients vanish.
     optimizer.epsilon = 1e-8
+    return optimizer
 
-    config.sample = sample = ConfigDict()
+
+def _sample() -> ConfigDict:
+    sample = ConfigDict()
     # What is written at every evaluation, and what launch/sample.py does unless told otherwise.
     sample.length = 400
     # Below 1 the text is more careful, above 1 more daring, and 0 takes the most probable.
@@ -86,18 +105,18 @@ def base_config() -> ConfigDict:
     sample.top_p = 1.0
     # carry: one step a character; window: reread seq_len characters for each, as windows train.
     sample.method = "carry"
-    return config
+    return sample
 
 
 Rule = tuple[Callable[[Any], bool], str]
 
 
 def _at_least(low: float) -> Rule:
-    return (lambda v: math.isfinite(v) and v >= low), f"a number of at least {low}"
+    return (lambda v: low <= v < math.inf), f"a number of at least {low}"
 
 
 def _above(low: float) -> Rule:
-    return (lambda v: math.isfinite(v) and v > low), f"a number above {low}"
+    return (lambda v: low < v < math.inf), f"a number above {low}"
 
 
 def _fraction(include_one: bool = False) -> Rule:

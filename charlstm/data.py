@@ -31,7 +31,7 @@ class Streams:
       batch_size: B, at most M - 1.
       seq_len: T.
       context: how many characters, a multiple of T, each stream but the first reads uncounted
-        before its own, so that it does not start cold.
+        before its own, so that it does not start cold; at most as many as a stream has.
     """
 
     ids_M: np.ndarray
@@ -179,7 +179,8 @@ def evaluation_batches(
             "are needed; give a longer text, or set config.data.val_fraction higher, or to 0"
         )
     if config.data.order == "windows":
-        return Windows(ids_M, config.batch_size, config.seq_len, config.data.loss_on == "last")
+        # All positions of all windows would count a character once for each window it is in.
+        return Windows(ids_M, config.batch_size, config.seq_len, last_only=True)
     # A stream shorter than its context would cost more than it saves.
     most = max(1, len(ids_M) // (2 * config.seq_len))
     return Streams(

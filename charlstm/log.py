@@ -119,11 +119,12 @@ class TrainingBar:
         )
         self._task = self._progress.add_task("", total=num_steps, completed=step, figures="")
 
-    def __enter__(self) -> "TrainingBar":
+    def start(self) -> None:
+        """Show the bar."""
         self._progress.start()
-        return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def stop(self) -> None:
+        """Leave the bar as it stands."""
         self._progress.stop()
 
     def advance(self) -> None:

@@ -33,7 +33,7 @@ _GUTENBERG_START = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _GUTENBERG_END = re.compile(
-    r"^(?:\*{3}[ \t]*)?END OF (?:THE |THIS )?PROJECT GUTENBERG(?:['\u2019]S)? E(?:BOOK|TEXT)\b",
+    r"^(?:\*{3}[ \t]*)?END OF (?:THE |THIS )?PROJECT GUTENBERG\b",
     re.IGNORECASE | re.MULTILINE,
 )
 
@@ -213,7 +213,8 @@ def _read_bytes(path: str) -> bytes:
 
 def _decode(raw: bytes, path: str) -> str:
     try:
-        return raw.decode("utf-8-sig")
+        # Not by 'utf-8-sig', whose errors count from behind the byte-order mark.
+        return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: not UTF-8 (byte 0x{raw[error.start]:02x} at offset {error.start}); "
@@ -231,9 +232,11 @@ class _DownloadBar:
     """A rich progress bar with the four names that pooch's downloader calls."""
 
     def __init__(self) -> None:
+        from rich.console import Console
         from rich.progress import DownloadColumn, Progress
 
-        self._progress = Progress(*Progress.get_default_columns(), DownloadColumn())
+        columns = (*Progress.get_default_columns(), DownloadColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True))
         self._task = self._progress.add_task("downloading", total=None)
         self._progress.start()
         self.total = 0

@@ -30,8 +30,10 @@ MAY_IMPORT = {
     "curves": "",
     "log": "curves files",
     "checkpoint": "config errors files model optim steps text",
-    "train": "checkpoint config curves data errors files log model optim recurrence sample steps "
-    "text",
+    "job": "checkpoint data errors text",
+    "journal": "checkpoint errors job log steps",
+    "train": "checkpoint config curves data errors files job journal log model optim recurrence "
+    "sample steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")

@@ -203,6 +203,8 @@ FRAMES = {
         "End of the Project Gutenberg EBook of X, by Y\nA licence.\n",
     ),
     "curly apostrophe": (f"{NEW_START}\n", "End of Project Gutenberg\u2019s Etext of X, by Y\n"),
+    # An end before the beginning ends nothing.
+    "end in the header": (f"{NEW_END}\nA header.\n{NEW_START}\n", f"{NEW_END}\nA licence.\n"),
     "start only": (f"A header.\n{NEW_START}\n", ""),
     "end only": ("", f"{NEW_END}\nA licence.\n"),
 }

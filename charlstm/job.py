@@ -1,0 +1,97 @@
+"""From a config and a folder to a job: the text read, the run folder opened or made."""
+
+import logging
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from charlstm.checkpoint import Run, check_same_config, create_run, load_run, random_prompts
+from charlstm.data import Streams, Windows, evaluation_batches, split, training_batches
+from charlstm.errors import UserError
+from charlstm.text import Text, Vocab, load_text
+
+logger = logging.getLogger(__name__)
+
+
+class Job(NamedTuple):
+    """A run with its text read and its length known."""
+
+    run: Run
+    batches: Streams | Windows
+    val_batches: Streams | Windows | None
+    num_steps: int
+
+
+def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
+    """Read the text of `config` and open the run folder, or make it.
+
+    Raises:
+      UserError: for a text that can't be used, or a folder of another run.
+    """
+    run = load_run(workdir) if (workdir / "config.json").exists() else None
+    if run:
+        check_same_config(run, config)
+    text = load_text(
+        config.data.path,
+        lowercase=config.data.lowercase,
+        strip_punctuation=config.data.strip_punctuation,
+        source=run.text["source"] if run else "",
+    )
+    if run and run.text["sha256"] != text.sha256:
+        raise UserError(
+            f"{text.source}: has changed since the run in {workdir} began; "
+            "bring the old text back, or choose another --workdir"
+        )
+    vocab = Vocab.from_text(text.content)
+    train_ids, val_ids = split(vocab.encode(text.content), config.data.val_fraction)
+    batches = training_batches(train_ids, config)
+    val_batches = evaluation_batches(val_ids, config) if config.data.val_fraction else None
+    num_steps = config.num_steps or config.num_epochs * batches.steps_per_epoch
+    if run is None:
+        about = describe_text(text, vocab, train_ids, val_ids)
+        prompts = random_prompts(train_ids, vocab, config.seq_len, config.seed)
+        run = create_run(workdir, config, vocab, about, prompts)
+    return Job(run, batches, val_batches, num_steps)
+
+
+def describe_text(
+    text: Text, vocab: Vocab, train_ids: np.ndarray, val_ids: np.ndarray
+) -> dict[str, Any]:
+    """Return what config.json says of the text."""
+    return {
+        "source": text.source,
+        "sha256": text.sha256,
+        "bytes": text.num_bytes,
+        "characters_cut": text.num_cut,
+        "characters": len(train_ids) + len(val_ids),
+        "training_characters": len(train_ids),
+        "validation_characters": len(val_ids),
+        "vocabulary": len(vocab),
+    }
+
+
+def report(job: Job, step: int, num_params: int, devices: str) -> None:
+    """Tell what was read, and what is trained on what."""
+    run, text = job.run, job.run.text
+    lines = {
+        "run folder": run.workdir,
+        "text": text["source"],
+        "total characters": f"{text['characters']:,}",
+        "total vocabulary": text["vocabulary"],
+        "training on": f"{text['training_characters']:,} characters",
+        "validating on": f"{text['validation_characters']:,} characters",
+        "model": f"{run.config.model.num_layers} x {run.config.model.hidden_size} LSTM, "
+        f"{num_params:,} parameters",
+        "devices": devices,
+        "steps": f"{step:,} of {job.num_steps:,} done, {job.batches.steps_per_epoch:,} an epoch",
+    }
+    if text["characters_cut"]:
+        lines["total characters"] += (
+            f" ({text['characters_cut']:,} of Project Gutenberg's header and licence cut off)"
+        )
+    if isinstance(job.batches, Windows):
+        lines["total patterns"] = f"{job.batches.num_windows:,}"
+    for name, value in lines.items():
+        logger.info("%s: %s", name, value)
