@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from charlstm.model import CharLSTM, predict, zero_carry
 from charlstm.sample import keep_probable, make_sampler, make_writer, pick, sample_step, stream
+from charlstm.text import Vocab
 
 # All different, so that no two axes can be mixed up unnoticed: prompts, window, text, vocabulary.
 B, P, SEQ_LEN, L, V = 3, 9, 7, 25, 11
@@ -151,6 +152,16 @@ def test_streaming_yields_what_the_sampler_writes(method):
     pieces = list(stream(writer, PARAMS, PROMPT_BP, key, L))
     assert len(pieces) == L
     np.testing.assert_array_equal(np.stack(pieces, axis=1), write(method, seed=8, **settings))
+
+
+@each_method
+def test_a_prompt_may_be_in_the_small_integers_that_a_vocab_encodes_to(method):
+    characters = "abcdefghijk"
+    vocab = Vocab.from_text(characters)
+    text = ["".join(characters[index] for index in row) for row in PROMPT_BP]
+    prompt_BP = np.stack([vocab.encode(row) for row in text])
+    assert prompt_BP.dtype == np.uint8
+    np.testing.assert_array_equal(write(method, prompt_BP), write(method))
 
 
 def test_a_prompt_shorter_than_the_window_is_refused():
