@@ -1,19 +1,24 @@
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from etils import epath
 
 from charlstm.checkpoint import Checkpoints, check_same_config, load_model, load_run
 from charlstm.config import base_config
+from charlstm.data import evaluation_batches, split
 from charlstm.errors import RunError, UserError
 from charlstm.log import read_records
-from charlstm.steps import TrainState
+from charlstm.model import zero_carry
+from charlstm.steps import TrainState, evaluate, make_eval_step
 from charlstm.train import train
 
 NUM_STEPS = 30
+FIXTURES = ROOT / "tests" / "fixtures"
 
 
 def small_config(book_path, **changes):
@@ -231,3 +236,18 @@ def test_a_torn_last_line_of_metrics_is_not_a_lost_run(book_path, tmp_path):
     assert train(config, tmp_path / "run")
     steps = [record["step"] for record in timeless(tmp_path / "run") if "train/loss" in record]
     assert steps == [*range(4, NUM_STEPS, 4), NUM_STEPS]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()))
+def test_a_run_folder_of_every_earlier_schema_still_reads_as_it_was(name, tmp_path, book):
+    # A copy, since opening a run's checkpoints may tidy them up.
+    shutil.copytree(FIXTURES / name, tmp_path / name)
+    run, model, params = load_model(tmp_path / name)
+    record = read_records(epath.Path(tmp_path / name) / "metrics.jsonl")[-1]
+    val_ids = split(run.vocab.encode(book), run.config.data.val_fraction)[1]
+    batches = evaluation_batches(val_ids, run.config)
+    carry = zero_carry(model, batches.batch_size)
+    indices = range(batches.steps_per_epoch)
+    result = evaluate(jax.jit(make_eval_step(model)), params, carry, map(batches, indices))
+    # The tolerance is for the order of float32 sums on other processors.
+    np.testing.assert_allclose(result["loss"], record["val/loss"], rtol=1e-5)
