@@ -16,7 +16,7 @@ def base_config() -> ConfigDict:
     # One number decides the initial weights, the order of windows, dropout and the samples.
     config.seed = 0
     # How long to train, in passes over the training text.
-    config.num_epochs = 8
+    config.num_epochs = 5
     # How long to train, in steps; 0 means as many as num_epochs asks for.
     config.num_steps = 0
     # Few streams mean many updates a minute: on two cores that wins over full vector units.
@@ -76,7 +76,7 @@ def _model() -> ConfigDict:
 
 def _optimizer() -> ConfigDict:
     optimizer = ConfigDict()
-    # adamw is adam with weight_decay.
+    # adamw is adam with weight_decay; keras_adam is adam with epsilon where Keras has it.
     optimizer.name = "adam"
     # The peak, after the warm-up; high, since a short run has no time for a careful one.
     optimizer.learning_rate = 8e-3
@@ -149,7 +149,7 @@ _RULES: dict[str, Rule] = {
     "model.input": _one_of("one_hot", "embed", "scaled"),
     "model.embed_size": _at_least(1),
     "model.dtype": _one_of("float32", "bfloat16"),
-    "optimizer.name": _one_of("adam", "adamw"),
+    "optimizer.name": _one_of("adam", "adamw", "keras_adam"),
     "optimizer.learning_rate": _above(0),
     "optimizer.schedule": _one_of("constant", "cosine", "linear"),
     "optimizer.warmup_steps": _at_least(0),
@@ -211,8 +211,9 @@ def validate(config: ConfigDict) -> None:
             "config.data.loss_on=last: streams would leave most characters unlearnt; "
             "use all, or config.data.order=windows"
         )
-    if config.optimizer.name == "adam" and config.optimizer.weight_decay:
+    optimizer = config.optimizer
+    if optimizer.name != "adamw" and optimizer.weight_decay:
         raise UserError(
-            f"config.optimizer.weight_decay={config.optimizer.weight_decay}: adam has none; "
+            f"config.optimizer.weight_decay={optimizer.weight_decay}: {optimizer.name} has none; "
             "use config.optimizer.name=adamw"
         )

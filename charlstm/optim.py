@@ -1,5 +1,7 @@
 """Learning-rate schedules and optimizers, all optax's own."""
 
+import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -31,10 +33,30 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
     """Return the optimizer that `config.optimizer` describes, for a run of `num_steps`."""
     schedule = make_schedule(config, num_steps)
     epsilon = config.optimizer.epsilon
-    if config.optimizer.name == "adamw":
-        rule = optax.adamw(schedule, eps=epsilon, weight_decay=config.optimizer.weight_decay)
-    else:
-        rule = optax.adam(schedule, eps=epsilon)
+    rule = {
+        "adam": lambda: optax.adam(schedule, eps=epsilon),
+        "adamw": lambda: optax.adamw(
+            schedule, eps=epsilon, weight_decay=config.optimizer.weight_decay
+        ),
+        "keras_adam": lambda: keras_adam(schedule, epsilon),
+    }[config.optimizer.name]()
     if config.optimizer.clip_norm == 0:
         return rule
     return optax.chain(optax.clip_by_global_norm(config.optimizer.clip_norm), rule)
+
+
+def keras_adam(schedule: optax.Schedule, epsilon: float) -> optax.GradientTransformation:
+    """Return Adam as Keras has it, where epsilon is added before the correction for bias.
+
+    This is the 'epsilon hat' of Kingma and Ba 2014 (arXiv 1412.6980, end of section 2). Early steps
+    differ where gradients are as small as epsilon, as in most of an untrained recurrent kernel.
+    """
+    b2 = 0.999
+
+    def corrected(count: jax.Array) -> jax.Array:
+        return epsilon / jnp.sqrt(1 - b2 ** (count + 1.0))
+
+    scale_by_adam = optax.inject_hyperparams(optax.scale_by_adam, static_args=("b1", "b2"))
+    return optax.chain(
+        scale_by_adam(b1=0.9, b2=b2, eps=corrected), optax.scale_by_learning_rate(schedule)
+    )

@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.model.dropout_rate = 0.2
 
     # Keras's defaults for Adam.
+    config.optimizer.name = "keras_adam"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.epsilon = 1e-7
     config.optimizer.schedule = "constant"

@@ -285,6 +285,19 @@ def test_bfloat16_stays_near_float32_and_keeps_carry_and_gradients_in_float32(na
     assert_close(grads, wanted_grads, 0.1)
 
 
+@each_twin
+def test_bfloat16_does_not_round_what_the_cell_remembers(name):
+    # Gates that forget nothing and add 1/1000 a step, which is less than bfloat16 sees beside 1.
+    params = jax.tree.map(jnp.zeros_like, singles(draw_case(17)[0][0]))
+    for gate, bias in {"i": np.log(1e-3), "f": 20.0, "g": 20.0}.items():
+        params["h" + gate]["bias"] += bias
+    carry = jnp.ones((B, H)), jnp.zeros((B, H))
+    inputs_TBE = jnp.zeros((200, B, E))
+    (c_BH, _), _ = LSTMS[name](params, carry, inputs_TBE, dtype=jnp.bfloat16)
+    # 1.2 but for the gate itself, which bfloat16 rounds by up to 2 %.
+    np.testing.assert_allclose(c_BH, np.full((B, H), 1.2), atol=0.01)
+
+
 INITIAL_E, INITIAL_H = 40, 33
 
 
