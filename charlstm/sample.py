@@ -87,7 +87,7 @@ def carry_writer(model: CharLSTM, **settings: Any) -> Writer:
         carry = zero_carry(model, prompt_BP.shape[0])
         if prompt_BP.shape[1] > 1:
             _, carry = predict(model, params, prompt_BP[:, :-1], carry)
-        return carry, prompt_BP[:, -1]
+        return carry, prompt_BP[:, -1].astype(jnp.int32)
 
     def step(params: Any, memory: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         carry, ids_B = memory
@@ -106,7 +106,7 @@ def window_writer(model: CharLSTM, seq_len: int, **settings: Any) -> Writer:
     def start(params: Any, prompt_BP: jax.Array) -> jax.Array:
         if prompt_BP.shape[1] < seq_len:
             raise ValueError(f"a prompt of {prompt_BP.shape[1]} characters, fewer than {seq_len}")
-        return prompt_BP[:, -seq_len:]
+        return prompt_BP[:, -seq_len:].astype(jnp.int32)
 
     def step(params: Any, window_BT: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         empty = zero_carry(model, window_BT.shape[0])
