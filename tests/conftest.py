@@ -5,9 +5,10 @@ import os
 # As the launchers do: LAPACK's result depends on its threads, and they fight over two cores.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["KERAS_BACKEND"] = "jax"
-# Two devices, so that shard_map has something to shard.
+# Two devices, so that shard_map has something to shard; and little optimisation, since compiling
+# takes most of a small test's time (SHIPPED asks for it where a result must be the shipped one).
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=2"
+    " --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
 )
 
 import atexit
@@ -19,8 +20,7 @@ from pathlib import Path
 
 import pytest
 
-# One compilation for the whole session, the launchers' processes included: most of a small test's
-# time is XLA's compiler.
+# One compilation for the whole session, the launchers' processes included.
 _CACHE = tempfile.mkdtemp(prefix="charlstm-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
@@ -28,6 +28,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = {"compiler_options": {"xla_backend_optimization_level": 3}}  # for jax.jit
 sys.path.insert(0, str(Path(__file__).parent))
 
 

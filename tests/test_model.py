@@ -15,9 +15,6 @@ from charlstm.model import CharLSTM, predict, zero_carry
 B, T, V, H = 3, 6, 11, 10
 KINDS = list(itertools.product(["one_hot", "embed", "scaled"], [1, 2], ["fused", "flax"]))
 
-# Optimizing would take most of the time of these tests.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def make_model(input="one_hot", num_layers=1, recurrence="fused", **fields):
     return CharLSTM(V, H, num_layers, input=input, embed_size=5, recurrence=recurrence, **fields)
@@ -41,7 +38,7 @@ def draw_carry(model, seed=0):
 
 
 def compiled_predict(model, params):
-    return quick_jit(partial(predict, model, params))
+    return jax.jit(partial(predict, model, params))
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="{0[0]}-{0[1]}-{0[2]}".format)
@@ -123,7 +120,7 @@ def test_fused_and_flax_have_one_parameter_tree_and_equal_logits(input, num_laye
 def test_fused_and_flax_draw_the_same_initial_parameters():
     models = make_model("embed"), make_model("embed", recurrence="flax")
     arguments = jax.random.key(5), jnp.zeros((1, 1), jnp.int32), zero_carry(models[0], 1)
-    one, other = (quick_jit(model.init)(*arguments)["params"] for model in models)
+    one, other = (jax.jit(model.init)(*arguments)["params"] for model in models)
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
@@ -149,7 +146,7 @@ def test_the_scaled_view_is_the_number_of_the_character_divided_by_the_vocabular
 def test_dropout_is_off_unless_training_and_then_follows_the_key():
     model, plain = make_model(num_layers=2, dropout_rate=0.5), make_model(num_layers=2)
     params, ids_BT, carry = draw_params(model), draw_ids(), draw_carry(model)
-    train = quick_jit(partial(predict, model, params, ids_BT, carry))
+    train = jax.jit(partial(predict, model, params, ids_BT, carry))
     evaluated = compiled_predict(model, params)(ids_BT, carry)
     assert_trees_close(evaluated, compiled_predict(plain, params)(ids_BT, carry))
     (one, carry_1), (same, _), (other, carry_2) = (
@@ -169,7 +166,7 @@ def test_dropout_keeps_the_mean():
     keys = jax.random.split(jax.random.key(7), 1000)
     # With one layer the logits are linear in what is dropped, so their mean is unbiased.
     train = jax.vmap(lambda key: predict(model, params, ids_BT, carry, key)[0])
-    many_BTV = quick_jit(train)(keys)
+    many_BTV = jax.jit(train)(keys)
     deviation_BTV = np.std(many_BTV, axis=0) / np.sqrt(len(keys))
     wanted_BTV, _ = compiled_predict(model, params)(ids_BT, carry)
     assert np.all(np.abs(np.mean(many_BTV, axis=0) - wanted_BTV) < 5 * deviation_BTV)

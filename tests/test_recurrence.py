@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import SHIPPED
 from flax import linen as nn
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -27,8 +28,6 @@ T, B, E, H = 8, 3, 5, 6
 # Sums of a few dozen products; float64 keeps 16 digits, float32 7, and cancelling costs some.
 RELATIVE = {"float64": 1e-10, "float32": 1e-5}
 
-# Optimizing costs most of a test's time.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 each_lstm = pytest.mark.parametrize("name", LSTMS)
 each_twin = pytest.mark.parametrize("name", ["OptimizedLSTMCell", "fused"])
@@ -99,7 +98,7 @@ def value_and_gradients(name, arguments, gradients, dtype="float32"):
 
     inputs = jnp.asarray(inputs) if is_ids else cast(inputs, dtype)
     # What people run is optimized.
-    compiled = jax.jit(run) if dtype == "float32" else quick_jit(run)
+    compiled = jax.jit(run, **SHIPPED) if dtype == "float32" else jax.jit(run)
     return compiled(*cast((params, carry), dtype), inputs, cast(gradients, dtype))
 
 
@@ -175,7 +174,7 @@ def test_two_half_windows_with_the_carry_handed_on_equal_one(name, kind):
     params, carry, inputs = cast(draw_case(4)[0], "float32")
     if kind == "ids":
         inputs = draw_ids(4)
-    apply = quick_jit(LSTMS[name])
+    apply = jax.jit(LSTMS[name])
     whole = apply(params, carry, inputs)
     middle_carry, first_TBH = apply(params, carry, inputs[: T // 2])
     last_carry, second_TBH = apply(params, middle_carry, inputs[T // 2 :])
@@ -201,7 +200,7 @@ def test_fused_maps_over_parameters_as_over_each_alone(kind):
     many = [draw_params(np.random.default_rng(seed), E, H) for seed in (6, 7)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *many)
     mapped = jax.vmap(jax.grad(fused_loss, argnums=(0, 1)), in_axes=(0, None, None, None))
-    found = quick_jit(mapped)(*singles((stacked, carry, inputs, gradients)))
+    found = jax.jit(mapped)(*singles((stacked, carry, inputs, gradients)))
     for index, params in enumerate(many):
         wanted = numpy_grads(params, carry, inputs, gradients)
         assert_close(jax.tree.map(lambda leaf, i=index: leaf[i], found), wanted, 1e-5)
@@ -216,7 +215,7 @@ def test_fused_maps_over_an_extra_batch_axis(kind):
         rests.append((carry, draw_ids(seed) if kind == "ids" else inputs, gradients))
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *rests)
     mapped = jax.vmap(jax.grad(fused_loss, argnums=(0, 1)), in_axes=(None, 0, 0, 0))
-    found = quick_jit(mapped)(*singles((params, *stacked)))
+    found = jax.jit(mapped)(*singles((params, *stacked)))
     for index, rest in enumerate(rests):
         wanted = numpy_grads(params, *rest)
         assert_close(jax.tree.map(lambda leaf, i=index: leaf[i], found), wanted, 1e-5)
@@ -228,7 +227,7 @@ def test_fused_has_the_same_gradients_under_checkpoint(kind):
     if kind == "ids":
         inputs = draw_ids(10)
     arguments = params, carry, inputs, gradients
-    grads = quick_jit(jax.grad(jax.checkpoint(fused_loss), argnums=(0, 1)))
+    grads = jax.jit(jax.grad(jax.checkpoint(fused_loss), argnums=(0, 1)))
     assert_close(grads(*singles(arguments)), numpy_grads(*arguments), 1e-5)
 
 
@@ -262,7 +261,7 @@ def test_bfloat16_stays_near_float32_and_keeps_carry_and_gradients_in_float32(na
     wanted_carry, wanted_TBH = lstm(params, carry, inputs_TBE)
     wanted_grads = lstm_gradient(params, carry, inputs_TBE, *gradients)[:2]
 
-    @quick_jit
+    @jax.jit
     def run(params, carry, inputs, gradients):
         apply = partial(LSTMS[name], dtype=jnp.bfloat16)
         result, pull = jax.vjp(lambda p, c: apply(p, c, inputs), params, carry)

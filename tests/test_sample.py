@@ -16,8 +16,6 @@ from charlstm.text import Vocab
 # All different, so that no two axes can be mixed up unnoticed: prompts, window, text, vocabulary.
 B, P, SEQ_LEN, L, V = 3, 9, 7, 25, 11
 MODEL = CharLSTM(vocab_size=V, hidden_size=12, num_layers=2)
-# Optimizing would take most of the time of these tests.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 each_method = pytest.mark.parametrize("method", ["carry", "window"])
 
@@ -32,12 +30,12 @@ def draw_params():
 
 PARAMS = draw_params()
 PROMPT_BP = np.random.default_rng(1).integers(V, size=(B, P), dtype=np.int32)
-predict_ids = quick_jit(partial(predict, MODEL, PARAMS))
+predict_ids = jax.jit(partial(predict, MODEL, PARAMS))
 
 
 @lru_cache
 def compiled_sampler(method, **settings):
-    return quick_jit(make_sampler(MODEL, L, method=method, seq_len=SEQ_LEN, **settings))
+    return jax.jit(make_sampler(MODEL, L, method=method, seq_len=SEQ_LEN, **settings))
 
 
 def write(method="carry", prompt_BP=PROMPT_BP, seed=0, **settings):
@@ -185,9 +183,9 @@ def test_sample_step_works_in_a_loop_of_ones_own():
         return (carry, ids_B), ids_B
 
     memory = zero_carry(MODEL, B), jnp.asarray(PROMPT_BP[:, 0])
-    (last_carry, _), scanned_LB = quick_jit(partial(jax.lax.scan, body))(memory, keys)
+    (last_carry, _), scanned_LB = jax.jit(partial(jax.lax.scan, body))(memory, keys)
 
-    compiled = quick_jit(step)
+    compiled = jax.jit(step)
     carry, ids_B = memory
     for key, scanned_B in zip(keys, scanned_LB, strict=True):
         carry, ids_B = compiled(PARAMS, carry, ids_B, key)
@@ -203,9 +201,9 @@ def test_sample_step_maps_over_keys_and_over_models():
     )
     step = partial(sample_step, model=MODEL)
     carry, ids_B = zero_carry(MODEL, B), jnp.asarray(PROMPT_BP[:, 0])
-    mapped = quick_jit(jax.vmap(step, in_axes=(0, None, None, 0)))
+    mapped = jax.jit(jax.vmap(step, in_axes=(0, None, None, 0)))
     found = mapped(many, carry, ids_B, keys)
-    compiled = quick_jit(step)
+    compiled = jax.jit(step)
     for index, key in enumerate(keys):
         params, (found_carry, found_B) = jax.tree.map(lambda leaf, i=index: leaf[i], (many, found))
         wanted_carry, wanted_B = compiled(params, carry, ids_B, key)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import SHIPPED
 
 from charlstm.data import training_batches
 from charlstm.model import model_from_config, predict, zero_carry
@@ -105,7 +106,7 @@ def test_losses_follow_those_of_keras(config, ids_M, vocab_size, keras_model):
     state = init_state(model, optimizer, jax.random.key(0), config.batch_size)
     params = params_of(keras_model)
     state = state._replace(params=params, opt_state=optimizer.init(params))
-    train_step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
+    train_step = jax.jit(make_train_step(model, optimizer), donate_argnums=0, **SHIPPED)
     batches = training_batches(ids_M, config)
 
     losses, wanted, counts = [], [], []
@@ -170,7 +171,7 @@ def test_greedy_text_equals_that_of_keras(config, ids_M, vocab_size, keras_model
         seq_len=config.seq_len,
         temperature=config.sample.temperature,
     )
-    found_1L = jax.jit(sampler)(params_of(keras_model), seed_T[None], jax.random.key(0))
+    found_1L = jax.jit(sampler, **SHIPPED)(params_of(keras_model), seed_T[None], jax.random.key(0))
     np.testing.assert_array_equal(found_1L[0], wanted)
 
 
