@@ -238,10 +238,10 @@ class _DownloadBar:
         columns = (*Progress.get_default_columns(), DownloadColumn())
         self._progress = Progress(*columns, console=Console(stderr=True))
         self._task = self._progress.add_task("downloading", total=None)
-        self._progress.start()
         self.total = 0
 
     def update(self, amount: int) -> None:
+        self._progress.start()  # at the first byte, so that a dead address shows no bar
         self._progress.update(self._task, advance=amount, total=self.total or None)
 
     def reset(self) -> None:

@@ -1,6 +1,8 @@
 """The default recipe: good text in about two minutes on two CPU cores.
 
 python launch/train.py
+
+2.047 bits per character on the last tenth of Dracula after 140 s of training on two CPU cores.
 """
 
 from ml_collections import ConfigDict
