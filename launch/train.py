@@ -14,6 +14,7 @@ import app
 from absl import flags
 
 CONFIG = app.define_config()
+flags.adopt_module_key_flags(app)  # so that --help lists --config
 WORKDIR = flags.DEFINE_string("workdir", "", "the run folder; runs/NAME-OF-CONFIG if not given")
 
 

@@ -199,3 +199,5 @@ def test_help_is_given_with_success(launcher):
     result = run_command(launcher, "--help")
     assert result.returncode == 0
     assert f"python launch/{launcher}.py" in result.stdout
+    assert "--workdir" in result.stdout
+    assert ("--config:" in result.stdout) == (launcher == "train")
