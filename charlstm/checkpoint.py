@@ -143,9 +143,8 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """Return the step with the lowest finite loss, or the newest if none has a loss."""
-        best = self._manager.best_step()
-        return self.latest_step() if best is None else best
+        """Return the step with the lowest finite loss, or the newest if none has one."""
+        return self._manager.best_step()
 
     def save(self, state: TrainState, notes: dict[str, Any], loss: float | None) -> None:
         """Save a state, with `notes` (JSON) beside it; a `loss` makes it a candidate for best."""
@@ -155,7 +154,7 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)
         )
-        metrics = None if loss is None else {"loss": float(loss)}
+        metrics = {"loss": math.inf if loss is None else float(loss)}
         self._manager.save(step, args=args, metrics=metrics, force=True)
         self._trash.rmtree(missing_ok=True)
 

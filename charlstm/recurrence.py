@@ -86,114 +86,103 @@ def fused_lstm(
 ) -> tuple[LayerCarry, jax.Array]:
     """Run one LSTM layer over time with as few, as large matrix products as possible.
 
-    Arguments and result are flax_lstm's, and so are the gradients, in reverse mode only. The input
-    side of all time steps is one product (a row lookup for ids), and so is each weight gradient.
-    Differentiation keeps 6 floats per B·T·H: four gates, c and h.
+    Arguments and result are flax_lstm's, and so are the gradients, in reverse mode only. What
+    reaches the gates from vectors is one product for all time steps, and from ids a row looked up
+    at each; each weight gradient is one product. Differentiation keeps 6 floats per B·T·H: four
+    gates, c and h.
     """
+    # Since sigmoid(s) = (1 + tanh(s / 2)) / 2, with halved sums one tanh serves all four gates.
+    halve_G = jnp.repeat(jnp.array([0.5, 0.5, 1.0, 0.5], dtype), carry[0].shape[-1])
     input_kernel_EG, recurrent_kernel_HG = (
-        jnp.concatenate([params[f"{side}{gate}"]["kernel"] for gate in GATES], axis=1).astype(dtype)
+        jnp.concatenate([params[f"{side}{gate}"]["kernel"] for gate in GATES], axis=1) * halve_G
         for side in "ih"
     )
-    bias_G = jnp.concatenate([params[f"h{gate}"]["bias"] for gate in GATES]).astype(dtype)
+    bias_G = jnp.concatenate([params[f"h{gate}"]["bias"] for gate in GATES]) * halve_G
     if jnp.issubdtype(inputs.dtype, jnp.integer):
         # The bias joins the rows that are looked up, which are fewer than the time steps.
-        drive_TBG = _lookup(input_kernel_EG + bias_G, inputs)
+        rows_EG = (input_kernel_EG + bias_G).astype(dtype)
     else:
-        drive_TBG = inputs.astype(dtype) @ input_kernel_EG + bias_G
-    return _recur(recurrent_kernel_HG, carry, drive_TBG)
-
-
-@jax.custom_vjp
-def _lookup(kernel_EG: jax.Array, ids_TB: jax.Array) -> jax.Array:
-    return kernel_EG[ids_TB]
-
-
-def _lookup_forward(kernel_EG: jax.Array, ids_TB: jax.Array) -> tuple[jax.Array, Any]:
-    return kernel_EG[ids_TB], (ids_TB, kernel_EG.shape[0])
-
-
-def _lookup_backward(residuals: Any, grad_TBG: jax.Array) -> tuple[jax.Array, None]:
-    # One product with the one-hot inputs, where the gradient of a lookup would add row by row.
-    ids_TB, size = residuals
-    one_hot_TBE = jax.nn.one_hot(ids_TB, size, dtype=grad_TBG.dtype)
-    return jnp.einsum("tbe,tbg->eg", one_hot_TBE, grad_TBG), None
-
-
-_lookup.defvjp(_lookup_forward, _lookup_backward)
-
-
-def _gates(sums_BG: jax.Array) -> tuple[jax.Array, ...]:
-    i_BH, f_BH, g_BH, o_BH = jnp.split(sums_BG, 4, axis=-1)
-    return jax.nn.sigmoid(i_BH), jax.nn.sigmoid(f_BH), jnp.tanh(g_BH), jax.nn.sigmoid(o_BH)
+        rows_EG = jnp.zeros((0, bias_G.size), dtype)
+        inputs = inputs.astype(dtype) @ input_kernel_EG.astype(dtype) + bias_G.astype(dtype)
+    return _recur(recurrent_kernel_HG.astype(dtype), rows_EG, carry, inputs)
 
 
 def _scan(
-    kernel_HG: jax.Array, carry: LayerCarry, drive_TBG: jax.Array, keep: bool
+    kernel_HG: jax.Array, rows_EG: jax.Array, carry: LayerCarry, inputs: jax.Array, keep: bool
 ) -> tuple[LayerCarry, Any]:
-    def step(carry: LayerCarry, drive_BG: jax.Array) -> tuple[LayerCarry, Any]:
+    def step(carry: LayerCarry, inputs_B: jax.Array) -> tuple[LayerCarry, Any]:
         c_BH, h_BH = carry
+        # Looked up here, where it stays in the cache, and not for all time steps before.
+        drive_BG = rows_EG[inputs_B] if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs_B
         product_BG = jnp.dot(
             h_BH.astype(kernel_HG.dtype), kernel_HG, preferred_element_type=c_BH.dtype
         )
-        i_BH, f_BH, g_BH, o_BH = _gates(drive_BG + product_BG)
+        i_BH, f_BH, g_BH, o_BH = jnp.split(jnp.tanh(drive_BG + product_BG), 4, axis=-1)
+        i_BH, f_BH, o_BH = ((1 + tanh_BH) / 2 for tanh_BH in (i_BH, f_BH, o_BH))
         c_BH = f_BH * c_BH + i_BH * g_BH
         h_BH = o_BH * jnp.tanh(c_BH)
         kept = (c_BH, jnp.concatenate([i_BH, f_BH, g_BH, o_BH], axis=-1)) if keep else ()
         return (c_BH, h_BH), (h_BH, *kept)
 
-    return jax.lax.scan(step, carry, drive_TBG)
+    return jax.lax.scan(step, carry, inputs)
 
 
 @jax.custom_vjp
 def _recur(
-    kernel_HG: jax.Array, carry: LayerCarry, drive_TBG: jax.Array
+    kernel_HG: jax.Array, rows_EG: jax.Array, carry: LayerCarry, inputs: jax.Array
 ) -> tuple[LayerCarry, jax.Array]:
-    carry, (hidden_TBH,) = _scan(kernel_HG, carry, drive_TBG, keep=False)
+    """Run the recurrence on halved sums; `inputs` are ids_TB of rows_EG, or drive_TBG itself."""
+    carry, (hidden_TBH,) = _scan(kernel_HG, rows_EG, carry, inputs, keep=False)
     return carry, hidden_TBH
 
 
 def _recur_forward(
-    kernel_HG: jax.Array, carry: LayerCarry, drive_TBG: jax.Array
+    kernel_HG: jax.Array, rows_EG: jax.Array, carry: LayerCarry, inputs: jax.Array
 ) -> tuple[tuple[LayerCarry, jax.Array], Any]:
-    last_carry, (hidden_TBH, c_TBH, gates_TBG) = _scan(kernel_HG, carry, drive_TBG, keep=True)
-    residuals = (kernel_HG, carry, drive_TBG[:0], hidden_TBH, c_TBH, gates_TBG)
-    return (last_carry, hidden_TBH), residuals
+    last_carry, (hidden_TBH, *kept) = _scan(kernel_HG, rows_EG, carry, inputs, keep=True)
+    return (last_carry, hidden_TBH), (kernel_HG, rows_EG, carry, inputs, hidden_TBH, *kept)
 
 
-def _recur_backward(residuals: Any, grads: Any) -> tuple[jax.Array, LayerCarry, jax.Array]:
-    kernel_HG, (c_BH, h_BH), drive_0BG, hidden_TBH, c_TBH, gates_TBG = residuals
+def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
+    kernel_HG, rows_EG, (c_BH, h_BH), inputs, hidden_TBH, c_TBH, gates_TBG = residuals
     last_carry_grad, hidden_grad_TBH = grads
+    dtype, hidden_size = kernel_HG.dtype, c_BH.shape[-1]
     kernel_GH = kernel_HG.T
 
-    def step(carry_grad: LayerCarry, inputs: Any) -> tuple[LayerCarry, jax.Array]:
+    def step(carry_grad: LayerCarry, kept: Any) -> tuple[LayerCarry, jax.Array]:
         dc_BH, dh_BH = carry_grad
-        hidden_grad_BH, c_BH, c_before_BH, gates_BG = inputs
+        hidden_grad_BH, c_BH, c_before_BH, gates_BG = kept
         i_BH, f_BH, g_BH, o_BH = jnp.split(gates_BG, 4, axis=-1)
         dh_BH = dh_BH + hidden_grad_BH
         tanh_BH = jnp.tanh(c_BH)
         dc_BH = dc_BH + dh_BH * o_BH * (1 - tanh_BH**2)
+        # By the halved sums of the sigmoids, which doubles their share.
         sums_grad_BG = jnp.concatenate(
             [
-                dc_BH * g_BH * i_BH * (1 - i_BH),
-                dc_BH * c_before_BH * f_BH * (1 - f_BH),
+                2 * dc_BH * g_BH * i_BH * (1 - i_BH),
+                2 * dc_BH * c_before_BH * f_BH * (1 - f_BH),
                 dc_BH * i_BH * (1 - g_BH**2),
-                dh_BH * tanh_BH * o_BH * (1 - o_BH),
+                2 * dh_BH * tanh_BH * o_BH * (1 - o_BH),
             ],
             axis=-1,
-        )
-        dh_BH = jnp.dot(
-            sums_grad_BG.astype(kernel_GH.dtype), kernel_GH, preferred_element_type=dc_BH.dtype
-        )
-        return (dc_BH * f_BH, dh_BH), sums_grad_BG.astype(drive_0BG.dtype)
+        ).astype(dtype)
+        dh_BH = jnp.dot(sums_grad_BG, kernel_GH, preferred_element_type=dc_BH.dtype)
+        return (dc_BH * f_BH, dh_BH), sums_grad_BG
 
     c_before_TBH = jnp.concatenate([c_BH[None], c_TBH[:-1]])
-    h_before_TBH = jnp.concatenate([h_BH[None], hidden_TBH[:-1]])
-    carry_grad, drive_grad_TBG = jax.lax.scan(
+    h_before_TBH = jnp.concatenate([h_BH[None], hidden_TBH[:-1]]).astype(dtype)
+    carry_grad, sums_grad_TBG = jax.lax.scan(
         step, last_carry_grad, (hidden_grad_TBH, c_TBH, c_before_TBH, gates_TBG), reverse=True
     )
-    # One product over all B·T rows, where the scan would add T small ones.
-    kernel_grad_HG = jnp.einsum("tbh,tbg->hg", h_before_TBH, drive_grad_TBG).astype(kernel_HG.dtype)
-    return kernel_grad_HG, carry_grad, drive_grad_TBG
+    # One product over all B·T rows, where the scan would add T small ones; with one-hot vectors
+    # beside the hidden state it gives the gradient of the lookup as well.
+    if not jnp.issubdtype(inputs.dtype, jnp.integer):
+        kernel_grad_HG = jnp.einsum("tbh,tbg->hg", h_before_TBH, sums_grad_TBG)
+        return kernel_grad_HG, jnp.zeros_like(rows_EG), carry_grad, sums_grad_TBG
+    one_hot_TBE = jax.nn.one_hot(inputs, rows_EG.shape[0], dtype=dtype)
+    both_TBF = jnp.concatenate([h_before_TBH, one_hot_TBE], axis=-1)
+    both_grad_FG = jnp.einsum("tbf,tbg->fg", both_TBF, sums_grad_TBG)
+    return both_grad_FG[:hidden_size], both_grad_FG[hidden_size:], carry_grad, None
 
 
 _recur.defvjp(_recur_forward, _recur_backward)
