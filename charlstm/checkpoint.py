@@ -110,15 +110,19 @@ def check_same_config(run: Run, config: ConfigDict) -> None:
 class Checkpoints:
     """The states of one run on disk: the two latest, and the best by a loss."""
 
-    def __init__(self, workdir: epath.Path):
-        # Synchronous, since a failed asynchronous last save would end a run with success; with a
-        # folder to move to before deletion, since a kill amid a deletion leaves half a step.
-        self._manager = ocp.CheckpointManager(
-            (workdir / "checkpoints").resolve(),
-            options=ocp.CheckpointManagerOptions(
+    def __init__(self, workdir: epath.Path, read_only: bool = False):
+        """Open the checkpoints of a run; `read_only` leaves one that is still training in peace."""
+        folder = (workdir / "checkpoints").resolve()
+        best = {"best_fn": _finite_loss, "best_mode": "min"}
+        if read_only:
+            options = ocp.CheckpointManagerOptions(
+                read_only=True, create=False, save_interval_steps=0, **best
+            )
+        else:
+            # Synchronous, since a failed asynchronous last save would end a run with success; with
+            # a folder to move to before deletion, since a kill amid one leaves half a step.
+            options = ocp.CheckpointManagerOptions(
                 enable_async_checkpointing=False,
-                best_fn=_finite_loss,
-                best_mode="min",
                 todelete_subdir="trash",
                 cleanup_tmp_directories=True,
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
@@ -133,10 +137,11 @@ class Checkpoints:
                         ),
                     ]
                 ),
-            ),
-        )
-        self._trash = workdir / "checkpoints" / "trash"
-        self._trash.rmtree(missing_ok=True)
+                **best,
+            )
+            (folder / "trash").rmtree(missing_ok=True)
+        self._trash = folder / "trash"
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     def latest_step(self) -> int | None:
         """Return the newest step on disk, None where there is none."""
@@ -189,7 +194,7 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
     model = model_from_config(run.config, len(run.vocab))
     optimizer = make_optimizer(run.config, num_steps=1)  # its state has the same tree for any
     make_state = partial(init_state, model, optimizer, batch_size=run.config.batch_size)
-    with closing(Checkpoints(run.workdir)) as checkpoints:
+    with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
         step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
         if step is None:
             raise UserError(f"{run.workdir}: no checkpoint yet; let it train on")

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +44,7 @@ def run(main: Callable[[], int | None]) -> None:
     # spreads over threads. It reads this when it is loaded, which JAX does, not imported yet.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     # JAX and Orbax tell much that is not about the run.
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)
 
     def guarded(argv: list[str]) -> int | None:
         try:
@@ -57,6 +58,12 @@ def run(main: Callable[[], int | None]) -> None:
             return main()
         except UserError as error:
             return _fail(error)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+        except BrokenPipeError:
+            # Whoever read our output, such as head, has enough. Python flushes stdout once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
 
     app.run(guarded, flags_parser=_parse)
 

@@ -91,6 +91,18 @@ def test_without_a_prompt_it_goes_on_from_the_training_text_though_that_is_gone(
     assert all(ast.literal_eval(prompt) in book for prompt in prompts)
 
 
+def test_a_reader_that_has_enough_ends_a_stream_in_silence(trained):
+    command = [sys.executable, str(ROOT / "launch/sample.py"), "--workdir=runs/tiny", "--stream"]
+    flags = ["--length=1000000"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command + flags, cwd=trained[0], **pipes)
+    assert len(process.stdout.read(10)) == 10
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert b"Error" not in process.stderr.read()
+    process.stderr.close()
+
+
 def test_the_window_method_writes_too(trained):
     text = sample(trained[0], "--method=window", "--length=10", "--temperature=0").stdout
     assert len(text) == 11

@@ -196,6 +196,17 @@ def test_latest_and_best_are_both_kept_and_nan_never_becomes_best(tmp_path):
     ]
 
 
+def test_loading_a_model_changes_nothing_in_its_folder(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
+    # As a trainer leaves them while it saves.
+    (tmp_path / "run" / "checkpoints" / "31.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "run" / "checkpoints" / "trash" / "10").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    for which in ("best", "latest"):
+        load_model(tmp_path / "run", which)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_reading_a_run_unpickles_and_evaluates_nothing(finished, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("code from a file would run")
