@@ -12,7 +12,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -107,11 +106,9 @@ class TrainingBar:
 
     def __init__(self, num_steps: int, step: int):
         self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(bar_width=10),  # so that a line of 80 columns has room for the figures
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=CONSOLE,
             disable=not CONSOLE.is_terminal,
