@@ -86,10 +86,12 @@ def fused_lstm(
 ) -> tuple[LayerCarry, jax.Array]:
     """Run one LSTM layer over time with as few, as large matrix products as possible.
 
-    Arguments and result are flax_lstm's, and so are the gradients, in reverse mode only. What
-    reaches the gates from vectors is one product for all time steps, and from ids a row looked up
-    at each; each weight gradient is one product. Differentiation keeps 6 floats per B·T·H: four
-    gates, c and h.
+    Arguments and result are flax_lstm's, and so are the gradients, in reverse mode only: jax.jvp
+    and second derivatives raise TypeError, and flax_lstm has them. What reaches the gates from
+    vectors is one product for all time steps, and from ids a row looked up at each.
+
+    Differentiation keeps 7 floats per B·T·H: six local derivatives and h. jax.checkpoint keeps
+    none of them and runs the layer once more instead.
     """
     # Since sigmoid(s) = (1 + tanh(s / 2)) / 2, with halved sums one tanh serves all four gates.
     halve_G = jnp.repeat(jnp.array([0.5, 0.5, 1.0, 0.5], dtype), carry[0].shape[-1])
@@ -111,18 +113,23 @@ def _scan(
     kernel_HG: jax.Array, rows_EG: jax.Array, carry: LayerCarry, inputs: jax.Array, keep: bool
 ) -> tuple[LayerCarry, Any]:
     def step(carry: LayerCarry, inputs_B: jax.Array) -> tuple[LayerCarry, Any]:
-        c_BH, h_BH = carry
+        c_before_BH, h_BH = carry
         # Looked up here, where it stays in the cache, and not for all time steps before.
         drive_BG = rows_EG[inputs_B] if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs_B
         product_BG = jnp.dot(
-            h_BH.astype(kernel_HG.dtype), kernel_HG, preferred_element_type=c_BH.dtype
+            h_BH.astype(kernel_HG.dtype), kernel_HG, preferred_element_type=c_before_BH.dtype
         )
-        i_BH, f_BH, g_BH, o_BH = jnp.split(jnp.tanh(drive_BG + product_BG), 4, axis=-1)
+        tanh_BG = jnp.tanh(drive_BG + product_BG)
+        i_BH, f_BH, g_BH, o_BH = jnp.split(tanh_BG, 4, axis=-1)
         i_BH, f_BH, o_BH = ((1 + tanh_BH) / 2 for tanh_BH in (i_BH, f_BH, o_BH))
-        c_BH = f_BH * c_BH + i_BH * g_BH
-        h_BH = o_BH * jnp.tanh(c_BH)
-        kept = (c_BH, jnp.concatenate([i_BH, f_BH, g_BH, o_BH], axis=-1)) if keep else ()
-        return (c_BH, h_BH), (h_BH, *kept)
+        c_BH = f_BH * c_before_BH + i_BH * g_BH
+        tanh_c_BH = jnp.tanh(c_BH)
+        h_BH = o_BH * tanh_c_BH
+        if not keep:
+            return (c_BH, h_BH), (h_BH,)
+        factors_BG = jnp.concatenate([g_BH / 2, c_before_BH / 2, i_BH, tanh_c_BH / 2], axis=-1)
+        slopes = (1 - tanh_BG**2) * factors_BG, o_BH * (1 - tanh_c_BH**2), f_BH
+        return (c_BH, h_BH), (h_BH, slopes)
 
     return jax.lax.scan(step, carry, inputs)
 
@@ -139,50 +146,80 @@ def _recur(
 def _recur_forward(
     kernel_HG: jax.Array, rows_EG: jax.Array, carry: LayerCarry, inputs: jax.Array
 ) -> tuple[tuple[LayerCarry, jax.Array], Any]:
-    last_carry, (hidden_TBH, *kept) = _scan(kernel_HG, rows_EG, carry, inputs, keep=True)
-    return (last_carry, hidden_TBH), (kernel_HG, rows_EG, carry, inputs, hidden_TBH, *kept)
+    last_carry, (hidden_TBH, slopes) = _scan(kernel_HG, rows_EG, carry, inputs, keep=True)
+    h_before_TBH = jnp.concatenate([carry[1][None], hidden_TBH[:-1]])
+    return (last_carry, hidden_TBH), (kernel_HG, rows_EG, inputs, h_before_TBH, slopes)
 
 
 def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
-    kernel_HG, rows_EG, (c_BH, h_BH), inputs, hidden_TBH, c_TBH, gates_TBG = residuals
+    kernel_HG, rows_EG, inputs, h_before_TBH, slopes = residuals
     last_carry_grad, hidden_grad_TBH = grads
-    dtype, hidden_size = kernel_HG.dtype, c_BH.shape[-1]
-    kernel_GH = kernel_HG.T
+    num_steps, batch_size, _ = h_before_TBH.shape
+    dtype, kernel_GH = kernel_HG.dtype, kernel_HG.T
+    is_lookup = jnp.issubdtype(inputs.dtype, jnp.integer)
 
     def step(carry_grad: LayerCarry, kept: Any) -> tuple[LayerCarry, jax.Array]:
         dc_BH, dh_BH = carry_grad
-        hidden_grad_BH, c_BH, c_before_BH, gates_BG = kept
-        i_BH, f_BH, g_BH, o_BH = jnp.split(gates_BG, 4, axis=-1)
+        hidden_grad_BH, (slopes_BG, dh_by_dc_BH, f_BH) = kept
         dh_BH = dh_BH + hidden_grad_BH
-        tanh_BH = jnp.tanh(c_BH)
-        dc_BH = dc_BH + dh_BH * o_BH * (1 - tanh_BH**2)
-        # By the halved sums of the sigmoids, which doubles their share.
-        sums_grad_BG = jnp.concatenate(
-            [
-                2 * dc_BH * g_BH * i_BH * (1 - i_BH),
-                2 * dc_BH * c_before_BH * f_BH * (1 - f_BH),
-                dc_BH * i_BH * (1 - g_BH**2),
-                2 * dh_BH * tanh_BH * o_BH * (1 - o_BH),
-            ],
-            axis=-1,
-        ).astype(dtype)
+        dc_BH = dc_BH + dh_BH * dh_by_dc_BH
+        by_gate_BG = jnp.concatenate([dc_BH, dc_BH, dc_BH, dh_BH], axis=-1)
+        sums_grad_BG = (slopes_BG * by_gate_BG).astype(dtype)
         dh_BH = jnp.dot(sums_grad_BG, kernel_GH, preferred_element_type=dc_BH.dtype)
         return (dc_BH * f_BH, dh_BH), sums_grad_BG
 
-    c_before_TBH = jnp.concatenate([c_BH[None], c_TBH[:-1]])
-    h_before_TBH = jnp.concatenate([h_BH[None], hidden_TBH[:-1]]).astype(dtype)
-    carry_grad, sums_grad_TBG = jax.lax.scan(
-        step, last_carry_grad, (hidden_grad_TBH, c_TBH, c_before_TBH, gates_TBG), reverse=True
+    def chunk_step(state: Any, chunk: Any) -> tuple[Any, jax.Array | None]:
+        carry_grad, kernel_grad_HG, rows_grad_EG = state
+        kept, h_before_tBH, inputs_tB = chunk
+        carry_grad, sums_grad_tBG = jax.lax.scan(step, carry_grad, kept, reverse=True)
+        # One product over the rows of many time steps, where step would add small ones.
+        kernel_grad_HG += jnp.einsum(
+            "tbh,tbg->hg",
+            h_before_tBH.astype(dtype),
+            sums_grad_tBG,
+            preferred_element_type=kernel_grad_HG.dtype,
+        )
+        if not is_lookup:
+            return (carry_grad, kernel_grad_HG, rows_grad_EG), sums_grad_tBG
+        # On CPUs adding takes a sixth of the product's time; on GPUs its order is left to chance,
+        # and TPUs are slow at it.
+        rows_grad_EG = jax.lax.platform_dependent(
+            rows_grad_EG, inputs_tB, sums_grad_tBG, cpu=add_in_place, default=add_by_product
+        )
+        return (carry_grad, kernel_grad_HG, rows_grad_EG), None
+
+    # In chunks, so that the gradient of the sums need not be kept for all time steps.
+    length = _chunk_length(num_steps, batch_size)
+    chunks = jax.tree.map(
+        lambda leaf_T: leaf_T.reshape(num_steps // length, length, *leaf_T.shape[1:]),
+        ((hidden_grad_TBH, slopes), h_before_TBH, inputs),
     )
-    # One product over all B·T rows, where the scan would add T small ones; with one-hot vectors
-    # beside the hidden state it gives the gradient of the lookup as well.
-    if not jnp.issubdtype(inputs.dtype, jnp.integer):
-        kernel_grad_HG = jnp.einsum("tbh,tbg->hg", h_before_TBH, sums_grad_TBG)
-        return kernel_grad_HG, jnp.zeros_like(rows_EG), carry_grad, sums_grad_TBG
-    one_hot_TBE = jax.nn.one_hot(inputs, rows_EG.shape[0], dtype=dtype)
-    both_TBF = jnp.concatenate([h_before_TBH, one_hot_TBE], axis=-1)
-    both_grad_FG = jnp.einsum("tbf,tbg->fg", both_TBF, sums_grad_TBG)
-    return both_grad_FG[:hidden_size], both_grad_FG[hidden_size:], carry_grad, None
+    zeros = (jnp.zeros(leaf.shape, h_before_TBH.dtype) for leaf in (kernel_HG, rows_EG))
+    (carry_grad, *weight_grads), inputs_grad = jax.lax.scan(
+        chunk_step, (last_carry_grad, *zeros), chunks, reverse=True
+    )
+    if not is_lookup:
+        inputs_grad = inputs_grad.reshape(inputs.shape)
+    return *(grad.astype(dtype) for grad in weight_grads), carry_grad, inputs_grad
+
+
+def add_in_place(rows_EG: jax.Array, ids_TB: jax.Array, values_TBG: jax.Array) -> jax.Array:
+    """Return `rows_EG` with each of the values added to the row of its id."""
+    return rows_EG.at[ids_TB].add(values_TBG.astype(rows_EG.dtype))
+
+
+def add_by_product(rows_EG: jax.Array, ids_TB: jax.Array, values_TBG: jax.Array) -> jax.Array:
+    """Return what add_in_place does, as a product with one-hot vectors."""
+    one_hot_TBE = jax.nn.one_hot(ids_TB, rows_EG.shape[0], dtype=values_TBG.dtype)
+    return rows_EG + jnp.einsum(
+        "tbe,tbg->eg", one_hot_TBE, values_TBG, preferred_element_type=rows_EG.dtype
+    )
+
+
+def _chunk_length(num_steps: int, batch_size: int) -> int:
+    """Return the smallest divisor of T that gives the weight gradient's product 1024 rows."""
+    divisors = (n for n in range(1, num_steps) if num_steps % n == 0 and n * batch_size >= 1024)
+    return next(divisors, num_steps)
 
 
 _recur.defvjp(_recur_forward, _recur_backward)

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 from lstm_numpy import GATES, lstm, lstm_gradient
 
-from charlstm.recurrence import CELLS, flax_lstm, fused_lstm, init_lstm
+from charlstm.recurrence import (
+    CELLS,
+    add_by_product,
+    add_in_place,
+    flax_lstm,
+    fused_lstm,
+    init_lstm,
+)
 
 # Newer versions of JAX have it here, older ones there.
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
@@ -190,6 +197,31 @@ def numpy_grads(params, carry, inputs, gradients):
     """Return what jax.grad(fused_loss, argnums=(0, 1)) should give."""
     inputs_TBE = np.eye(E)[inputs] if inputs.dtype == np.int32 else inputs
     return lstm_gradient(params, carry, inputs_TBE, *gradients)[:2]
+
+
+@each_kind
+@pytest.mark.parametrize("steps", [6, 7])
+def test_fused_gradients_of_batches_so_large_that_time_is_cut_into_chunks(kind, steps):
+    # 512 rows a step: chunks of 2 of the 6 steps, and, since 7 is prime, one chunk of 7.
+    (params, carry, inputs_TBE), gradients = draw_case(18, t=steps, b=512)
+    inputs = draw_ids(18, t=steps, b=512) if kind == "ids" else inputs_TBE
+    arguments = params, carry, inputs, gradients
+    found = jax.jit(jax.grad(fused_loss, argnums=(0, 1)))(*singles(arguments))
+    assert_close(found, numpy_grads(*arguments), 1e-5)
+    if kind == "vectors":
+        found = jax.jit(jax.grad(fused_loss, argnums=2))(*singles(arguments))
+        assert_close(found, lstm_gradient(params, carry, inputs, *gradients)[2], 1e-5)
+
+
+def test_adding_to_rows_by_a_product_gives_what_adding_in_place_gives():
+    # The product is what GPUs and TPUs run, the other what CPUs run.
+    rng = np.random.default_rng(19)
+    rows_EG, values_TBG = rng.normal(size=(E, 4)), rng.normal(size=(T, B, 4))
+    ids = draw_ids(19)
+    wanted = rows_EG.copy()
+    np.add.at(wanted, ids, values_TBG)
+    for add in (add_in_place, add_by_product):
+        assert_close(add(*singles((rows_EG, ids, values_TBG))), np.float32(wanted), 1e-5)
 
 
 @each_kind
