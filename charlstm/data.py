@@ -11,7 +11,10 @@ from charlstm.errors import UserError
 
 
 class Batch(NamedTuple):
-    """What one training or evaluation step reads: arrays of NumPy or of JAX."""
+    """What one training or evaluation step reads: arrays of NumPy or of JAX.
+
+    Several batches are one Batch with the axis S of steps in front.
+    """
 
     inputs_BT: Any  # int32 ids
     targets_BT: Any  # int32 ids of the characters that follow
@@ -49,20 +52,20 @@ class Streams:
         """The windows of the longest stream."""
         return -(-(int(np.diff(self.bounds).max()) + self.context) // self.seq_len)
 
-    def __call__(self, step: int) -> Batch:
-        """Return the batch of `step`, counted from 0 over all epochs."""
-        window = step % self.steps_per_epoch
+    def __call__(self, step: int | np.ndarray) -> Batch:
+        """Return the batch of `step`, counted from 0 over all epochs; of steps_S, all of theirs."""
+        window_S = np.asarray(step) % self.steps_per_epoch
         begin_B, end_B = self.bounds[:-1], self.bounds[1:]
-        first_B = begin_B - self.context + window * self.seq_len
-        position_BT = first_B[:, None] + np.arange(self.seq_len)
-        counts_BT = (position_BT >= begin_B[:, None]) & (position_BT < end_B[:, None])
-        safe_BT = np.clip(position_BT, 0, len(self.ids_M) - 2)
+        first_SB = begin_B - self.context + window_S[..., None] * self.seq_len
+        position_SBT = first_SB[..., None] + np.arange(self.seq_len)
+        counts_SBT = (position_SBT >= begin_B[:, None]) & (position_SBT < end_B[:, None])
+        safe_SBT = np.clip(position_SBT, 0, len(self.ids_M) - 2)
         return Batch(
-            inputs_BT=self.ids_M[safe_BT].astype(np.int32),
-            targets_BT=self.ids_M[safe_BT + 1].astype(np.int32),
-            weights_BT=counts_BT.astype(np.float32),
+            inputs_BT=self.ids_M[safe_SBT].astype(np.int32),
+            targets_BT=self.ids_M[safe_SBT + 1].astype(np.int32),
+            weights_BT=counts_SBT.astype(np.float32),
             # The first stream has no context before it: it begins anew at the text's beginning.
-            reset_B=np.full(self.batch_size, window == 0) | (first_B == 0),
+            reset_B=(window_S == 0)[..., None] | (first_SB == 0),
         )
 
 
@@ -96,31 +99,44 @@ class Windows:
         """The batches that hold each window once."""
         return -(-self.num_windows // self.batch_size)
 
-    def __call__(self, step: int) -> Batch:
-        """Return the batch of `step`, counted from 0 over all epochs."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        chosen = slice(index * self.batch_size, (index + 1) * self.batch_size)
-        if self.seed is None:
-            start_b = np.arange(self.num_windows)[chosen]
-        else:
-            start_b = _permutation(self.seed, epoch, self.num_windows)[chosen]
-        start_B = np.pad(start_b, (0, self.batch_size - len(start_b)))
-        position_BT = start_B[:, None] + np.arange(self.seq_len)
-        weights_BT = np.ones(position_BT.shape, np.float32)
-        weights_BT[len(start_b) :] = 0
+    def __call__(self, step: int | np.ndarray) -> Batch:
+        """Return the batch of `step`, counted from 0 over all epochs; of steps_S, all of theirs."""
+        epoch_S, index_S = np.divmod(step, self.steps_per_epoch)
+        place_SB = index_S[..., None] * self.batch_size + np.arange(self.batch_size)
+        is_real_SB = place_SB < self.num_windows
+        start_SB = np.where(is_real_SB, place_SB, 0)
+        if self.seed is not None:
+            for epoch in np.unique(epoch_S):
+                order = _permutation(self.seed, int(epoch), self.num_windows)
+                chosen_SB = is_real_SB & (epoch_S == epoch)[..., None]
+                start_SB = np.where(chosen_SB, order[start_SB], start_SB)
+        position_SBT = start_SB[..., None] + np.arange(self.seq_len)
+        weights_SBT = np.broadcast_to(is_real_SB[..., None], position_SBT.shape).astype(np.float32)
         if self.last_only:
-            weights_BT[:, :-1] = 0
+            weights_SBT[..., :-1] = 0
         return Batch(
-            inputs_BT=self.ids_M[position_BT].astype(np.int32),
-            targets_BT=self.ids_M[position_BT + 1].astype(np.int32),
-            weights_BT=weights_BT,
-            reset_B=np.ones(self.batch_size, dtype=bool),
+            inputs_BT=self.ids_M[position_SBT].astype(np.int32),
+            targets_BT=self.ids_M[position_SBT + 1].astype(np.int32),
+            weights_BT=weights_SBT,
+            reset_B=np.ones(start_SB.shape, dtype=bool),
         )
 
 
-@lru_cache(maxsize=1)
+def read_steps(batches: Streams | Windows, first: int, count: int, capacity: int) -> Batch:
+    """Return the batches of `count` steps from `first` on, filled up with zeros to `capacity`."""
+    read = batches(np.arange(first, first + count))
+
+    def fill_up(leaf_S: np.ndarray) -> np.ndarray:
+        full_S = np.zeros((capacity, *leaf_S.shape[1:]), leaf_S.dtype)
+        full_S[:count] = leaf_S
+        return full_S
+
+    return Batch(*map(fill_up, read))
+
+
+@lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    # Kept for the epoch: drawing it anew would cost 20 ms at every step.
+    # Kept for the epoch and the next: drawing it anew would cost 20 ms at every step.
     return np.random.default_rng((seed, epoch)).permutation(size)
 
 
