@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from charlstm.steps import init_state as init_state
     from charlstm.steps import make_eval_step as make_eval_step
     from charlstm.steps import make_train_step as make_train_step
+    from charlstm.steps import make_train_steps as make_train_steps
     from charlstm.text import Vocab as Vocab
 
 _HOME = {
@@ -24,6 +25,7 @@ _HOME = {
     "make_eval_step": "steps",
     "make_sampler": "sample",
     "make_train_step": "steps",
+    "make_train_steps": "steps",
     "sample_step": "sample",
     "zero_carry": "model",
 }

@@ -15,6 +15,10 @@ from charlstm.text import Text, Vocab, load_text
 logger = logging.getLogger(__name__)
 
 
+MAX_CALL_STEPS = 32
+MAX_CALL_CHARS = 2**22
+
+
 class Job(NamedTuple):
     """A run with its text read and its length known."""
 
@@ -22,6 +26,34 @@ class Job(NamedTuple):
     batches: Streams | Windows
     val_batches: Streams | Windows | None
     num_steps: int
+
+    @property
+    def log_every(self) -> int:
+        """After how many steps the next line goes to metrics.jsonl."""
+        return self.run.config.log_every_steps
+
+    @property
+    def eval_every(self) -> int:
+        """After how many steps the next evaluation comes."""
+        return self.run.config.eval_every_steps or self.batches.steps_per_epoch
+
+    @property
+    def save_every(self) -> int:
+        """After how many steps the next checkpoint between evaluations comes."""
+        return self.run.config.checkpoint_every_steps or self.num_steps
+
+    @property
+    def max_count(self) -> int:
+        """How many steps one compiled call may take, whose batches wait in memory together."""
+        config = self.run.config
+        in_memory = MAX_CALL_CHARS // (config.batch_size * config.seq_len)
+        return max(1, min(MAX_CALL_STEPS, in_memory, config.log_every_steps, self.num_steps))
+
+
+def steps_ahead(job: Job, step: int) -> int:
+    """Return how many steps after `step` something else is due: a line, an evaluation, the end."""
+    periods = (job.log_every, job.eval_every, job.save_every, job.num_steps)
+    return min(period - step % period for period in periods)
 
 
 def prepare(config: ConfigDict, workdir: epath.Path) -> Job:

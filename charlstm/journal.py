@@ -15,6 +15,9 @@ from charlstm.steps import Metrics, TrainState
 
 logger = logging.getLogger(__name__)
 
+# Long beside what a call costs, short beside what a person at Ctrl-C waits gladly.
+CALL_SECONDS = 0.25
+
 
 @dataclass
 class Mean:
@@ -37,7 +40,7 @@ class Mean:
 class Journal:
     """The record of one run; its notes go into each checkpoint, so that a resume is exact.
 
-    Metrics are read one step late, so that the device never waits for the host.
+    Metrics are read one call late, so that the device never waits for the host.
     """
 
     def __init__(self, job: Job, checkpoints: Checkpoints, step: int, notes: dict[str, Any]):
@@ -48,8 +51,10 @@ class Journal:
         self._bar = TrainingBar(job.num_steps, step)
         self._since_log = Mean(**notes.get("since_log", {}))
         self._since_eval = Mean(**notes.get("since_eval", {}))
-        self._pending: tuple[int, Metrics] | None = None
+        self._pending: tuple[int, int, Metrics] | None = None
         self._grad_norm = math.nan
+        self._seconds_per_step = math.inf
+        self._pushed = 0.0
         self._lap_start = time.monotonic()
         self._start = self._lap_start - notes.get("seconds", 0.0)
 
@@ -61,11 +66,20 @@ class Journal:
         self._bar.stop()
         self._log.close()
 
-    def push(self, step: int, metrics: Metrics) -> None:
-        """Take the metrics of `step`, and read those of the step before."""
-        self._read()
-        self._pending = (step, metrics)
-        self._bar.advance()
+    def push(self, step: int, count: int, metrics: Metrics) -> None:
+        """Take the metrics of the `count` steps up to `step`, and read those of the call before."""
+        num_read = self._read()
+        now = time.monotonic()
+        if num_read:
+            self._seconds_per_step = (now - self._pushed) / num_read
+        self._pushed = now
+        self._pending = (step, count, metrics)
+        self._bar.advance(count)
+
+    @property
+    def fitting_count(self) -> int:
+        """How many steps one call should take, so that whoever waits for its end waits little."""
+        return max(1, int(CALL_SECONDS / self._seconds_per_step))
 
     def log_training(self, step: int, learning_rate: float) -> None:
         """Write the means since the last such line, and show them."""
@@ -120,20 +134,24 @@ class Journal:
         workdir = shlex.quote(str(self._job.run.workdir))
         logger.info("to write more: python launch/sample.py --workdir=%s", workdir)
 
-    def _read(self) -> None:
+    def _read(self) -> int:
+        """Take in the metrics that wait, and return of how many steps they are."""
         if self._pending is None:
-            return
-        step, metrics = self._pending
+            return 0
+        last, count, metrics = self._pending
         self._pending = None
-        loss, self._grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        if not (math.isfinite(loss) and math.isfinite(self._grad_norm)):
-            raise RunError(
-                f"step {step}: the loss is {loss} and the gradient's norm {self._grad_norm}; the "
-                "last checkpoint is kept; start anew with a lower config.optimizer.learning_rate"
-            )
-        count = float(metrics["count"])
-        self._since_log.add(loss, count)
-        self._since_eval.add(loss, count)
+        columns = [metrics[name][:count].tolist() for name in ("loss", "grad_norm", "count")]
+        for step, *figures in zip(range(last - count + 1, last + 1), *columns, strict=True):
+            loss, self._grad_norm, num_chars = figures
+            if not (math.isfinite(loss) and math.isfinite(self._grad_norm)):
+                raise RunError(
+                    f"step {step}: the loss is {loss} and the gradient's norm {self._grad_norm}; "
+                    "the last checkpoint is kept; start anew with a lower "
+                    "config.optimizer.learning_rate"
+                )
+            self._since_log.add(loss, num_chars)
+            self._since_eval.add(loss, num_chars)
+        return count
 
     def _stamp(self, step: int) -> dict[str, Any]:
         epoch = step / self._job.batches.steps_per_epoch

@@ -124,9 +124,9 @@ class TrainingBar:
         """Leave the bar as it stands."""
         self._progress.stop()
 
-    def advance(self) -> None:
-        """Count one step."""
-        self._progress.advance(self._task)
+    def advance(self, count: int) -> None:
+        """Count `count` steps."""
+        self._progress.advance(self._task, count)
 
     def show(self, record: dict[str, Any]) -> None:
         """Show a training record's figures: in the bar, or as a line where there is no bar."""

@@ -198,7 +198,7 @@ def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
     (carry_grad, *weight_grads), inputs_grad = jax.lax.scan(
         chunk_step, (last_carry_grad, *zeros), chunks, reverse=True
     )
-    if not is_lookup:
+    if inputs_grad is not None:
         inputs_grad = inputs_grad.reshape(inputs.shape)
     return *(grad.astype(dtype) for grad in weight_grads), carry_grad, inputs_grad
 

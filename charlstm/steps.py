@@ -71,6 +71,35 @@ def make_train_step(
     return train_step
 
 
+def make_train_steps(
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+) -> Callable[[TrainState, Batch, jax.Array | int], tuple[TrainState, Metrics]]:
+    """Return train_steps(state, batches, count) -> (state, metrics), many steps as one function.
+
+    It takes the first `count` of the S batches, which have the axis S in front, and gives the
+    metrics of S steps, zeros for those not taken. Since `count` may be traced, one compilation
+    serves any number of steps up to S.
+    """
+
+    def train_steps(
+        state: TrainState, batches: Batch, count: jax.Array | int
+    ) -> tuple[TrainState, Metrics]:
+        def batch_of(index: jax.Array | int) -> Batch:
+            return Batch(*(leaf[index] for leaf in batches))
+
+        def body(index: jax.Array, so_far: Any) -> tuple[TrainState, Metrics]:
+            state, metrics_S = so_far
+            state, metrics = train_step(state, batch_of(index))
+            return state, jax.tree.map(lambda all_S, m: all_S.at[index].set(m), metrics_S, metrics)
+
+        _, shapes = jax.eval_shape(train_step, state, batch_of(0))
+        size = batches.reset_B.shape[0]
+        metrics_S = jax.tree.map(lambda m: jnp.zeros((size, *m.shape), m.dtype), shapes)
+        return jax.lax.fori_loop(0, count, body, (state, metrics_S))
+
+    return train_steps
+
+
 def make_eval_step(
     model: CharLSTM,
 ) -> Callable[[Any, Carry, Batch], tuple[Carry, Metrics]]:

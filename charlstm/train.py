@@ -13,13 +13,20 @@ from ml_collections import ConfigDict
 
 from charlstm.checkpoint import Checkpoints
 from charlstm.config import validate
-from charlstm.job import Job, prepare, report
+from charlstm.data import read_steps
+from charlstm.job import Job, prepare, report, steps_ahead
 from charlstm.journal import Journal
 from charlstm.log import bits
 from charlstm.model import CharLSTM, model_from_config, zero_carry
 from charlstm.optim import make_optimizer, make_schedule
 from charlstm.sample import make_sampler
-from charlstm.steps import evaluate, init_state, make_eval_step, make_train_step
+from charlstm.steps import (
+    evaluate,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    make_train_steps,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +41,8 @@ def train(
     Args:
       config: the settings; those of a run that is there already must be the same.
       workdir: the run folder, made if need be.
-      should_stop: asked after every step; once true, all is saved and the function returns.
+      should_stop: asked several times a second, or after every step if it takes longer; once true,
+        all is saved and the function returns.
 
     Raises:
       UserError: for a senseless setting, a text that can't be used, a folder of another run.
@@ -46,7 +54,7 @@ def train(
     optimizer = make_optimizer(config, job.num_steps)
     schedule = make_schedule(config, job.num_steps)
     make_state = partial(init_state, model, optimizer, batch_size=config.batch_size)
-    train_step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
+    train_steps = jax.jit(make_train_steps(make_train_step(model, optimizer)), donate_argnums=0)
     assess = make_assessment(job, model)
     with closing(Checkpoints(job.run.workdir)) as checkpoints:
         state = jax.jit(make_state)(jax.random.key(config.seed))
@@ -61,16 +69,20 @@ def train(
             return True
 
         with Journal(job, checkpoints, int(state.step), notes) as journal:
-            for step in range(int(state.step) + 1, job.num_steps + 1):
-                state, metrics = train_step(state, job.batches(step - 1))
-                journal.push(step, metrics)
+            step = int(state.step)
+            while step < job.num_steps:
+                count = min(journal.fitting_count, job.max_count, steps_ahead(job, step))
+                batches = read_steps(job.batches, step, count, job.max_count)
+                state, metrics = train_steps(state, batches, count)
+                step += count
+                journal.push(step, count, metrics)
                 is_last = step == job.num_steps
                 stopping = should_stop() and not is_last
-                if is_last or step % config.log_every_steps == 0:
+                if is_last or step % job.log_every == 0:
                     journal.log_training(step, float(schedule(step - 1)))
-                if is_last or step % (config.eval_every_steps or job.batches.steps_per_epoch) == 0:
+                if is_last or step % job.eval_every == 0:
                     journal.log_evaluation(state, assess(state.params, step))
-                elif stopping or step % (config.checkpoint_every_steps or job.num_steps) == 0:
+                elif stopping or step % job.save_every == 0:
                     journal.save(state)
                 if stopping:
                     logger.info("stopped and saved at step %d; the same command goes on", step)

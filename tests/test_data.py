@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from charlstm.config import base_config
-from charlstm.data import Streams, Windows, evaluation_batches, split, training_batches
+from charlstm.data import (
+    Streams,
+    Windows,
+    evaluation_batches,
+    read_steps,
+    split,
+    training_batches,
+)
 from charlstm.errors import UserError
 
 fast = settings(deadline=None, max_examples=60)
@@ -358,3 +365,27 @@ def test_a_text_too_short_to_evaluate_is_refused_and_the_shortest_works(order, s
         assert "\n" not in message
     batches = evaluation_batches(text_of(shortest), config)
     assert counted_targets(epoch_of(batches)) == [shortest - 1]
+
+
+IDS = np.random.default_rng(0).integers(50, size=1003).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        Streams(IDS, batch_size=7, seq_len=10, context=10),
+        Windows(IDS, batch_size=64, seq_len=10, seed=3),
+        Windows(IDS, batch_size=64, seq_len=10, last_only=False),
+    ],
+)
+def test_many_steps_read_at_once_are_those_read_one_by_one(batches):
+    # Over the end of two epochs, each of which has an order of its own.
+    first, count = batches.steps_per_epoch - 2, batches.steps_per_epoch + 4
+    found = read_steps(batches, first, count, capacity=count + 3)
+    for index in range(count):
+        for leaf_S, wanted in zip(found, batches(first + index), strict=True):
+            assert leaf_S.dtype == wanted.dtype
+            np.testing.assert_array_equal(leaf_S[index], wanted)
+    for leaf_S in found:
+        assert len(leaf_S) == count + 3
+        assert not leaf_S[count:].any()

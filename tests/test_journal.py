@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 from etils import epath
 from test_train import small_config
 
@@ -8,7 +10,7 @@ from charlstm.steps import evaluate
 
 
 class OnDevice:
-    """A number that tells when the host reads it."""
+    """Numbers that tell when the host reads them."""
 
     def __init__(self, name, reads):
         self.name, self.reads = name, reads
@@ -17,20 +19,49 @@ class OnDevice:
         self.reads.append(self.name)
         return 1.0
 
+    def __getitem__(self, chosen):
+        return OnDeviceSlice(self, chosen)
 
-def test_training_metrics_are_read_one_step_late(book_path, tmp_path):
+
+class OnDeviceSlice:
+    def __init__(self, whole, chosen):
+        self.whole, self.chosen = whole, chosen
+
+    def tolist(self):
+        self.whole.reads.append(self.whole.name)
+        return [1.0] * self.chosen.stop
+
+
+def test_training_metrics_are_read_one_call_late(book_path, tmp_path):
     job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
     reads = []
     checkpoints = Checkpoints(job.run.workdir)
     with Journal(job, checkpoints, 0, {}) as journal:
-        for step in (1, 2, 3):
-            assert step - 1 not in reads
+        for step in (2, 4, 6):
             names = ("loss", "grad_norm", "count")
-            journal.push(step, {name: OnDevice(step, reads) for name in names})
-            assert set(reads) == set(range(1, step))
-        journal.log_training(3, learning_rate=0.1)
-        assert set(reads) == {1, 2, 3}
+            journal.push(step, 2, {name: OnDevice(step, reads) for name in names})
+            assert set(reads) == set(range(2, step, 2))
+        journal.log_training(6, learning_rate=0.1)
+        assert set(reads) == {2, 4, 6}
     checkpoints.close()
+
+
+def test_a_call_takes_as_many_steps_as_fit_into_a_quarter_of_a_second(
+    book_path, tmp_path, monkeypatch
+):
+    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
+    checkpoints = Checkpoints(job.run.workdir)
+    fitting = []
+    with Journal(job, checkpoints, 0, {}) as journal:
+        clock = SimpleNamespace(monotonic=iter([50, 50.1, 50.35]).__next__)
+        monkeypatch.setattr("charlstm.journal.time", clock)
+        metrics = {name: OnDevice(name, []) for name in ("loss", "grad_norm", "count")}
+        for step, count in ((1, 1), (6, 5), (7, 1)):
+            journal.push(step, count, metrics)
+            fitting.append(journal.fitting_count)
+    checkpoints.close()
+    # Nothing known; then 0.1 s for the first step; then 0.25 s for the five after it.
+    assert fitting == [1, 2, 5]
 
 
 def test_evaluation_totals_are_read_one_batch_late():

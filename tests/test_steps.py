@@ -15,6 +15,7 @@ from charlstm import (
     init_state,
     make_eval_step,
     make_train_step,
+    make_train_steps,
     zero_carry,
 )
 from charlstm.data import Streams
@@ -147,6 +148,23 @@ def test_many_steps_in_one_scan_equal_a_loop(batches):
     )
     np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
     assert_trees_close(unkeyed(scanned), unkeyed(looped), rtol=1e-4, atol=1e-5)
+
+
+def test_many_steps_in_one_call_equal_as_many_calls(batches):
+    model, optimizer = small_model(dropout_rate=0.2), optax.adam(1e-2)
+    state = init_state(model, optimizer, jax.random.key(1), B)
+    step = jax.jit(make_train_step(model, optimizer))
+    steps = jax.jit(make_train_steps(make_train_step(model, optimizer)))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(batches, range(5)))
+    for count in (5, 3, 1):
+        looped, losses = state, []
+        for index in range(count):
+            looped, metrics = step(looped, batches(index))
+            losses.append(float(metrics["loss"]))
+        together, metrics = steps(state, stacked, count)
+        assert_trees_close(unkeyed(together), unkeyed(looped), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(metrics["loss"], losses + [0] * (5 - count), rtol=1e-5)
+    assert steps._cache_size() == 1
 
 
 def test_four_seeds_at_once_equal_each_alone(batches):

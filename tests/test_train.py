@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 from etils import epath
 
+from charlstm import journal
 from charlstm.checkpoint import Checkpoints, check_same_config, load_model, load_run
 from charlstm.config import base_config
 from charlstm.data import evaluation_batches, split
@@ -38,10 +39,10 @@ def small_config(book_path, **changes):
     return config
 
 
-def stop_after(num_steps):
-    """Return a should_stop that becomes true after so many steps."""
-    steps = iter(range(1, 10**6))
-    return lambda: next(steps) >= num_steps
+def stop_after(num_calls):
+    """Return a should_stop that becomes true after so many calls of train_steps."""
+    calls = iter(range(1, 10**6))
+    return lambda: next(calls) >= num_calls
 
 
 def latest_leaves(workdir):
@@ -101,11 +102,14 @@ def test_metrics_have_each_logged_step_once_and_in_order(finished):
     assert scored[-1]["val/loss"] < scored[0]["val/loss"]
 
 
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path):
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path, monkeypatch):
     config, workdir = finished
     stopped = tmp_path / "run"
-    assert not train(config, stopped, should_stop=stop_after(7))
-    assert not train(config, stopped, should_stop=stop_after(6))  # at step 13
+    # A call of train_steps for each step here, and of several in the run to compare with.
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "CALL_SECONDS", 0)
+        assert not train(config, stopped, should_stop=stop_after(7))
+        assert not train(config, stopped, should_stop=stop_after(6))  # at step 13
     assert train(config, stopped)
     for ours, theirs in zip(latest_leaves(stopped), latest_leaves(workdir), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -239,8 +243,9 @@ def test_a_damaged_folder_is_told_in_one_line(finished, tmp_path, name, content,
         load_run(epath.Path(tmp_path))
 
 
-def test_a_torn_last_line_of_metrics_is_not_a_lost_run(book_path, tmp_path):
+def test_a_torn_last_line_of_metrics_is_not_a_lost_run(book_path, tmp_path, monkeypatch):
     config = small_config(book_path)
+    monkeypatch.setattr(journal, "CALL_SECONDS", 0)  # a call for each step
     assert not train(config, tmp_path / "run", should_stop=stop_after(12))
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "tra')
