@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -213,3 +214,16 @@ def test_help_is_given_with_success(launcher):
     assert f"python launch/{launcher}.py" in result.stdout
     assert "--workdir" in result.stdout
     assert ("--config:" in result.stdout) == (launcher == "train")
+
+
+def test_compilations_are_kept_in_the_users_cache_unless_told_where(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    import app
+
+    monkeypatch.setenv("CHARLSTM_CACHE", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    app.keep_compilations()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    app.keep_compilations()
+    assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).is_relative_to(tmp_path)
