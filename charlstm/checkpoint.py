@@ -187,11 +187,16 @@ class Checkpoints:
 def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharLSTM, Any]:
     """Return the run in `workdir`, its model, and the params of its 'best' or 'latest' state.
 
+    The model of a run with model.recurrence=cudnn has 'fused', the same function of the same
+    parameters, which runs everywhere.
+
     Raises:
       UserError: if the folder holds no run, or no checkpoint yet.
     """
     run = load_run(epath.Path(workdir))
     model = model_from_config(run.config, len(run.vocab))
+    if model.recurrence == "cudnn":
+        model = model.clone(recurrence="fused")
     optimizer = make_optimizer(run.config, num_steps=1)  # its state has the same tree for any
     make_state = partial(init_state, model, optimizer, batch_size=run.config.batch_size)
     with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:

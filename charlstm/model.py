@@ -1,5 +1,7 @@
 """The language model: characters in, logits of the next character out."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,9 +9,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from charlstm.recurrence import LayerCarry, flax_lstm, fused_lstm, init_lstm
+from charlstm.recurrence import LayerCarry, cudnn_lstm, flax_lstm, fused_lstm, init_lstm
 
 Carry = tuple[LayerCarry, ...]
+RECURRENCES: dict[str, Callable[..., tuple[LayerCarry, jax.Array]]] = {
+    "fused": fused_lstm,
+    "flax": flax_lstm,
+    "cudnn": cudnn_lstm,
+}
 
 
 class CharLSTM(nn.Module):
@@ -22,7 +29,8 @@ class CharLSTM(nn.Module):
       dropout_rate: the share of each layer's outputs that training drops.
       input: 'one_hot', 'embed' (a learnt vector), or 'scaled' (the id divided by V).
       embed_size: E, where input is 'embed'.
-      recurrence: 'fused', or 'flax' for its readable twin, the Flax cell scanned.
+      recurrence: 'fused', 'flax' for its readable twin, the Flax cell scanned, or 'cudnn', on
+        NVIDIA GPUs only and not yet run on one.
       cell: the Flax class that 'flax' scans, 'OptimizedLSTMCell' or 'LSTMCell'.
       dtype: 'float32' or 'bfloat16' to compute in; parameters, carry and logits are float32.
     """
@@ -51,20 +59,18 @@ class CharLSTM(nn.Module):
         Raises:
           ValueError: if the carry is not that of a model of this size.
         """
-        if self.recurrence not in ("fused", "flax"):
-            raise ValueError(f"recurrence={self.recurrence!r}: must be fused or flax")
+        if self.recurrence not in RECURRENCES:
+            raise ValueError(f"recurrence={self.recurrence!r}: must be one of {[*RECURRENCES]}")
+        recur = RECURRENCES[self.recurrence]
+        if self.recurrence == "flax":
+            recur = partial(recur, cell=self.cell)
         check_carry(carry, ids_BT.shape[0], self.hidden_size, self.num_layers)
         layer = self._view(ids_BT.T)
         input_size = self.vocab_size if self.input == "one_hot" else layer.shape[-1]
         new_carry = []
         for index, layer_carry in enumerate(carry):
             params = self.param(f"lstm_{index}", init_lstm, input_size, self.hidden_size)
-            if self.recurrence == "flax":
-                layer_carry, layer_TBE = flax_lstm(
-                    params, layer_carry, layer, cell=self.cell, dtype=self.dtype
-                )
-            else:
-                layer_carry, layer_TBE = fused_lstm(params, layer_carry, layer, dtype=self.dtype)
+            layer_carry, layer_TBE = recur(params, layer_carry, layer, dtype=self.dtype)
             layer = nn.Dropout(self.dropout_rate)(layer_TBE, deterministic=not train)
             new_carry.append(layer_carry)
             input_size = self.hidden_size

@@ -1,6 +1,6 @@
-"""The LSTM over time, twice: the Flax cell scanned, and its fast twin with a gradient by hand.
+"""The LSTM over time: the Flax cell scanned, its fast twin with a gradient by hand, and cuDNN's.
 
-Both are pure functions (params, carry, inputs) -> (carry, hidden_TBH) on exactly the parameter
+All are pure functions (params, carry, inputs) -> (carry, hidden_TBH) on exactly the parameter
 tree of Flax's LSTM cells: kernels `ii if ig io` from the input, kernels and biases `hi hf hg ho`
 from the hidden state, for the input gate, the forget gate, the candidate and the output gate.
 
@@ -107,6 +107,54 @@ def fused_lstm(
         rows_EG = jnp.zeros((0, bias_G.size), dtype)
         inputs = inputs.astype(dtype) @ input_kernel_EG.astype(dtype) + bias_G.astype(dtype)
     return _recur(recurrent_kernel_HG.astype(dtype), rows_EG, carry, inputs)
+
+
+def cudnn_lstm(
+    params: Params, carry: LayerCarry, inputs: jax.Array, *, dtype: Any = jnp.float32
+) -> tuple[LayerCarry, jax.Array]:
+    """Run one LSTM layer over time as cuDNN does; not yet run on a GPU.
+
+    Arguments and result are flax_lstm's, and so are the gradients, in reverse mode and not under
+    vmap. Only the weights' packing and the order of axes have been tested, on a CPU.
+
+    Raises:
+      ValueError: without an NVIDIA GPU, and for another dtype than float32.
+    """
+    from jax.experimental import rnn
+
+    if jnp.dtype(dtype) != jnp.float32:
+        raise ValueError(f"dtype={dtype}: cuDNN's LSTM takes float32 only")
+    if jax.default_backend() != "gpu":
+        raise ValueError(
+            f"cuDNN's LSTM needs an NVIDIA GPU, and JAX has found {jax.default_backend()}"
+        )
+    if jnp.issubdtype(inputs.dtype, jnp.integer):
+        inputs = jax.nn.one_hot(inputs, params["ii"]["kernel"].shape[0], dtype=dtype)
+    num_steps, batch_size, input_size = inputs.shape
+    c_BH, h_BH = carry
+    hidden_BTH, h_1BH, c_1BH = rnn.lstm(
+        inputs.swapaxes(0, 1),
+        h_BH[None],
+        c_BH[None],
+        pack_cudnn(params),
+        jnp.full(batch_size, num_steps, jnp.int32),
+        input_size=input_size,
+        hidden_size=h_BH.shape[-1],
+        num_layers=1,
+        dropout=0.0,
+        bidirectional=False,
+    )
+    return (c_1BH[0], h_1BH[0]), hidden_BTH.swapaxes(0, 1)
+
+
+def pack_cudnn(params: Params) -> jax.Array:
+    """Return the parameters as cuDNN takes them: one vector of kernels, transposed, then biases.
+
+    cuDNN adds two biases, of which Flax's cell has the second.
+    """
+    kernels = [params[f"{side}{gate}"]["kernel"].T.ravel() for side in "ih" for gate in GATES]
+    biases = [params[f"h{gate}"]["bias"] for gate in GATES]
+    return jnp.concatenate([*kernels, *map(jnp.zeros_like, biases), *biases])
 
 
 def _scan(

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from charlstm.checkpoint import Checkpoints
 from charlstm.config import validate
 from charlstm.data import read_steps
+from charlstm.errors import UserError
 from charlstm.job import Job, prepare, report, steps_ahead
 from charlstm.journal import Journal
 from charlstm.log import bits
@@ -49,6 +50,7 @@ def train(
       RunError: if the loss is not finite.
     """
     validate(config)
+    check_backend(config)
     job = prepare(config, epath.Path(workdir))
     model = model_from_config(config, len(job.run.vocab))
     optimizer = make_optimizer(config, job.num_steps)
@@ -89,6 +91,15 @@ def train(
                     return False
             journal.report_end()
     return True
+
+
+def check_backend(config: ConfigDict) -> None:
+    """Raise UserError if `config` asks for what the machine does not have."""
+    if config.model.recurrence == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(
+            "config.model.recurrence=cudnn: needs an NVIDIA GPU, and JAX has found "
+            f"{jax.default_backend()}; use fused"
+        )
 
 
 def make_assessment(job: Job, model: CharLSTM) -> Callable[[Any, int], dict[str, Any]]:

@@ -76,7 +76,7 @@ SENSELESS = {
     "data.val_fraction": [1.0, 1.5, -0.1, NAN, INF],
     "data.order": ["", "stream", "Streams"],
     "data.loss_on": ["", "first", "ALL"],
-    "model.recurrence": ["", "scan", "cudnn"],
+    "model.recurrence": ["", "scan", "cuda"],
     "model.cell": ["", "GRUCell", "optimizedlstmcell"],
     "model.hidden_size": [0, -256],
     "model.num_layers": [0, -1],
@@ -249,6 +249,11 @@ def test_streams_learn_from_every_character():
     assert "config.data.order=windows" in message
     config.data.order = "windows"
     assert validate(config) is None
+
+
+def test_cudnn_takes_float32_only():
+    config = config_with({"model.recurrence": "cuda", "model.dtype": "bfloat16"})
+    assert refusal_of(config).startswith("config.model.dtype=bfloat16: ")
 
 
 def test_weight_decay_needs_adamw():

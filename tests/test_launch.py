@@ -167,6 +167,7 @@ MISTAKES = [
     ("train", "--config.batch_size=-8", "config.batch_size=-8: must be a number of at least 1"),
     ("train", "--config.model.dropout_rate=1.5", "at least 0 and below 1"),
     ("train", "--config.optimizer.learning_rate=nan", "must be a number above 0"),
+    ("train", "--config.model.recurrence=cudnn", "needs an NVIDIA GPU, and JAX has found cpu"),
     ("train", "--wrokdir=x", "workdir"),
     ("train", "tiny", "tiny: not a flag"),
     ("sample", "--workdir=nowhere", "nowhere: no run there"),

@@ -10,6 +10,7 @@ from conftest import SHIPPED
 from flax import linen as nn
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax.experimental import rnn
 from jax.test_util import check_grads
 from lstm_numpy import GATES, lstm, lstm_gradient
 
@@ -17,6 +18,7 @@ from charlstm.recurrence import (
     CELLS,
     add_by_product,
     add_in_place,
+    cudnn_lstm,
     flax_lstm,
     fused_lstm,
     init_lstm,
@@ -222,6 +224,39 @@ def test_adding_to_rows_by_a_product_gives_what_adding_in_place_gives():
     np.add.at(wanted, ids, values_TBG)
     for add in (add_in_place, add_by_product):
         assert_close(add(*singles((rows_EG, ids, values_TBG))), np.float32(wanted), 1e-5)
+
+
+@pytest.fixture
+def cudnn_on_cpu(monkeypatch):
+    """Put JAX's reference of cuDNN's LSTM, which unpacks the same vector, in its place."""
+
+    def lstm_on_cpu(x, h_0, c_0, weights, seq_lengths, **sizes):
+        layout = {name: size for name, size in sizes.items() if name != "dropout"}
+        kernels_and_biases = rnn.unpack_lstm_weights(weights, **layout)
+        # By position, since these sizes are static there.
+        return rnn.lstm_ref(x, h_0, c_0, *kernels_and_biases, seq_lengths, *sizes.values())
+
+    monkeypatch.setattr(rnn, "lstm", lstm_on_cpu)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@each_kind
+def test_what_cudnn_is_given_means_the_same_lstm(kind, cudnn_on_cpu):
+    (params, carry, inputs), gradients = draw_case(20)
+    if kind == "ids":
+        inputs = draw_ids(20)
+    wanted = lstm(params, carry, np.eye(E)[inputs] if kind == "ids" else inputs)
+    arguments = singles((params, carry, inputs))
+    assert_close(cudnn_lstm(*arguments), wanted, 1e-5)
+    loss = lambda p, c: dot(cudnn_lstm(p, c, arguments[2]), gradients)  # noqa: E731
+    found = jax.grad(loss, argnums=(0, 1))(*arguments[:2])
+    assert_close(found, numpy_grads(params, carry, inputs, gradients), 1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "message"), [("float32", "NVIDIA"), ("bfloat16", "float32")])
+def test_cudnn_says_what_it_needs(dtype, message):
+    with pytest.raises(ValueError, match=message):
+        cudnn_lstm(*singles(draw_case(21)[0]), dtype=dtype)
 
 
 @each_kind

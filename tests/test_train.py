@@ -243,6 +243,16 @@ def test_a_damaged_folder_is_told_in_one_line(finished, tmp_path, name, content,
         load_run(epath.Path(tmp_path))
 
 
+def test_a_run_of_cudnn_is_read_with_the_twin_that_runs_everywhere(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    about["config"]["model"]["recurrence"] = "cudnn"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(about))
+    run, model, _ = load_model(tmp_path / "run")
+    assert run.config.model.recurrence == "cudnn"
+    assert model == load_model(finished[1])[1]
+
+
 def test_a_torn_last_line_of_metrics_is_not_a_lost_run(book_path, tmp_path, monkeypatch):
     config = small_config(book_path)
     monkeypatch.setattr(journal, "CALL_SECONDS", 0)  # a call for each step
