@@ -252,7 +252,7 @@ def test_streams_learn_from_every_character():
 
 
 def test_cudnn_takes_float32_only():
-    config = config_with({"model.recurrence": "cuda", "model.dtype": "bfloat16"})
+    config = config_with({"model.recurrence": "cudnn", "model.dtype": "bfloat16"})
     assert refusal_of(config).startswith("config.model.dtype=bfloat16: ")
 
 
