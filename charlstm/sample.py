@@ -1,7 +1,8 @@
 """New text: a pure step from one character to the next, and loops around it."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,44 +10,75 @@ import numpy as np
 
 from charlstm.model import Carry, CharLSTM, predict, zero_carry
 
+NOTHING = -1  # the id of the places before a prompt begins
+# The places of one compiled call of `stream`. A call prepares the weights anew, which takes as
+# long as 25 characters of one text: with 512 places that is 5 %.
+SIZE = 512
 
-def keep_probable(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Return `logits_BV` with -inf for all but the most probable characters.
+
+def keep_probable(weights_BV: jax.Array, top_k: Any, top_p: Any) -> jax.Array:
+    """Return `weights_BV` with 0 for all but the most probable characters.
 
     Args:
-      logits_BV: finite logits.
+      weights_BV: probabilities or multiples of them, in each row one that is not 0.
       top_k: keep this many; 0 keeps all (Fan et al. 2018, arXiv 1805.04833).
       top_p: keep the fewest that hold at least this probability, and at least one (Holtzman et
         al. 2019, arXiv 1904.09751); 1 keeps all. With top_k, counted among what top_k keeps.
     """
-    order_BV = jnp.argsort(-logits_BV, axis=-1)
-    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
-    if top_k > 0:
-        # By rank, so that ties never keep more than k.
-        ranks_V = jnp.arange(logits_BV.shape[-1])
-        sorted_BV = jnp.where(ranks_V < top_k, sorted_BV, -jnp.inf)
-    if top_p < 1:
-        probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-        sorted_BV = jnp.where(before_BV < top_p, sorted_BV, -jnp.inf)
-    return jnp.take_along_axis(sorted_BV, jnp.argsort(order_BV, axis=-1), axis=-1)
+    top_k, top_p = column(top_k), column(top_p)
+    # The bits of floats that are not negative order as they do, and XLA sorts integers on a CPU
+    # three times as fast.
+    bits_BV = jax.lax.bitcast_convert_type(weights_BV, jnp.int32)
+    sorted_BV = jax.lax.bitcast_convert_type(-jnp.sort(-bits_BV, axis=-1), jnp.float32)
+    among_BV = (jnp.arange(weights_BV.shape[-1]) < top_k) | (top_k <= 0)
+    sums_BV = jnp.cumsum(jnp.where(among_BV, sorted_BV, 0.0), axis=-1)
+    among_BV &= (sums_BV - sorted_BV < top_p * sums_BV[:, -1:]) | (top_p >= 1)
+    count_B1 = jnp.maximum(jnp.sum(among_BV, axis=-1, keepdims=True), 1)
+    least_B1 = jnp.take_along_axis(sorted_BV, count_B1 - 1, axis=-1)
+    # Of those that tie for the last place the first, so that ties never keep more.
+    above_BV, ties_BV = weights_BV > least_B1, weights_BV == least_B1
+    places_B1 = count_B1 - jnp.sum(above_BV, axis=-1, keepdims=True)
+    is_kept_BV = above_BV | (ties_BV & (jnp.cumsum(ties_BV, axis=-1) <= places_B1))
+    return jnp.where(is_kept_BV, weights_BV, 0.0)
+
+
+def column(setting: Any) -> jax.Array:
+    """Return a number, or one for each row, in a shape that broadcasts against rows."""
+    return jnp.reshape(jnp.asarray(setting), (-1, 1))
 
 
 def pick(
-    key: jax.Array,
+    uniforms_B: jax.Array,
     logits_BV: jax.Array,
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: Any = 1.0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
 ) -> jax.Array:
-    """Return ids_B drawn from softmax(logits / temperature); temperature 0 takes the largest."""
-    if temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / temperature
-    if top_k > 0 or top_p < 1:
-        logits_BV = keep_probable(logits_BV, top_k, top_p)
-    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+    """Return ids_B distributed as softmax(logits / temperature); temperature 0 takes the largest.
+
+    Each row is the inverse of its distribution function at its number of `uniforms_B`, of [0, 1).
+    """
+    greedy_B1 = column(temperature) == 0
+    below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    heated_BV = below_BV / jnp.where(greedy_B1, 1.0, column(temperature))
+    weights_BV = jnp.where(greedy_B1, below_BV == 0, jnp.exp(heated_BV))
+    weights_BV = jax.lax.cond(
+        jnp.any((column(top_k) > 0) | (column(top_p) < 1)),
+        lambda: keep_probable(weights_BV, top_k, top_p),
+        lambda: weights_BV,
+    )
+    # However the sums are rounded, a character without weight is never reached, and one always is.
+    sums_BV = jnp.where(weights_BV > 0, jnp.cumsum(weights_BV, axis=-1), 0.0)
+    target_B1 = column(uniforms_B) * jnp.max(sums_BV, axis=-1, keepdims=True)
+    reached_BV = sums_BV > jnp.where(greedy_B1, 0.0, target_B1)
+    return jnp.argmax(reached_BV, axis=-1).astype(jnp.int32)
+
+
+def draw_uniforms(key: jax.Array, batch_size: int) -> jax.Array:
+    """Return uniforms_B of [0, 1), each a function of `key` and the number of its row alone."""
+    keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch_size))
+    return jax.vmap(jax.random.uniform)(keys_B)
 
 
 def sample_step(
@@ -56,118 +88,211 @@ def sample_step(
     key: jax.Array,
     *,
     model: CharLSTM,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: Any = 1.0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
 ) -> tuple[Carry, jax.Array]:
     """Read one character and draw the next: (params, carry, ids_B, key) -> (carry, ids_B).
 
-    Pure; `model`, `temperature`, `top_k` and `top_p` are Python values, fixed when it is traced.
+    Pure. `temperature`, `top_k` and `top_p` are numbers, traced or not, for all rows or one each.
     """
     logits_B1V, carry = predict(model, params, ids_B[:, None], carry)
-    ids_B = pick(key, logits_B1V[:, 0], temperature=temperature, top_k=top_k, top_p=top_p)
-    return carry, ids_B
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    return carry, pick(draw_uniforms(key, len(ids_B)), logits_B1V[:, 0], **settings)
 
 
-class Writer(NamedTuple):
-    """A way to write: `start` reads the prompt, `step` gives one character of each text.
+def read_on(
+    model: CharLSTM, params: Any, carry: Carry, ids_B: jax.Array
+) -> tuple[Carry, jax.Array]:
+    """Return the carry after one more character, and logits_BV of the next."""
+    logits_B1V, new_carry = predict(model, params, ids_B[:, None], carry)
+    is_read_B1 = ids_B[:, None] != NOTHING
+    return jax.tree.map(partial(jnp.where, is_read_B1), new_carry, carry), logits_B1V[:, 0]
 
-    start: (params, prompt_BP) -> memory
-    step: (params, memory, key) -> (memory, ids_B)
+
+def reread(
+    model: CharLSTM, params: Any, recent_BT: jax.Array, ids_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the latest characters with one more for the oldest, and logits_BV of the next."""
+    window_BT = jnp.concatenate([recent_BT, ids_B[:, None]], axis=1)
+    logits_BTV, _ = predict(model, params, window_BT, zero_carry(model, len(ids_B)))
+    return window_BT[:, 1:], logits_BTV[:, -1]
+
+
+# (model, params, memory, ids_B) -> (memory, logits_BV): one step of work a character, or the
+# tutorial's way, which rereads the last characters for each new one.
+READERS: dict[str, Callable[..., Any]] = {"carry": read_on, "window": reread}
+
+
+def reader_of(method: str) -> Callable[..., Any]:
+    """Return the function of READERS that the name `method` means."""
+    if method not in READERS:
+        raise ValueError(f"method={method!r}: must be carry or window")
+    return READERS[method]
+
+
+def check_prompts(method: str, seq_len: int, lengths: list[int], width: int) -> None:
+    """Raise ValueError for a prompt that is too short for the method, or longer than its row."""
+    needed = seq_len if method == "window" else 1
+    if min(lengths) < needed:
+        raise ValueError(f"a prompt of {min(lengths)} characters, fewer than {needed}")
+    if max(lengths) > width:
+        raise ValueError(f"a prompt of {max(lengths)} characters in a row of {width}")
+
+
+def begin(model: CharLSTM, method: str, seq_len: int, prompt_BP: Any) -> tuple[Any, Any]:
+    """Return the state (memory, ids_B) before anything is read, and ids_BP, the prompt's rest.
+
+    `prompt_BP` are prompts that end in the last column, with NOTHING before them.
     """
-
-    start: Callable[[Any, jax.Array], Any]
-    step: Callable[[Any, Any, jax.Array], tuple[Any, jax.Array]]
-
-
-def carry_writer(model: CharLSTM, **settings: Any) -> Writer:
-    """Return the writer that hands the carry on, one step of work a character."""
-
-    def start(params: Any, prompt_BP: jax.Array) -> tuple[Carry, jax.Array]:
-        carry = zero_carry(model, prompt_BP.shape[0])
-        if prompt_BP.shape[1] > 1:
-            _, carry = predict(model, params, prompt_BP[:, :-1], carry)
-        return carry, prompt_BP[:, -1].astype(jnp.int32)
-
-    def step(params: Any, memory: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-        carry, ids_B = memory
-        carry, ids_B = sample_step(params, carry, ids_B, key, model=model, **settings)
-        return (carry, ids_B), ids_B
-
-    return Writer(start, step)
-
-
-def window_writer(model: CharLSTM, seq_len: int, **settings: Any) -> Writer:
-    """Return the tutorial's writer, which rereads the last `seq_len` characters for each new one.
-
-    Its start raises ValueError for a prompt of fewer than `seq_len` characters.
-    """
-
-    def start(params: Any, prompt_BP: jax.Array) -> jax.Array:
-        if prompt_BP.shape[1] < seq_len:
-            raise ValueError(f"a prompt of {prompt_BP.shape[1]} characters, fewer than {seq_len}")
-        return prompt_BP[:, -seq_len:].astype(jnp.int32)
-
-    def step(params: Any, window_BT: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        empty = zero_carry(model, window_BT.shape[0])
-        logits_BTV, _ = predict(model, params, window_BT, empty)
-        ids_B = pick(key, logits_BTV[:, -1], **settings)
-        return jnp.concatenate([window_BT[:, 1:], ids_B[:, None]], axis=1), ids_B
-
-    return Writer(start, step)
-
-
-def make_writer(model: CharLSTM, method: str, seq_len: int, **settings: Any) -> Writer:
-    """Return the writer of the name `method`, 'carry' or 'window'; `settings` are pick's."""
-    if method == "window":
-        return window_writer(model, seq_len, **settings)
     if method == "carry":
-        return carry_writer(model, **settings)
-    raise ValueError(f"method={method!r}: must be carry or window")
+        return (zero_carry(model, len(prompt_BP)), prompt_BP[:, 0]), prompt_BP[:, 1:]
+    # What lies before the last window is never read.
+    width = prompt_BP.shape[1]
+    return (prompt_BP[:, width - seq_len : -1], prompt_BP[:, -1]), prompt_BP[:, width:]
+
+
+def write_on(
+    model: CharLSTM,
+    read: Callable[..., Any],
+    params: Any,
+    state: Any,
+    given_BT: Any,
+    first: Any,
+    count: Any,
+    key: jax.Array,
+    settings: dict[str, Any],
+) -> tuple[Any, jax.Array]:
+    """Return the state after `count` <= T more places, counted from `first`, and their ids_BT.
+
+    Places below 0 are the prompt's and taken from `given_BT`; from 0 on the text is drawn. One
+    loop for both, since compiling it takes most of the time of a short text.
+    """
+    batch_size, size = given_BT.shape
+    keys_T = jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(size))
+    # Before the loop, where many small draws are one large one.
+    uniforms_TB = jax.vmap(partial(draw_uniforms, batch_size=batch_size))(keys_T)
+
+    def step(index: Any, written: Any) -> Any:
+        (memory, ids_B), ids_TB = written
+        memory, logits_BV = read(model, params, memory, ids_B)
+        drawn_B = pick(uniforms_TB[index], logits_BV, **settings)
+        ids_B = jnp.where(first + index < 0, ids_TB[index], drawn_B)
+        return (memory, ids_B), ids_TB.at[index].set(ids_B)
+
+    state, ids_TB = jax.lax.fori_loop(0, count, step, (state, jnp.transpose(given_BT)))
+    return state, ids_TB.T
+
+
+# Shared by all streams of a process, and traced in all but the sizes: it is compiled once.
+compiled_write_on = jax.jit(write_on, static_argnames=("model", "read"))
 
 
 def make_sampler(
-    model: CharLSTM,
-    length: int,
-    *,
-    method: str = "carry",
-    seq_len: int = 100,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """Return sampler(params, prompt_BP, key) -> ids_BL, a pure function to be compiled.
+    model: CharLSTM, length: int, *, method: str = "carry", seq_len: int = 100
+) -> Callable[..., jax.Array]:
+    """Return sampler(params, prompt_BP, key, **options) -> ids_BL, a pure function to be compiled.
 
-    It continues B prompts of P >= 1 characters by L = `length` characters each.
+    It continues B prompts by L = `length` characters each. Character n is drawn as sample_step
+    does with fold_in(key, n). A row depends on the key, its number, its own prompt and settings,
+    and on nothing else: not on the other rows, nor on L.
 
     Args:
       model: the language model.
       length: L, the prompt not counted.
-      method: 'carry' or 'window'.
+      method: 'carry' hands the carry on; 'window' rereads the last characters for each new one.
       seq_len: how far 'window' rereads; it needs prompts of at least this length.
+
+    The options, numbers or arrays of one for each row, may be traced:
+      lengths_B: how many characters of each row of prompt_BP are its prompt, at least 1; what
+        follows them is ignored. None means all P.
       temperature: 0 takes the most probable character.
       top_k: choose among the k most probable characters; 0 means all.
       top_p: choose among the fewest characters with this much probability; 1 means all.
     """
-    writer = make_writer(model, method, seq_len, temperature=temperature, top_k=top_k, top_p=top_p)
+    read = reader_of(method)
 
-    def sampler(params: Any, prompt_BP: jax.Array, key: jax.Array) -> jax.Array:
-        def step(memory: Any, index: jax.Array) -> tuple[Any, jax.Array]:
-            return writer.step(params, memory, jax.random.fold_in(key, index))
-
-        memory = writer.start(params, prompt_BP)
-        _, ids_LB = jax.lax.scan(step, memory, jnp.arange(length))
-        return ids_LB.T
+    def sampler(
+        params: Any,
+        prompt_BP: jax.Array,
+        key: jax.Array,
+        *,
+        lengths_B: Any = None,
+        temperature: Any = 1.0,
+        top_k: Any = 0,
+        top_p: Any = 1.0,
+    ) -> jax.Array:
+        width = prompt_BP.shape[1]
+        lengths_B = np.full(len(prompt_BP), width) if lengths_B is None else lengths_B
+        is_traced = isinstance(lengths_B, jax.core.Tracer)
+        lengths = [width] if is_traced else np.asarray(lengths_B).tolist()
+        check_prompts(method, seq_len, lengths, width)
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        state, rest_BP = begin(model, method, seq_len, align(prompt_BP, lengths_B))
+        first = -rest_BP.shape[1]
+        given_BT = jnp.pad(rest_BP, ((0, 0), (0, length)))
+        count = given_BT.shape[1]
+        _, ids_BT = write_on(model, read, params, state, given_BT, first, count, key, settings)
+        return ids_BT[:, -length:]
 
     return sampler
 
 
+def align(prompt_BP: Any, lengths_B: Any) -> jax.Array:
+    """Return prompts, of which each is the beginning of its row, moved to the ends of the rows."""
+    width = prompt_BP.shape[1]
+    sources_BP = jnp.arange(width) - width + jnp.reshape(jnp.asarray(lengths_B), (-1, 1))
+    moved_BP = jnp.take_along_axis(jnp.asarray(prompt_BP), jnp.maximum(sources_BP, 0), axis=1)
+    return jnp.where(sources_BP < 0, NOTHING, moved_BP.astype(jnp.int32))
+
+
 def stream(
-    writer: Writer, params: Any, prompt_BP: jax.Array, key: jax.Array, length: int
+    model: CharLSTM,
+    params: Any,
+    prompts: Sequence[np.ndarray],
+    key: jax.Array,
+    *,
+    length: int,
+    method: str = "carry",
+    seq_len: int = 100,
+    temperature: Any = 1.0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
+    chunk: int = SIZE,
 ) -> Iterator[np.ndarray]:
-    """Yield ids_B character by character, the same as make_sampler's for the same key."""
-    step = jax.jit(writer.step)
-    memory = jax.jit(writer.start)(params, prompt_BP)
-    for index in range(length):
-        memory, ids_B = step(params, memory, jax.random.fold_in(key, index))
-        yield np.asarray(ids_B)
+    """Yield the ids_BL that make_sampler's sampler gives for the same key, in pieces ids_BT.
+
+    It is compiled once for a model, a method and B, whatever the other arguments are.
+
+    Args:
+      model, params: the language model.
+      prompts: B sequences of ids, each of its own length.
+      key: a random key.
+      length: L, the prompts not counted.
+      method, seq_len, temperature, top_k, top_p: as in make_sampler.
+      chunk: how many characters of prompt or text to work on at once, at most SIZE.
+    """
+    read = reader_of(method)
+    batch_size, width = len(prompts), max(map(len, prompts))
+    check_prompts(method, seq_len, [len(prompt) for prompt in prompts], width)
+    prompt_BP = np.full((batch_size, width), NOTHING, np.int32)
+    for row_P, prompt in zip(prompt_BP, prompts, strict=True):
+        row_P[width - len(prompt) :] = prompt
+    # Arrays of one type and size, so that no other kind of number means another compilation.
+    settings = {
+        "temperature": np.broadcast_to(np.float32(temperature), batch_size),
+        "top_k": np.broadcast_to(np.int32(top_k), batch_size),
+        "top_p": np.broadcast_to(np.float32(top_p), batch_size),
+    }
+    state, rest_BP = begin(model, method, seq_len, prompt_BP)
+    first = -rest_BP.shape[1]
+    while first < length:
+        count = min(chunk, SIZE, length - first)
+        begun_BP, rest_BP = rest_BP[:, :count], rest_BP[:, count:]
+        given_BT = np.pad(begun_BP, ((0, 0), (0, SIZE - begun_BP.shape[1])))
+        state, ids_BT = compiled_write_on(
+            model, read, params, state, given_BT, first, count, key, settings
+        )
+        if first + count > 0:
+            yield np.asarray(ids_BT)[:, max(-first, 0) : count]
+        first += count

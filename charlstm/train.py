@@ -20,7 +20,7 @@ from charlstm.journal import Journal
 from charlstm.log import bits
 from charlstm.model import CharLSTM, model_from_config, zero_carry
 from charlstm.optim import make_optimizer, make_schedule
-from charlstm.sample import make_sampler
+from charlstm.sample import stream
 from charlstm.steps import (
     evaluate,
     init_state,
@@ -106,7 +106,6 @@ def make_assessment(job: Job, model: CharLSTM) -> Callable[[Any, int], dict[str,
     """Return assess(params, step) -> what an evaluation tells: validation figures and a sample."""
     config, run = job.run.config, job.run
     eval_step = jax.jit(make_eval_step(model))
-    sampler = jax.jit(make_sampler(model, seq_len=config.seq_len, **config.sample.to_dict()))
 
     def assess(params: Any, step: int) -> dict[str, Any]:
         figures: dict[str, Any] = {}
@@ -120,9 +119,11 @@ def make_assessment(job: Job, model: CharLSTM) -> Callable[[Any, int], dict[str,
                 "val/accuracy": result["accuracy"],
             }
         place = np.random.default_rng((config.seed, step)).integers(len(run.prompts))
-        prompt_1P = run.vocab.encode(run.prompts[place])[None].astype(np.int32)
+        prompts = [run.vocab.encode(run.prompts[place])]
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        ids_1L = sampler(params, prompt_1P, key)
-        return figures | {"sample": run.vocab.decode(ids_1L[0])}
+        pieces = stream(
+            model, params, prompts, key, seq_len=config.seq_len, **config.sample.to_dict()
+        )
+        return figures | {"sample": run.vocab.decode(np.concatenate(list(pieces), axis=1)[0])}
 
     return assess

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("charlstm.launch.sample")
 
+# Of --stream: a small piece even by the slow method, 2 ms a character, and far more than one can
+# read by the other.
+STREAM_CHUNK = 16
+
 WORKDIR = flags.DEFINE_string("workdir", "runs/default", "the run folder")
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
 PROMPT = flags.DEFINE_string("prompt", "", "the text to go on from; none: a place of the book")
@@ -69,8 +73,8 @@ def sample_settings(run: "Run") -> dict[str, Any]:
     return settings
 
 
-def encode_prompts(run: "Run", prompt: str, method: str) -> tuple["np.ndarray", str]:
-    """Return ids_BP, the ids to go on from, and the text to print before what is made."""
+def encode_prompts(run: "Run", prompt: str, method: str) -> tuple[list["np.ndarray"], str]:
+    """Return the ids that each text goes on from, and what to print before what is made."""
     import numpy as np
 
     if prompt:
@@ -82,13 +86,11 @@ def encode_prompts(run: "Run", prompt: str, method: str) -> tuple["np.ndarray", 
                 f"--method=window needs a prompt of at least {run.config.seq_len} characters, and "
                 f"this one has {len(ids_P)}; give a longer one, or use --method=carry"
             )
-        ids_BP = np.tile(ids_P, (NUM_SAMPLES.value, 1))
-        return ids_BP, run.vocab.decode(ids_P)
+        return [ids_P] * NUM_SAMPLES.value, run.vocab.decode(ids_P)
     chosen = np.random.default_rng(SEED.value).integers(len(run.prompts), size=NUM_SAMPLES.value)
     for index in chosen:
         logger.info("from the training text: %r", run.prompts[index])
-    ids_BP = np.stack([run.vocab.encode(run.prompts[index]) for index in chosen])
-    return ids_BP, ""
+    return [run.vocab.encode(run.prompts[index]) for index in chosen], ""
 
 
 def main() -> None:
@@ -97,28 +99,24 @@ def main() -> None:
         raise UserError(f"--num_samples={NUM_SAMPLES.value}: --stream shows one text at a time")
     prompt = read_prompt()
     import jax
+    import numpy as np
 
     from charlstm.checkpoint import load_model
-    from charlstm.sample import make_sampler, make_writer, stream
+    from charlstm.sample import SIZE, stream
 
     run, model, params = load_model(WORKDIR.value, CHECKPOINT.value)
     settings = sample_settings(run)
-    length, method = settings.pop("length"), settings.pop("method")
-    ids_BP, opening = encode_prompts(run, prompt, method)
-    prompt_BP = jax.numpy.asarray(ids_BP, dtype="int32")
-    key, seq_len = jax.random.key(SEED.value), run.config.seq_len
+    prompts, opening = encode_prompts(run, prompt, settings["method"])
+    settings |= {"seq_len": run.config.seq_len, "chunk": STREAM_CHUNK if STREAM.value else SIZE}
+    pieces = stream(model, params, prompts, jax.random.key(SEED.value), **settings)
     if STREAM.value:
         sys.stdout.write(opening)
-        writer = make_writer(model, method, seq_len, **settings)
-        for ids_B in stream(writer, params, prompt_BP, key, length):
-            sys.stdout.write(run.vocab.decode(ids_B))
+        for ids_1T in pieces:
+            sys.stdout.write(run.vocab.decode(ids_1T[0]))
             sys.stdout.flush()
     else:
-        sampler = make_sampler(model, length, method=method, seq_len=seq_len, **settings)
-        texts = [
-            opening + run.vocab.decode(ids_L) for ids_L in jax.jit(sampler)(params, prompt_BP, key)
-        ]
-        sys.stdout.write("\n\f\n".join(texts))
+        ids_BL = np.concatenate(list(pieces), axis=1)
+        sys.stdout.write("\n\f\n".join(opening + run.vocab.decode(ids_L) for ids_L in ids_BL))
     sys.stdout.write("\n")
 
 

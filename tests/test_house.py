@@ -176,9 +176,9 @@ def test_every_setting_is_read_by_somebody(key):
 @pytest.mark.parametrize("section", SPREAD)
 def test_the_sections_that_are_spread_whole_have_a_taker_for_every_setting(section):
     from charlstm.model import CharLSTM
-    from charlstm.sample import make_sampler
+    from charlstm.sample import stream
 
-    taker = {"model": CharLSTM, "sample": make_sampler}[section]
+    taker = {"model": CharLSTM, "sample": stream}[section]
     keys = {key.split(".")[1] for key in config_keys() if key.startswith(f"{section}.")}
     assert keys
     assert keys <= inspect.signature(taker).parameters.keys()

@@ -9,13 +9,16 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from charlstm import sample
 from charlstm.model import CharLSTM, predict, zero_carry
-from charlstm.sample import keep_probable, make_sampler, make_writer, pick, sample_step, stream
+from charlstm.sample import draw_uniforms, keep_probable, make_sampler, pick, sample_step, stream
 from charlstm.text import Vocab
 
 # All different, so that no two axes can be mixed up unnoticed: prompts, window, text, vocabulary.
 B, P, SEQ_LEN, L, V = 3, 9, 7, 25, 11
 MODEL = CharLSTM(vocab_size=V, hidden_size=12, num_layers=2)
+
+DEFAULTS = {"temperature": np.float32(1), "top_k": np.int32(0), "top_p": np.float32(1)}
 
 each_method = pytest.mark.parametrize("method", ["carry", "window"])
 
@@ -34,13 +37,23 @@ predict_ids = jax.jit(partial(predict, MODEL, PARAMS))
 
 
 @lru_cache
-def compiled_sampler(method, **settings):
-    return jax.jit(make_sampler(MODEL, L, method=method, seq_len=SEQ_LEN, **settings))
+def compiled_sampler(method, length):
+    return jax.jit(make_sampler(MODEL, length, method=method, seq_len=SEQ_LEN))
 
 
-def write(method="carry", prompt_BP=PROMPT_BP, seed=0, **settings):
-    ids_BL = compiled_sampler(method, **settings)(PARAMS, prompt_BP, jax.random.key(seed))
-    return np.asarray(ids_BL)
+def write(method="carry", prompt_BP=PROMPT_BP, seed=0, length=L, **options):
+    sampler = compiled_sampler(method, length)
+    # Always all of them and for each row, so that there is less to compile.
+    options = {
+        name: np.broadcast_to(np.asarray(options.get(name, default), default.dtype), len(prompt_BP))
+        for name, default in {"lengths_B": np.int32(prompt_BP.shape[1]), **DEFAULTS}.items()
+    }
+    return np.asarray(sampler(PARAMS, prompt_BP, jax.random.key(seed), **options))
+
+
+def write_in_pieces(method="carry", prompts=PROMPT_BP, seed=0, **settings):
+    options = {"length": L, "method": method, "seq_len": SEQ_LEN} | settings
+    return list(stream(MODEL, PARAMS, prompts, jax.random.key(seed), **options))
 
 
 def most_probable(logits_BV):
@@ -142,14 +155,101 @@ def test_a_text_has_its_length_in_integers_of_the_vocabulary(method):
     assert set(text_BL.flat) == set(range(V))
 
 
+PER_ROW = {
+    "temperature": np.float32([0.0, 1.5, 0.7]),
+    "top_k": np.int32([0, 4, 0]),
+    "top_p": np.float32([1.0, 1.0, 0.8]),
+}
+
+
 @each_method
-def test_streaming_yields_what_the_sampler_writes(method):
-    settings = {"temperature": 0.8, "top_k": 5, "top_p": 0.9}
-    key = jax.random.key(8)
-    writer = make_writer(MODEL, method, SEQ_LEN, **settings)
-    pieces = list(stream(writer, PARAMS, PROMPT_BP, key, L))
-    assert len(pieces) == L
-    np.testing.assert_array_equal(np.stack(pieces, axis=1), write(method, seed=8, **settings))
+def test_settings_may_be_fixed_when_the_sampler_is_traced(method):
+    sampler = make_sampler(MODEL, L, method=method, seq_len=SEQ_LEN)
+    fixed = jax.jit(partial(sampler, temperature=0.8, top_k=5, top_p=0.9))
+    found_BL = fixed(PARAMS, PROMPT_BP, jax.random.key(2))
+    traced_BL = write(method, seed=2, temperature=0.8, top_k=5, top_p=0.9)
+    np.testing.assert_array_equal(found_BL, traced_BL)
+    assert np.any(found_BL != write(method, seed=2))
+
+
+@each_method
+def test_each_row_may_have_settings_of_its_own(method):
+    together_BL = write(method, seed=3, **PER_ROW)
+    for row in range(B):
+        shared = {name: values_B[row] for name, values_B in PER_ROW.items()}
+        np.testing.assert_array_equal(together_BL[row], write(method, seed=3, **shared)[row])
+
+
+@each_method
+def test_a_text_of_temperature_0_is_the_same_for_every_key(method):
+    texts = [write(method, seed=seed, temperature=0.0) for seed in range(3)]
+    np.testing.assert_array_equal(texts[1:], [texts[0]] * 2)
+
+
+@each_method
+def test_a_longer_text_begins_with_the_shorter_one(method):
+    np.testing.assert_array_equal(write(method, seed=4, length=L + 6)[:, :L], write(method, seed=4))
+
+
+LENGTHS_B = np.array([P - 2, P, P - 1])
+
+
+@each_method
+def test_a_row_depends_on_its_own_prompt_alone(method):
+    # Ids that do not exist, where a prompt has ended.
+    padded_BP = np.where(np.arange(P) < LENGTHS_B[:, None], PROMPT_BP, 200)
+    found_BL = write(method, padded_BP, seed=5, lengths_B=LENGTHS_B)
+    for row, length in enumerate(LENGTHS_B):
+        others_BP = np.random.default_rng(row).integers(V, size=(B, P), dtype=np.int32)
+        others_BP[row, :length] = PROMPT_BP[row, :length]
+        lengths_B = np.roll(LENGTHS_B, 1)
+        lengths_B[row] = length
+        changed_BL = write(method, others_BP, seed=5, lengths_B=lengths_B)
+        np.testing.assert_array_equal(np.any(found_BL != changed_BL, axis=1), np.arange(B) != row)
+    shortest = np.argmin(LENGTHS_B)
+    alone_BL = write(method, PROMPT_BP[:, : LENGTHS_B[shortest]], seed=5)
+    np.testing.assert_array_equal(found_BL[shortest], alone_BL[shortest])
+
+
+@each_method
+@pytest.mark.parametrize("chunk", [1, 4, 512])
+def test_streaming_yields_what_the_sampler_writes(method, chunk):
+    prompts = [ids_P[:length] for ids_P, length in zip(PROMPT_BP, LENGTHS_B, strict=True)]
+    wanted_BL = write(method, seed=8, lengths_B=LENGTHS_B, **PER_ROW)
+    pieces = write_in_pieces(method, prompts, seed=8, chunk=chunk, **PER_ROW)
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), wanted_BL)
+    # The piece in which the prompt ends may be shorter.
+    assert all(piece.shape[1] == min(chunk, L) for piece in pieces[1:-1])
+
+
+@each_method
+def test_streaming_long_prompts_and_texts_takes_several_calls(method, monkeypatch):
+    wanted_BL = write(method, seed=9)
+    monkeypatch.setattr(sample, "SIZE", 6)
+    pieces = write_in_pieces(method, seed=9)
+    assert len(pieces) >= L // 6
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), wanted_BL)
+
+
+@each_method
+def test_streaming_is_compiled_once_for_all_lengths_and_settings(method, monkeypatch):
+    traced = []
+
+    def traced_predict(*args):
+        traced.append(args)
+        return predict(*args)
+
+    monkeypatch.setattr(sample, "predict", traced_predict)
+    # Of a size that no other test has compiled already.
+    prompt_BP = PROMPT_BP[[0, 1, 2, 0, 1]]
+    write_in_pieces(method, prompt_BP)
+    num_traced = len(traced)
+    assert num_traced > 0
+    write_in_pieces(method, prompt_BP, length=2 * L, temperature=0.5, top_k=3, top_p=0.9)
+    write_in_pieces(method, prompt_BP, temperature=1, top_k=np.arange(5), chunk=3)
+    write_in_pieces(method, prompt_BP[:, :-1].astype(np.uint8), length=1, temperature=0)
+    write_in_pieces(method, [*prompt_BP[:4], np.tile(prompt_BP[4], 80)])
+    assert len(traced) == num_traced
 
 
 @each_method
@@ -162,16 +262,45 @@ def test_a_prompt_may_be_in_the_small_integers_that_a_vocab_encodes_to(method):
     np.testing.assert_array_equal(write(method, prompt_BP), write(method))
 
 
-def test_a_prompt_shorter_than_the_window_is_refused():
-    short_BP = PROMPT_BP[:, : SEQ_LEN - 1]
-    sampler = make_sampler(MODEL, L, method="window", seq_len=SEQ_LEN)
+@pytest.mark.parametrize(
+    ("method", "lengths", "message"),
+    [
+        ("window", [P, SEQ_LEN - 1, P], f"a prompt of {SEQ_LEN - 1} characters, fewer than"),
+        ("carry", [P, P, 0], "a prompt of 0 characters, fewer than 1"),
+        ("carry", [P + 1, P, P], f"a prompt of {P + 1} characters in a row of {P}"),
+    ],
+)
+def test_a_prompt_of_a_wrong_length_is_refused(method, lengths, message):
+    sampler = make_sampler(MODEL, L, method=method, seq_len=SEQ_LEN)
+    with pytest.raises(ValueError, match=message):
+        sampler(PARAMS, PROMPT_BP, jax.random.key(0), lengths_B=np.array(lengths))
+    if max(lengths) <= P:
+        prompts = [ids_P[:length] for ids_P, length in zip(PROMPT_BP, lengths, strict=True)]
+        with pytest.raises(ValueError, match=message):
+            write_in_pieces(method, prompts)
+
+
+def test_prompts_shorter_than_the_window_are_refused_where_lengths_are_traced():
     with pytest.raises(ValueError, match=f"a prompt of {SEQ_LEN - 1} characters"):
-        sampler(PARAMS, short_BP, jax.random.key(0))
+        write("window", PROMPT_BP[:, : SEQ_LEN - 1], lengths_B=LENGTHS_B)
 
 
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="method='other'"):
         make_sampler(MODEL, L, method="other")
+    with pytest.raises(ValueError, match="method='other'"):
+        write_in_pieces("other")
+
+
+def test_the_sampler_is_a_loop_of_sample_step():
+    key = jax.random.key(10)
+    step = jax.jit(partial(sample_step, model=MODEL))
+    _, carry = predict_ids(PROMPT_BP[:, :-1], zero_carry(MODEL, B))
+    ids_B, written = PROMPT_BP[:, -1], []
+    for index in range(L):
+        carry, ids_B = step(PARAMS, carry, ids_B, jax.random.fold_in(key, index), **PER_ROW)
+        written.append(ids_B)
+    np.testing.assert_array_equal(np.stack(written, axis=1), write(seed=10, **PER_ROW))
 
 
 def test_sample_step_works_in_a_loop_of_ones_own():
@@ -217,6 +346,19 @@ def probabilities(logits_V):
     return exp_V / exp_V.sum()
 
 
+def kept_by_oracle(probs_V, top_k, top_p):
+    """Return the ids that are kept, by plain counting; where it is close, assume() it away."""
+    ids = np.argsort(-probs_V, kind="stable")[: top_k or None]
+    if top_p == 1:
+        return ids
+    reached = np.cumsum(probs_V[ids]) / probs_V[ids].sum()
+    # Else rounding would decide whether the share is reached.
+    assume(np.all(np.abs(reached - top_p) > 1e-5))
+    return ids[: 1 + np.sum(reached < top_p)]
+
+
+pick_compiled = jax.jit(pick)
+LARGEST = np.float32(1 - 2**-24)  # the largest number below 1
 LOGITS_V = np.float32([0.3, -1.2, 1.9, 0.9, -3.0, 1.4])
 
 
@@ -234,22 +376,96 @@ LOGITS_V = np.float32([0.3, -1.2, 1.9, 0.9, -3.0, 1.4])
 )
 def test_characters_are_as_frequent_as_probable(settings, kept):
     n = 20_000
-    ids_n = np.asarray(pick(jax.random.key(11), np.tile(LOGITS_V, (n, 1)), **settings))
+    uniforms_n = draw_uniforms(jax.random.key(11), n)
+    ids_n = np.asarray(pick_compiled(uniforms_n, np.tile(LOGITS_V, (n, 1)), **settings))
     kept = list(kept)
     wanted_V = np.zeros(len(LOGITS_V))
-    wanted_V[kept] = probabilities(LOGITS_V[kept] / settings["temperature"])
+    wanted_V[kept] = n * probabilities(LOGITS_V[kept] / settings["temperature"])
     counts_V = np.bincount(ids_n, minlength=len(LOGITS_V))
-    # Five standard deviations of a binomial distribution, and 0 where nothing may be drawn.
-    tolerance_V = 5 * np.sqrt(n * wanted_V * (1 - wanted_V))
-    assert np.all(np.abs(counts_V - n * wanted_V) <= tolerance_V), (counts_V, n * wanted_V)
+    assert counts_V.sum() == counts_V[kept].sum()
+    chi_squared = np.sum((counts_V[kept] - wanted_V[kept]) ** 2 / wanted_V[kept])
+    # Of 5 degrees of freedom or fewer, it is above 36 once in a million.
+    assert chi_squared < 36, (counts_V, wanted_V)
 
 
-def test_temperature_0_picks_the_largest_of_each_row():
-    logits_BV = np.random.default_rng(12).normal(size=(50, V))
-    ids_B = pick(jax.random.key(0), jnp.float32(logits_BV), temperature=0.0)
+def test_the_draws_of_all_rows_and_steps_are_independent():
+    keys_T = jax.vmap(partial(jax.random.fold_in, jax.random.key(12)))(jnp.arange(300))
+    uniforms_TB = np.asarray(jax.vmap(lambda key: draw_uniforms(key, 100))(keys_T))
+    assert np.all((uniforms_TB >= 0) & (uniforms_TB < 1))
+    n = uniforms_TB.size
+    centred_TB = uniforms_TB - 0.5
+    # Five standard deviations: of a mean of uniforms, and of a mean of products of two.
+    assert abs(np.mean(centred_TB)) < 5 / np.sqrt(12 * n)
+    for next_TB in (np.roll(centred_TB, 1, axis=0), np.roll(centred_TB, 1, axis=1)):
+        assert abs(np.mean(centred_TB * next_TB)) < 5 / (12 * np.sqrt(n))
+    # And a row keeps its numbers in a batch of another size.
+    np.testing.assert_array_equal(draw_uniforms(keys_T[7], 3), uniforms_TB[7, :3])
+
+
+def test_temperature_0_picks_the_first_of_the_largest():
+    rng = np.random.default_rng(12)
+    # So few values that many rows have two of the largest.
+    logits_BV = rng.integers(4, size=(50, V)).astype(np.float32)
+    uniforms_B = np.linspace(0, LARGEST, 50, dtype=np.float32)
+    ids_B = pick_compiled(uniforms_B, logits_BV, temperature=0.0)
     np.testing.assert_array_equal(ids_B, np.argmax(logits_BV, axis=-1))
 
 
+def test_temperatures_that_are_all_but_0_pick_the_largest():
+    logits_BV = np.float32(9 * np.random.default_rng(13).normal(size=(50, V)))
+    uniforms_B = np.linspace(0, LARGEST, 50, dtype=np.float32)
+    for temperature in (1e-5, 1e-30):
+        ids_B = pick_compiled(uniforms_B, logits_BV, temperature=temperature)
+        np.testing.assert_array_equal(ids_B, np.argmax(logits_BV, axis=-1))
+
+
+def test_an_impossible_character_is_not_picked_at_the_edge_of_its_neighbours():
+    rng, n, vocab_size = np.random.default_rng(14), 4000, 1000
+    logits_BV = rng.normal(size=(n, vocab_size)).astype(np.float32)
+    logits_BV[rng.random(size=(n, vocab_size)) < 0.5] = -np.inf
+    # Where one of those has the sum of all before it, which rounding may lift or lower.
+    sums_BV = np.cumsum(np.exp(logits_BV), axis=-1, dtype=np.float64)
+    edges_BV = np.where(logits_BV == -np.inf, sums_BV / sums_BV[:, -1:], 0)
+    uniforms_B = edges_BV[np.arange(n), rng.integers(vocab_size, size=n)].astype(np.float32)
+    uniforms_B = np.minimum(uniforms_B, LARGEST)
+    ids_B = pick_compiled(uniforms_B, logits_BV, temperature=1.0)
+    assert np.all(logits_BV[np.arange(n), ids_B] > -np.inf)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    logits_V=st.lists(
+        st.one_of(st.floats(-8, 8, width=32), st.just(-np.inf)), min_size=V, max_size=V
+    ),
+    uniform=st.floats(0, float(LARGEST), width=32),
+    temperature=st.sampled_from([0.0, 0.05, 0.8, 5.0]),
+    top_k=st.sampled_from([0, 1, 3, 100]),
+    top_p=st.sampled_from([1.0, 0.95, 0.3]),
+)
+def test_a_pick_inverts_the_distribution_of_what_is_kept(
+    logits_V, uniform, temperature, top_k, top_p
+):
+    assume(max(logits_V) > -np.inf)
+    logits_BV = np.float32([logits_V, logits_V])
+    # A neighbour with other settings changes nothing.
+    settings_B = [np.array([temperature, 1.0]), np.array([top_k, 2]), np.array([top_p, 0.5])]
+    options = dict(zip(["temperature", "top_k", "top_p"], settings_B, strict=True))
+    found = int(pick_compiled(np.float32([uniform, 0.5]), logits_BV, **options)[0])
+    if temperature == 0:
+        assert found == np.argmax(logits_V)
+        return
+    probs_V = probabilities(np.array(logits_V) / temperature)
+    kept = kept_by_oracle(probs_V, top_k, top_p)
+    assert found in kept
+    assert probs_V[found] > 0
+    kept = np.sort(kept)
+    reached = np.cumsum(probs_V[kept]) / probs_V[kept].sum()
+    # In 32 bits the sums are this exact.
+    below, above = (np.sum(reached < uniform + slack) for slack in (-1e-5, 1e-5))
+    assert below <= np.searchsorted(kept, found) <= above
+
+
+keep_compiled = jax.jit(keep_probable)
 # Few values, so that ties are common.
 rows = st.lists(st.integers(-4, 4).map(lambda n: n / 2), min_size=6, max_size=6)
 
@@ -263,17 +479,9 @@ rows = st.lists(st.integers(-4, 4).map(lambda n: n / 2), min_size=6, max_size=6)
 @example(logits_BV=[[0.0] * 6, [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]], top_k=2, top_p=1.0)
 @example(logits_BV=[[0.0] * 6, [0.0, 9.0, 0.0, 0.0, 0.0, 0.0]], top_k=0, top_p=0.4)
 def test_the_fewest_and_most_probable_characters_are_kept(logits_BV, top_k, top_p):
-    logits_BV = np.float32(logits_BV)
-    kept_BV = np.asarray(keep_probable(jnp.asarray(logits_BV), top_k, top_p))
-    for logits_V, kept_V in zip(logits_BV, kept_BV, strict=True):
-        sorted_V = np.sort(logits_V)[::-1]
-        wanted = sorted_V[: top_k or None]
-        if top_p < 1:
-            reached = np.cumsum(probabilities(wanted))
-            # Else rounding would decide whether the share is reached.
-            assume(np.all(np.abs(reached - top_p) > 1e-5))
-            wanted = wanted[: 1 + np.sum(reached < top_p)]
-        is_kept_V = kept_V > -np.inf
-        # Which of those that tie is left open, but not how many.
-        np.testing.assert_array_equal(np.sort(kept_V[is_kept_V])[::-1], wanted)
-        np.testing.assert_array_equal(kept_V[is_kept_V], logits_V[is_kept_V])
+    weights_BV = np.exp(np.float32(logits_BV))
+    kept_BV = np.asarray(keep_compiled(weights_BV, top_k, top_p))
+    for weights_V, kept_V in zip(weights_BV, kept_BV, strict=True):
+        wanted = kept_by_oracle(weights_V, top_k, top_p)
+        np.testing.assert_array_equal(np.flatnonzero(kept_V), np.sort(wanted))
+        np.testing.assert_array_equal(kept_V[wanted], weights_V[wanted])

@@ -164,14 +164,13 @@ def test_greedy_text_equals_that_of_keras(config, ids_M, vocab_size, keras_model
     assert len(set(wanted)) >= 3
 
     model = model_from_config(config, vocab_size)
-    sampler = make_sampler(
-        model,
-        200,
-        method=config.sample.method,
-        seq_len=config.seq_len,
+    sampler = make_sampler(model, 200, method=config.sample.method, seq_len=config.seq_len)
+    found_1L = jax.jit(sampler, **SHIPPED)(
+        params_of(keras_model),
+        seed_T[None],
+        jax.random.key(0),
         temperature=config.sample.temperature,
     )
-    found_1L = jax.jit(sampler, **SHIPPED)(params_of(keras_model), seed_T[None], jax.random.key(0))
     np.testing.assert_array_equal(found_1L[0], wanted)
 
 
