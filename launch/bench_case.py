@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 TEMPERATURE = 0.8
-PRODUCT_SIZE = 2048  # of the square product whose rate is taken as the machine's
+PRODUCT_SIZE = 1024  # of the square product whose rate is taken as the machine's
 
 
 class Case(NamedTuple):

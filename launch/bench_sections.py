@@ -37,6 +37,7 @@ class Settings(NamedTuple):
     text_size: int  # characters of the text of 'loop' and 'startup'; a tenth of it is evaluated
     factors: tuple[float, ...]  # by which 'growth' multiplies B, T, H and V
     max_layers: int
+    growth_peers: tuple[str, ...]
 
 
 FULL = Settings(
@@ -54,6 +55,7 @@ FULL = Settings(
     text_size=850_000,  # a novel
     factors=(1 / 8, 1 / 4, 1 / 2, 1, 2, 4),
     max_layers=4,
+    growth_peers=("torch",),
 )
 QUICK = FULL._replace(
     shapes=((16, 50, 128),),
@@ -63,11 +65,12 @@ QUICK = FULL._replace(
     repeats=3,
     repeat_seconds=0.05,
     command_runs=1,
-    loop_steps=200,
+    loop_steps=100,
     written=100,
     text_size=100_000,
     factors=(1 / 4, 1),
     max_layers=2,
+    growth_peers=(),
 )
 
 
@@ -107,7 +110,9 @@ class Bench:
         case = self._case(self._settings.base)._replace(
             task="evaluate", num_characters=self._settings.text_size // 10
         )
-        return self._races("evaluate", ["charlstm", "flax", *self._without_keras()], [case])
+        # Keras is left out: its evaluate is made for other data than one long text.
+        peers = [name for name in self._peers if name != "keras"]
+        return self._races("evaluate", ["charlstm", "flax", *peers], [case])
 
     def startup(self) -> dict[str, Any]:
         """Measure launch/train.py from the command to the first step in metrics.jsonl."""
@@ -156,7 +161,8 @@ class Bench:
     def growth(self) -> list[dict[str, Any]]:
         """Measure how the time of a training step grows with each size, and draw it."""
         base, races = self._case(self._settings.base), []
-        names = ["charlstm", "flax", *self._without_keras(), bench_report.LIMIT]
+        peers = [name for name in self._peers if name in self._settings.growth_peers]
+        names = ["charlstm", "flax", *peers, bench_report.LIMIT]
         contenders = self._contenders(names)
         for case in growth_cases(base, self._settings.factors, self._settings.max_layers):
             logger.info("growth: %s", describe(case))
@@ -167,10 +173,6 @@ class Bench:
 
     def _case(self, shape: Shape) -> Case:
         return Case("train", *shape, self._settings.vocab_size, self._settings.num_layers)
-
-    def _without_keras(self) -> list[str]:
-        # Its fit and evaluate are made for other data than one long text.
-        return [name for name in self._peers if name != "keras"]
 
     def _race(self, contenders: Mapping[str, Worker], case: Case) -> dict[str, Timing]:
         return race(contenders, case, self._settings.repeats, self._settings.repeat_seconds)

@@ -46,7 +46,7 @@ class Server:
     def __init__(self, name: str):
         self._name = name
         self._sizes: dict[str, Any] = {}
-        self._given = ""
+        self._built: dict[str, Any] = {}
         self._call: Call = lambda: math.nan
         self._calls = 1
 
@@ -56,11 +56,11 @@ class Server:
         return {}
 
     def build(self, **sizes: Any) -> dict[str, Any]:
-        """Build the case of these sizes, unless it is there already, and do it once."""
+        """Build the case of these sizes, unless it is there already, and do its work once."""
         if sizes != self._sizes:
-            self._sizes = sizes
-            self._call, self._given = CONTENDERS[self._name](Case(**sizes))
-        return {"given": self._given, "value": self._call()}
+            self._call, given = CONTENDERS[self._name](Case(**sizes))
+            self._sizes, self._built = sizes, {"given": given, "value": self._call()}
+        return self._built
 
     def settle(self, repeat_seconds: float) -> dict[str, Any]:
         """Warm up, and find out how many calls take `repeat_seconds`."""
