@@ -36,8 +36,8 @@ def make_jax(case: Case, recurrence: str) -> Made:
     state = _random_state(model, optimizer, case)
     work = {"train": _jax_train, "generate": _jax_generate, "evaluate": _jax_evaluate}[case.task]
     device = jax.devices()[0]
-    given = f"model.recurrence={recurrence} under jax.jit on {device} ({device.device_kind})"
-    return work(case, model, optimizer, state), given
+    given = f"model.recurrence={recurrence} under jax.jit, memory kept as by our launchers"
+    return work(case, model, optimizer, state), f"{given}, on {device} ({device.device_kind})"
 
 
 def _random_state(model: Any, optimizer: Any, case: Case) -> Any:
@@ -84,9 +84,9 @@ def _jax_generate(case: Case, model: Any, optimizer: Any, state: Any) -> Call:
 
     from charlstm.sample import make_sampler
 
-    sampler = jax.jit(make_sampler(model, case.seq_len, temperature=TEMPERATURE))
+    sampler = jax.jit(make_sampler(model, case.seq_len))
     prompt_B1, key = random_ids(case, case.batch_size, 1), jax.random.key(1)
-    return lambda: np.asarray(sampler(state.params, prompt_B1, key)).size
+    return lambda: np.asarray(sampler(state.params, prompt_B1, key, temperature=TEMPERATURE)).size
 
 
 def _jax_evaluate(case: Case, model: Any, optimizer: Any, state: Any) -> Call:

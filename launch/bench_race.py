@@ -37,7 +37,7 @@ class Worker:
         self._errors = tempfile.TemporaryFile("w+")
         environment = {"KERAS_BACKEND": "jax"} | os.environ
         if name in ("torch", "keras"):
-            # Our launchers set it for themselves; a peer has what its users have.
+            # Our launchers set them for themselves; a peer has what its users have.
             environment.pop("OPENBLAS_NUM_THREADS", None)
         self._process = subprocess.Popen(
             [sys.executable, str(LAUNCH / "bench_worker.py"), name],
@@ -141,13 +141,14 @@ def run_training(flags: Sequence[str], folder: Path, cache: str, to_the_end: boo
     Args:
       flags: --config.KEY=VALUE.
       folder: where the run folder is made.
-      cache: the name in `folder` under which JAX keeps what it has compiled.
+      cache: the name in `folder` of the cache where compilations are kept.
       to_the_end: otherwise every step is logged, and it is killed once the first one is.
     """
     if not to_the_end:
         flags = [*flags, "--config.log_every_steps=1"]
     workdir = Path(tempfile.mkdtemp(dir=folder))
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / cache)}
+    environment = os.environ | {"CHARLSTM_CACHE": str(folder / cache)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # which would come first
     command = [sys.executable, str(LAUNCH / "train.py"), f"--workdir={workdir}", *flags]
     metrics, first_line_seconds = workdir / "metrics.jsonl", math.nan
     with open(workdir.with_suffix(".log"), "w+") as log:
