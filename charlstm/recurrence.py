@@ -68,8 +68,7 @@ def flax_lstm(
     Returns:
       The carry after the last time step, and hidden_TBH, the output of every time step.
     """
-    if jnp.issubdtype(inputs.dtype, jnp.integer):
-        inputs = jax.nn.one_hot(inputs, params["ii"]["kernel"].shape[0], dtype=dtype)
+    inputs_TBE = _as_vectors(params, inputs, dtype)
     flax_cell = CELLS[cell](features=carry[0].shape[-1], dtype=dtype)
 
     def step(carry: LayerCarry, inputs_BE: jax.Array) -> tuple[LayerCarry, jax.Array]:
@@ -78,7 +77,7 @@ def flax_lstm(
         c_BH, h_BH = (new.astype(old.dtype) for new, old in zip(new_carry, carry, strict=True))
         return (c_BH, h_BH), h_BH
 
-    return jax.lax.scan(step, carry, inputs)
+    return jax.lax.scan(step, carry, inputs_TBE)
 
 
 def fused_lstm(
@@ -90,8 +89,8 @@ def fused_lstm(
     and second derivatives raise TypeError, and flax_lstm has them. What reaches the gates from
     vectors is one product for all time steps, and from ids a row looked up at each.
 
-    Differentiation keeps 7 floats per B·T·H: six local derivatives and h. jax.checkpoint keeps
-    none of them and runs the layer once more instead.
+    Differentiation keeps 7 floats per B·T·H: six local derivatives and h. Under jax.checkpoint it
+    keeps them during the backward pass only, which for a single layer saves nothing.
     """
     # Since sigmoid(s) = (1 + tanh(s / 2)) / 2, with halved sums one tanh serves all four gates.
     halve_G = jnp.repeat(jnp.array([0.5, 0.5, 1.0, 0.5], dtype), carry[0].shape[-1])
@@ -100,7 +99,7 @@ def fused_lstm(
         for side in "ih"
     )
     bias_G = jnp.concatenate([params[f"h{gate}"]["bias"] for gate in GATES]) * halve_G
-    if jnp.issubdtype(inputs.dtype, jnp.integer):
+    if _are_ids(inputs):
         # The bias joins the rows that are looked up, which are fewer than the time steps.
         rows_EG = (input_kernel_EG + bias_G).astype(dtype)
     else:
@@ -128,12 +127,11 @@ def cudnn_lstm(
         raise ValueError(
             f"cuDNN's LSTM needs an NVIDIA GPU, and JAX has found {jax.default_backend()}"
         )
-    if jnp.issubdtype(inputs.dtype, jnp.integer):
-        inputs = jax.nn.one_hot(inputs, params["ii"]["kernel"].shape[0], dtype=dtype)
-    num_steps, batch_size, input_size = inputs.shape
+    inputs_TBE = _as_vectors(params, inputs, dtype)
+    num_steps, batch_size, input_size = inputs_TBE.shape
     c_BH, h_BH = carry
     hidden_BTH, h_1BH, c_1BH = rnn.lstm(
-        inputs.swapaxes(0, 1),
+        inputs_TBE.swapaxes(0, 1),
         h_BH[None],
         c_BH[None],
         pack_cudnn(params),
@@ -145,6 +143,17 @@ def cudnn_lstm(
         bidirectional=False,
     )
     return (c_1BH[0], h_1BH[0]), hidden_BTH.swapaxes(0, 1)
+
+
+def _are_ids(inputs: jax.Array) -> bool:
+    return jnp.issubdtype(inputs.dtype, jnp.integer)
+
+
+def _as_vectors(params: Params, inputs: jax.Array, dtype: Any) -> jax.Array:
+    """Return inputs_TBE, for ids the one-hot vectors that they stand for."""
+    if not _are_ids(inputs):
+        return inputs
+    return jax.nn.one_hot(inputs, params["ii"]["kernel"].shape[0], dtype=dtype)
 
 
 def pack_cudnn(params: Params) -> jax.Array:
@@ -163,7 +172,7 @@ def _scan(
     def step(carry: LayerCarry, inputs_B: jax.Array) -> tuple[LayerCarry, Any]:
         c_before_BH, h_BH = carry
         # Looked up here, where it stays in the cache, and not for all time steps before.
-        drive_BG = rows_EG[inputs_B] if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs_B
+        drive_BG = rows_EG[inputs_B] if _are_ids(inputs) else inputs_B
         product_BG = jnp.dot(
             h_BH.astype(kernel_HG.dtype), kernel_HG, preferred_element_type=c_before_BH.dtype
         )
@@ -204,7 +213,7 @@ def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
     last_carry_grad, hidden_grad_TBH = grads
     num_steps, batch_size, _ = h_before_TBH.shape
     dtype, kernel_GH = kernel_HG.dtype, kernel_HG.T
-    is_lookup = jnp.issubdtype(inputs.dtype, jnp.integer)
+    is_lookup = _are_ids(inputs)
 
     def step(carry_grad: LayerCarry, kept: Any) -> tuple[LayerCarry, jax.Array]:
         dc_BH, dh_BH = carry_grad

@@ -91,7 +91,7 @@ def keep_memory() -> None:
     """Tell glibc to keep freed memory, where there is a glibc.
 
     A training step needs tens of megabytes. Given back to the system after every step and fetched
-    anew, page by page, they cost up to a fifth of its time.
+    anew, page by page, they cost an eighth of its time.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_max, arena_max = -1, -4, -8  # from malloc.h

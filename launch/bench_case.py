@@ -8,6 +8,7 @@ Equal for all: float32, one-hot characters, a loss in nats at every time step, g
 a norm of 1, Adam with a rate of 0.001, the carry handed on.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -57,6 +58,11 @@ def evaluation_streams(case: Case) -> Any:
 
     ids_M = random_ids(case, case.num_characters + 1)
     return Streams(ids_M, case.batch_size, case.seq_len, context=case.seq_len)
+
+
+def most_memory(usage: Any) -> int:
+    """Return the bytes of ru_maxrss in what getrusage and wait4 tell."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def timed(call: Call) -> float:

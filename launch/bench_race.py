@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench_case import Case
+from bench_case import Case, most_memory
 
 from charlstm.errors import RunError
 
@@ -172,5 +172,4 @@ def run_training(flags: Sequence[str], folder: Path, cache: str, to_the_end: boo
         if math.isnan(first_line_seconds):
             first_line_seconds = seconds  # this process got no turn before the other one's end
         first_line = json.loads(metrics.read_text(encoding="utf-8").splitlines()[0])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return Command(seconds, first_line_seconds, first_line["step"], usage.ru_maxrss * unit)
+    return Command(seconds, first_line_seconds, first_line["step"], most_memory(usage))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from app import keep_memory
-from bench_case import Call, Case, Made, timed
+from bench_case import Call, Case, Made, most_memory, timed
 from bench_ours import make_jax, make_matmul
 from bench_peers import make_keras, make_torch, use_faster_threads
 
@@ -37,8 +37,7 @@ def peak_bytes() -> int:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return most_memory(resource.getrusage(resource.RUSAGE_SELF))
 
 
 class Server:
