@@ -35,7 +35,7 @@ def keep_probable(weights_BV: jax.Array, top_k: Any, top_p: Any) -> jax.Array:
     among_BV &= (sums_BV - sorted_BV < top_p * sums_BV[:, -1:]) | (top_p >= 1)
     count_B1 = jnp.maximum(jnp.sum(among_BV, axis=-1, keepdims=True), 1)
     least_B1 = jnp.take_along_axis(sorted_BV, count_B1 - 1, axis=-1)
-    # Of those that tie for the last place the first, so that ties never keep more.
+    # Of those that tie for the last place, by rounding too, the first, so that ties keep no more.
     above_BV, ties_BV = weights_BV > least_B1, weights_BV == least_B1
     places_B1 = count_B1 - jnp.sum(above_BV, axis=-1, keepdims=True)
     is_kept_BV = above_BV | (ties_BV & (jnp.cumsum(ties_BV, axis=-1) <= places_B1))

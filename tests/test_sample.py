@@ -432,11 +432,23 @@ def test_an_impossible_character_is_not_picked_at_the_edge_of_its_neighbours():
     assert np.all(logits_BV[np.arange(n), ids_B] > -np.inf)
 
 
+# Equal, or so far apart that their exponentials differ in float32 too, as they do in the oracle.
+LOGITS = st.integers(-1024, 1024).map(lambda number: number / 128)
+
+
+def test_logits_that_float32_cannot_part_after_the_exponential_are_ties():
+    logits_1V = np.full((1, V), -1.0, np.float32)
+    logits_1V[0, [2, 9]] = 0.0, 1e-8
+    options = {"temperature": 0.8, "top_k": 1}
+    for uniform in (0.0, 0.5, LARGEST):
+        assert pick_compiled(np.float32([uniform]), logits_1V, **options)[0] == 2
+    # Temperature 0 compares the logits themselves.
+    assert pick_compiled(np.float32([0.5]), logits_1V, temperature=0.0)[0] == 9
+
+
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(
-    logits_V=st.lists(
-        st.one_of(st.floats(-8, 8, width=32), st.just(-np.inf)), min_size=V, max_size=V
-    ),
+    logits_V=st.lists(st.one_of(LOGITS, st.just(-np.inf)), min_size=V, max_size=V),
     uniform=st.floats(0, float(LARGEST), width=32),
     temperature=st.sampled_from([0.0, 0.05, 0.8, 5.0]),
     top_k=st.sampled_from([0, 1, 3, 100]),
