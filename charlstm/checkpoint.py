@@ -1,118 +1,55 @@
-"""The run folder: what makes a run readable and resumable, with nothing in it that executes.
-
-config.json    all settings, the text and its sizes, versions and devices
-vocab.json     the characters, id by id
-prompts.json   windows of the training text, for samples without a prompt
-metrics.jsonl, samples.txt, curves.png, TensorBoard events: see log.py
-checkpoints/   Orbax: the two latest states and the best one
-"""
+"""The states of a run on disk, by Orbax: the two latest and the best, each leaf with a checksum."""
 
 import json
+import logging
 import math
+import re
+import zlib
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
-from charlstm.config import base_config, flatten, validate
-from charlstm.errors import UserError
-from charlstm.files import write_file
+from charlstm.errors import DamagedError, RunError, UserError, one_line
+from charlstm.files import read_json
 from charlstm.model import CharLSTM, model_from_config
-from charlstm.optim import make_optimizer
+from charlstm.optim import make_optimizer, make_schedule
+from charlstm.run import Run, load_run
 from charlstm.steps import TrainState, init_state
-from charlstm.text import Vocab
 
-# Raised whenever an older reader could misunderstand a newer folder.
-SCHEMA = 1
-NUM_PROMPTS = 256
+logger = logging.getLogger(__name__)
 
-
-class Run(NamedTuple):
-    """What a run folder says of its run, states apart."""
-
-    workdir: epath.Path
-    config: ConfigDict
-    vocab: Vocab
-    text: dict[str, Any]  # source, sha256, characters, training_characters, ...
-    prompts: list[str]
-
-
-def create_run(
-    workdir: epath.Path, config: ConfigDict, vocab: Vocab, text: dict[str, Any], prompts: list[str]
-) -> Run:
-    """Make the run folder and write what identifies the run; config.json comes last."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_file(workdir / "vocab.json", vocab.to_json() + "\n")
-        write_file(workdir / "prompts.json", json.dumps(prompts) + "\n")
-        about = {
-            "schema": SCHEMA,
-            "config": config.to_dict(),
-            "text": text,
-            "versions": _versions(),
-            "devices": [str(device) for device in jax.devices()],
-        }
-        write_file(workdir / "config.json", json.dumps(about, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"{workdir}: cannot write there ({error.strerror or error}); choose another --workdir"
-        ) from None
-    return Run(workdir, config, vocab, text, prompts)
-
-
-def load_run(workdir: epath.Path) -> Run:
-    """Read a run folder.
-
-    Raises:
-      UserError: if it is none, is damaged, or was written by a newer version.
-    """
-    if not (workdir / "config.json").exists():
-        raise UserError(f"{workdir}: no run there (no config.json); train one with launch/train.py")
-    about = _read_json(workdir / "config.json")
-    if about.get("schema", 0) > SCHEMA:
-        raise UserError(f"{workdir}: written by a newer version of charlstm; upgrade to read it")
-    config = base_config().lock()
-    try:
-        config.update(ConfigDict(about["config"]))
-        validate(config)
-    except (KeyError, TypeError, ValueError, UserError) as error:
-        raise UserError(f"{workdir}/config.json: not a config of this version ({error})") from None
-    return Run(
-        workdir=workdir,
-        config=config,
-        vocab=Vocab(_read_json(workdir / "vocab.json")),
-        text=about["text"],
-        prompts=_read_json(workdir / "prompts.json"),
-    )
-
-
-def check_same_config(run: Run, config: ConfigDict) -> None:
-    """Raise UserError, naming the settings that differ, unless `run` was made with `config`."""
-    theirs, ours = flatten(run.config), flatten(config)
-    differing = [
-        f"{key} is {theirs[key]!r} there and {ours[key]!r} here"
-        for key in ours
-        if ours[key] != theirs[key]
-    ]
-    if differing:
-        raise UserError(
-            f"{run.workdir}: belongs to another config ({'; '.join(differing)}); "
-            "choose another --workdir, or repeat the run's own settings"
-        )
+# What was noted beside a state before schema 2, without checksums.
+UNSEALED = {"seconds", "since_log", "since_eval"}
 
 
 class Checkpoints:
     """The states of one run on disk: the two latest, and the best by a loss."""
 
     def __init__(self, workdir: epath.Path, read_only: bool = False):
-        """Open the checkpoints of a run; `read_only` leaves one that is still training in peace."""
-        folder = (workdir / "checkpoints").resolve()
+        """Open the checkpoints of a run; `read_only` leaves one that is still training in peace.
+
+        A writer sets damaged ones aside, as damaged-STEP, with a warning.
+
+        Raises:
+          DamagedError: if one is damaged, for a reader.
+        """
+        self._folder = (workdir / "checkpoints").resolve()
+        self._trash = self._folder / "trash"
+        for step in steps_in(self._folder):
+            try:
+                read_notes(self._folder / str(step))
+            except DamagedError as error:
+                if read_only:
+                    raise
+                self._set_aside(step, error)
         best = {"best_fn": _finite_loss, "best_mode": "min"}
         if read_only:
             options = ocp.CheckpointManagerOptions(
@@ -139,9 +76,8 @@ class Checkpoints:
                 ),
                 **best,
             )
-            (folder / "trash").rmtree(missing_ok=True)
-        self._trash = folder / "trash"
-        self._manager = ocp.CheckpointManager(folder, options=options)
+            self._trash.rmtree(missing_ok=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest_step(self) -> int | None:
         """Return the newest step on disk, None where there is none."""
@@ -152,19 +88,38 @@ class Checkpoints:
         return self._manager.best_step()
 
     def save(self, state: TrainState, notes: dict[str, Any], loss: float | None) -> None:
-        """Save a state, with `notes` (JSON) beside it; a `loss` makes it a candidate for best."""
+        """Save a state, with `notes` (JSON) beside it; a `loss` makes it a candidate for best.
+
+        A state of the same step gives way.
+
+        Raises:
+          RunError: if that fails, as on a full disk; what was saved before is still there.
+        """
         step = int(state.step)
-        if step in self._manager.all_steps():
-            return
+        loss = None if loss is None or not math.isfinite(loss) else float(loss)
+        sealed = {"notes": notes, "loss": loss, "crc32": checksums(state)}
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)
+            state=ocp.args.StandardSave(state),
+            notes=ocp.args.JsonSave(sealed | {"seal": _seal(sealed)}),
         )
-        metrics = {"loss": math.inf if loss is None else float(loss)}
-        self._manager.save(step, args=args, metrics=metrics, force=True)
-        self._trash.rmtree(missing_ok=True)
+        try:
+            self._delete(low=step, high=step)
+            metrics = {"loss": math.inf if loss is None else loss}
+            self._manager.save(step, args=args, metrics=metrics, force=True)
+            self._trash.rmtree(missing_ok=True)
+        except Exception as error:  # of many types, as the many layers below see it
+            raise RunError(
+                f"{self._folder}/{step}: could not be saved ({one_line(error)}); the checkpoint "
+                "before it is kept: make room, or mend the folder, and give the same command again"
+            ) from error
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Return the state and the notes of `step`; `like` gives tree, shapes and devices."""
+        """Return the state and the notes of `step`; `like` gives tree, shapes and devices.
+
+        Raises:
+          DamagedError: if they are not what was saved.
+        """
+        sealed = read_notes(self._folder / str(step))
         # Explicit devices, since the state may have been saved on others.
         default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
@@ -173,63 +128,145 @@ class Checkpoints:
             ),
             like,
         )
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore()
-        )
-        restored = self._manager.restore(step, args=args)
-        return restored.state, restored.notes
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        try:
+            state = self._manager.restore(step, args=args).state
+        except Exception as error:  # Orbax has six types for damage
+            raise _damaged(self._folder / str(step) / "state", one_line(error)[:300]) from error
+        # Orbax itself restores flipped bits without a word.
+        found = checksums(state)
+        differing = [name for name, crc in sealed.get("crc32", found).items() if found[name] != crc]
+        if differing:
+            reason = f"the checksum of {', '.join(differing)} differs"
+            raise _damaged(self._folder / str(step) / "state", reason)
+        return state, sealed["notes"]
+
+    def restore_newest(
+        self, like: TrainState, is_wanted: Callable[[dict[str, Any]], bool] = lambda notes: True
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """Return the newest state whose notes are wanted, or None; newer ones are deleted.
+
+        Damaged ones are set aside, with a warning.
+
+        Raises:
+          UserError: if all that there are are damaged.
+        """
+        damage = None
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state, notes = self.restore(step, like)
+            except DamagedError as error:
+                damage = error
+                self._set_aside(step, error)
+                self._manager.reload()
+                continue
+            if is_wanted(notes):
+                self._delete(low=step + 1)
+                return state, notes
+        if damage:
+            raise UserError(
+                f"{self._folder}: no checkpoint is left that is not damaged; choose another "
+                "--workdir to begin anew"
+            )
+        self._delete(low=0)
+        return None
 
     def close(self) -> None:
         """Release Orbax's threads."""
         self._manager.close()
+
+    def _delete(self, low: int, high: float = math.inf) -> None:
+        for step in list(self._manager.all_steps()):
+            if low <= step <= high:
+                self._manager.delete(step)
+        self._trash.rmtree(missing_ok=True)
+
+    def _set_aside(self, step: int, error: DamagedError) -> None:
+        aside = self._folder / f"damaged-{step}"
+        logger.warning("%s; set aside as %s, and not used", error, aside.name)
+        aside.rmtree(missing_ok=True)
+        (self._folder / str(step)).rename(aside)
 
 
 def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharLSTM, Any]:
     """Return the run in `workdir`, its model, and the params of its 'best' or 'latest' state.
 
     The model of a run with model.recurrence=cudnn has 'fused', the same function of the same
-    parameters, which runs everywhere.
+    parameters, which runs everywhere. The run may be training still.
 
     Raises:
       UserError: if the folder holds no run, or no checkpoint yet.
+      DamagedError: if what it holds is not as it was written.
     """
     run = load_run(epath.Path(workdir))
     model = model_from_config(run.config, len(run.vocab))
     if model.recurrence == "cudnn":
         model = model.clone(recurrence="fused")
-    optimizer = make_optimizer(run.config, num_steps=1)  # its state has the same tree for any
+    optimizer = make_optimizer(run.config, make_schedule(run.config, num_steps=1))
     make_state = partial(init_state, model, optimizer, batch_size=run.config.batch_size)
-    with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
-        step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
-        if step is None:
-            raise UserError(f"{run.workdir}: no checkpoint yet; let it train on")
-        state, _ = checkpoints.restore(step, jax.eval_shape(make_state, jax.random.key(0)))
-    return run, model, state.params
+    like = jax.eval_shape(make_state, jax.random.key(0))
+    while True:
+        before = steps_in(run.workdir / "checkpoints")
+        try:
+            with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
+                step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
+                if step is None:
+                    raise UserError(f"{run.workdir}: no checkpoint yet; let it train on")
+                return run, model, checkpoints.restore(step, like)[0].params
+        except (DamagedError, OSError):
+            # A trainer may have deleted what was being read.
+            if before == steps_in(run.workdir / "checkpoints"):
+                raise
 
 
-def random_prompts(ids_M: np.ndarray, vocab: Vocab, length: int, seed: int) -> list[str]:
-    """Return NUM_PROMPTS windows of `length` characters from random places of a text."""
-    starts = np.random.default_rng((seed, NUM_PROMPTS)).integers(
-        0, len(ids_M) - length + 1, size=NUM_PROMPTS
-    )
-    return [vocab.decode(ids_M[start : start + length]) for start in starts]
+def steps_in(folder: epath.Path) -> list[int]:
+    """Return the steps that have a checkpoint in `folder`."""
+    if not folder.exists():
+        return []
+    names = [path.name for path in folder.iterdir()]
+    return sorted(int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name))
+
+
+def read_notes(folder: epath.Path) -> dict[str, Any]:
+    """Return `notes`, `loss` and `crc32` as they were saved with the checkpoint in `folder`.
+
+    Raises:
+      DamagedError: if they are not as they were written.
+    """
+    path, metrics_path = folder / "notes" / "metadata", folder / "metrics" / "metrics"
+    sealed, metrics = read_json(path), read_json(metrics_path)
+    if not isinstance(sealed, dict) or not isinstance(metrics, dict):
+        raise _damaged(path, "not an object")
+    if sealed.keys() == UNSEALED:
+        return {"notes": sealed}
+    if sealed.pop("seal", None) != _seal(sealed):
+        raise _damaged(path, "its checksum differs")
+    if metrics.get("loss") != (math.inf if sealed["loss"] is None else sealed["loss"]):
+        raise _damaged(metrics_path, f"it has another loss than {path}")
+    return sealed
+
+
+def checksums(state: Any) -> dict[str, int]:
+    """Return a CRC-32 of each leaf's type, shape and content, by its path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): _crc(x) for path, x in leaves}
+
+
+def _crc(leaf: Any) -> int:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    array = np.asarray(leaf)
+    return zlib.crc32(array.tobytes(), zlib.crc32(f"{array.dtype}{array.shape}".encode()))
+
+
+def _seal(sealed: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(sealed, sort_keys=True).encode())
+
+
+def _damaged(path: epath.Path, reason: str) -> DamagedError:
+    return DamagedError(f"{path}: missing or damaged ({reason}); bring the file back, or train on")
 
 
 def _finite_loss(metrics: dict[str, float]) -> float:
-    # One NaN would make Orbax forget the best checkpoint.
+    # One NaN, which checkpoints of schema 1 may hold, would make Orbax forget the best one.
     return metrics["loss"] if math.isfinite(metrics["loss"]) else math.inf
-
-
-def _read_json(path: epath.Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}); the run cannot be read") from None
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-    from platform import python_version
-
-    names = ("charlstm", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
-    return {"python": python_version()} | {name: version(name) for name in names}

@@ -16,7 +16,7 @@ def draw_curves(records: Iterable[dict[str, Any]], title: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = list(records)
+    records = [{k: v for k, v in record.items() if v is not None} for record in records]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(title)

@@ -1,4 +1,4 @@
-"""The two ways in which a command fails with one line instead of a traceback."""
+"""The ways in which a command fails with one line instead of a traceback."""
 
 
 class UserError(Exception):
@@ -7,7 +7,31 @@ class UserError(Exception):
     exit_code = 2
 
 
+class DamagedError(UserError):
+    """A file of a run folder that is not as it was written."""
+
+
 class RunError(UserError):
-    """A run that cannot go on through nobody's typing mistake, such as a diverged loss."""
+    """A run that cannot go on through nobody's typing mistake, such as a full disk."""
 
     exit_code = 1
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with all control characters but tab and newline as escapes such as \x1b.
+
+    A terminal obeys control characters: they clear it, rename it or recolour it.
+    """
+    return "".join(
+        char if char in "\t\n" or not _is_control(ord(char)) else ascii(char)[1:-1] for char in text
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an exception says, fit for one line of a terminal."""
+    return printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def _is_control(code: int) -> bool:
+    # Lone surrogates too: no terminal's encoding has them.
+    return code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000

@@ -1,11 +1,103 @@
-"""Writing files whole."""
+"""The files of a run folder: written whole, read without trust, by one writer at a time."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from etils import epath
+from filelock import FileLock, Timeout
+
+from charlstm.errors import DamagedError, UserError, one_line
+
+# A vocabulary of all of Unicode and 256 long prompts take a tenth of it.
+MAX_JSON_BYTES = 2**28
 
 
 def write_file(path: epath.Path, content: bytes | str) -> None:
     """Write a file so that a reader, or a crash, finds the old content or the new one whole."""
     raw = content.encode() if isinstance(content, str) else content
     temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_bytes(raw)
-    temporary.replace(path)
+    # What is left of a crash; or a link, which would lead the content out of the folder.
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.write_bytes(raw)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: epath.Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+      DamagedError: if it is missing, too large, or not JSON.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError("no such file")
+        if path.stat().length > MAX_JSON_BYTES:
+            raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(
+            f"{path}: missing or damaged ({one_line(error)}); bring the file back, or train anew"
+        ) from error
+
+
+def refuse_links(folder: epath.Path) -> None:
+    """Raise UserError if a link in `folder` leads out of it: a stranger's could lead anywhere."""
+    if not is_local(folder):
+        return
+    home = os.path.realpath(folder)
+    for parent, folders, files in os.walk(home):
+        for name in folders + files:
+            path = os.path.join(parent, name)
+            if os.path.islink(path) and not os.path.realpath(path).startswith(home + os.sep):
+                raise UserError(
+                    f"{path}: a link to {os.path.realpath(path)}, out of the run folder; "
+                    "put what it leads to in its place"
+                )
+
+
+def is_local(path: epath.Path) -> bool:
+    """Return whether `path` is of this machine's file systems, not of a bucket."""
+    return "://" not in os.fspath(path)
+
+
+@contextmanager
+def sole_writer(folder: epath.Path) -> Iterator[None]:
+    """Make `folder` if need be, and keep other writers out of it until the end of the block.
+
+    The lock is the operating system's, so that it ends with its holder, however that ends. In a
+    bucket there is none.
+
+    Raises:
+      UserError: if another process writes there, or nobody can.
+    """
+    if not is_local(folder):
+        yield
+        return
+    path = folder / ".lock"
+    lock = FileLock(os.fspath(path))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    except Timeout:
+        holder = one_line(ValueError(path.read_text()[:200]))
+        raise UserError(
+            f"{folder}: in use by {holder}, which trains there; wait for its end, "
+            "or choose another --workdir"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write there ({error.strerror or error}); choose another --workdir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

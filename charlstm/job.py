@@ -7,16 +7,17 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from charlstm.checkpoint import Run, check_same_config, create_run, load_run, random_prompts
 from charlstm.data import Streams, Windows, evaluation_batches, split, training_batches
 from charlstm.errors import UserError
-from charlstm.text import Text, Vocab, load_text
+from charlstm.run import Run, adapt_run, has_run, load_run, random_prompts, this_machine
+from charlstm.text import PYTHON_MANUAL, Text, Vocab, load_text
 
 logger = logging.getLogger(__name__)
 
 
 MAX_CALL_STEPS = 32
 MAX_CALL_CHARS = 2**22
+FEW_CHARS = 1000  # less than a page
 
 
 class Job(NamedTuple):
@@ -42,6 +43,10 @@ class Job(NamedTuple):
         """After how many steps the next checkpoint between evaluations comes."""
         return self.run.config.checkpoint_every_steps or self.num_steps
 
+    def is_evaluated(self, step: int) -> bool:
+        """Return whether an evaluation is due after `step` steps."""
+        return step > 0 and (step >= self.num_steps or step % self.eval_every == 0)
+
     @property
     def max_count(self) -> int:
         """How many steps one compiled call may take, whose batches wait in memory together."""
@@ -56,36 +61,61 @@ def steps_ahead(job: Job, step: int) -> int:
     return min(period - step % period for period in periods)
 
 
-def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
-    """Read the text of `config` and open the run folder, or make it.
+def prepare(config: ConfigDict, workdir: epath.Path, devices: list[str]) -> Job:
+    """Read the text of `config`, and the run in `workdir` if there is one; write nothing.
 
     Raises:
       UserError: for a text that can't be used, or a folder of another run.
     """
-    run = load_run(workdir) if (workdir / "config.json").exists() else None
+    run = load_run(workdir) if has_run(workdir) else None
+    is_manual = run and not config.data.path and run.text["source"] == PYTHON_MANUAL
+    changes: list[str] = []
     if run:
-        check_same_config(run, config)
+        run, changes = adapt_run(run, config)
     text = load_text(
         config.data.path,
         lowercase=config.data.lowercase,
         strip_punctuation=config.data.strip_punctuation,
-        source=run.text["source"] if run else "",
+        source=PYTHON_MANUAL if is_manual else "",
     )
-    if run and run.text["sha256"] != text.sha256:
-        raise UserError(
-            f"{text.source}: has changed since the run in {workdir} began; "
-            "bring the old text back, or choose another --workdir"
-        )
     vocab = Vocab.from_text(text.content)
+    if run and (run.text["sha256"] != text.sha256 or run.vocab.characters != vocab.characters):
+        raise UserError(
+            f"{text.source}: has changed since the run in {workdir} began, or is not its text; "
+            f"bring back the text with SHA-256 {run.text['sha256'][:64]}, "
+            "or choose another --workdir"
+        )
     train_ids, val_ids = split(vocab.encode(text.content), config.data.val_fraction)
     batches = training_batches(train_ids, config)
     val_batches = evaluation_batches(val_ids, config) if config.data.val_fraction else None
     num_steps = config.num_steps or config.num_epochs * batches.steps_per_epoch
-    if run is None:
-        about = describe_text(text, vocab, train_ids, val_ids)
+    about = describe_text(text, vocab, train_ids, val_ids)
+    here = this_machine(devices)
+    if run:
+        run = run._replace(text=about)
+        tell_changes(run, changes, here)
+    else:
         prompts = random_prompts(train_ids, vocab, config.seq_len, config.seed)
-        run = create_run(workdir, config, vocab, about, prompts)
+        run = Run(workdir, config, vocab, about, prompts, here)
     return Job(run, batches, val_batches, num_steps)
+
+
+def tell_changes(run: Run, changes: list[str], here: dict[str, Any]) -> None:
+    """Tell what is not as it was when `run` began, though it may go on."""
+    for change in changes:
+        logger.info("the run goes on with a setting changed: %s", change)
+    began = run.machine["versions"]
+    others = [
+        f"{name} {began.get(name)} there and {version} here"
+        for name, version in here["versions"].items()
+        if began.get(name) != version
+    ]
+    if others:
+        logger.warning(
+            "the run began with other versions (%s): it goes on, but not bit for bit as it would "
+            "have there",
+            "; ".join(others),
+        )
 
 
 def describe_text(
@@ -127,3 +157,9 @@ def report(job: Job, step: int, num_params: int, devices: str) -> None:
         lines["total patterns"] = f"{job.batches.num_windows:,}"
     for name, value in lines.items():
         logger.info("%s: %s", name, value)
+    if 0 < text["validation_characters"] < FEW_CHARS:
+        logger.warning(
+            "validation figures mean little: they rest on %d characters; "
+            "a longer text, or a higher config.data.val_fraction, helps",
+            text["validation_characters"],
+        )

@@ -4,17 +4,19 @@ import logging
 import math
 import shlex
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from charlstm.checkpoint import Checkpoints
-from charlstm.errors import RunError
 from charlstm.job import Job
 from charlstm.log import RunLog, TrainingBar, bits
 from charlstm.steps import Metrics, TrainState
 
 logger = logging.getLogger(__name__)
 
+# So many steps in a row without a finite loss and gradient are no accident.
+MAX_STREAK = 5
 # Long beside what a call costs, short beside what a person at Ctrl-C waits gladly.
 CALL_SECONDS = 0.25
 
@@ -37,26 +39,57 @@ class Mean:
         return self.total / self.count if self.count else math.nan
 
 
+@dataclass
+class Notes:
+    """What a run has counted so far; saved with each checkpoint, so that a resume is exact."""
+
+    seconds: float = 0.0
+    since_log: Mean = field(default_factory=Mean)
+    since_eval: Mean = field(default_factory=Mean)
+    grad_norm: float | None = None  # of the last step that was not skipped
+    skipped: int = 0  # steps whose loss, gradient or new parameters were not finite
+    streak: int = 0  # those in a row up to now
+    retreats: int = 0  # how often the run has gone back for want of a finite loss
+
+    @property
+    def has_unscored_steps(self) -> bool:
+        """Whether steps have been taken since the last evaluation."""
+        return self.since_eval.count > 0
+
+    @classmethod
+    def from_json(cls, notes: dict[str, Any]) -> "Notes":
+        """Return what asdict() gave; what an earlier schema did not count is 0."""
+        means = {name: Mean(**notes[name]) for name in ("since_log", "since_eval")}
+        return cls(**(notes | means))
+
+
+class DivergedError(Exception):
+    """MAX_STREAK steps in a row had no finite loss and gradient; the message tells of the last."""
+
+    def __init__(self, message: str, retreats: int):
+        super().__init__(message)
+        self.retreats = retreats
+        """How often the run had gone back before."""
+
+
 class Journal:
-    """The record of one run; its notes go into each checkpoint, so that a resume is exact.
+    """The record of one run, which stands at a step.
 
     Metrics are read one call late, so that the device never waits for the host.
     """
 
-    def __init__(self, job: Job, checkpoints: Checkpoints, step: int, notes: dict[str, Any]):
+    def __init__(self, job: Job, checkpoints: Checkpoints, step: int, notes: Notes):
         """Open the journal of a run that stands at `step`, with the notes of its checkpoint."""
         self._job = job
         self._checkpoints = checkpoints
         self._log = RunLog(job.run.workdir, step, title=job.run.workdir.name)
         self._bar = TrainingBar(job.num_steps, step)
-        self._since_log = Mean(**notes.get("since_log", {}))
-        self._since_eval = Mean(**notes.get("since_eval", {}))
+        self.notes = notes
         self._pending: tuple[int, int, Metrics] | None = None
-        self._grad_norm = math.nan
         self._seconds_per_step = math.inf
         self._pushed = 0.0
         self._lap_start = time.monotonic()
-        self._start = self._lap_start - notes.get("seconds", 0.0)
+        self._start = self._lap_start - notes.seconds
 
     def __enter__(self) -> "Journal":
         self._bar.start()
@@ -81,17 +114,22 @@ class Journal:
         """How many steps one call should take, so that whoever waits for its end waits little."""
         return max(1, int(CALL_SECONDS / self._seconds_per_step))
 
-    def log_training(self, step: int, learning_rate: float) -> None:
+    def log_training(self, step: int, schedule: Callable[[int], Any]) -> None:
         """Write the means since the last such line, and show them."""
         self._read()
-        mean, self._since_log = self._since_log, Mean()
+        mean, self.notes.since_log = self.notes.since_log, Mean()
         record = self._stamp(step) | {
-            "train/loss": mean.value,
-            "train/bits_per_char": bits(mean.value),
             "chars_per_second": mean.count / self._lap(),
-            "learning_rate": learning_rate,
-            "grad_norm": self._grad_norm,
+            # The optimizer does not count steps that were left out.
+            "learning_rate": float(schedule(step - 1 - self.notes.skipped)),
+            "skipped_steps": self.notes.skipped,
         }
+        if mean.count:
+            record |= {
+                "train/loss": mean.value,
+                "train/bits_per_char": bits(mean.value),
+                "grad_norm": self.notes.grad_norm,
+            }
         self._log.write(record)
         self._bar.show(record)
 
@@ -103,29 +141,30 @@ class Journal:
         """
         self._read()
         step = int(state.step)
-        mean, self._since_eval = self._since_eval, Mean()
+        mean, self.notes.since_eval = self.notes.since_eval, Mean()
         record = self._stamp(step) | {"train/mean_loss": mean.value} | figures
-        self.save(state, record.get("val/loss", mean.value))
+        loss = record.get("val/loss", mean.value)
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[name] = None  # JSON has no word for it
+        # The state comes last: after a crash before it, a resume does all of this again.
         self._log.write(record)
         self._log.draw()
-        if "val/bits_per_char" in record:
+        if record.get("val/bits_per_char") is not None:
             logger.info("step %d: validation %.4f bits/char", step, record["val/bits_per_char"])
         logger.info("a sample at step %d:\n%s\n", step, record["sample"])
+        self.save(state, loss)
         self._lap()
 
     def save(self, state: TrainState, loss: float | None = None) -> None:
-        """Save a checkpoint, once the metrics of all its steps are known to be finite."""
+        """Save a checkpoint, once the metrics of all its steps are known."""
         self._read()
-        notes = {
-            "seconds": self._seconds(),
-            "since_log": asdict(self._since_log),
-            "since_eval": asdict(self._since_eval),
-        }
-        self._checkpoints.save(state, notes, loss)
+        self.notes.seconds = self._seconds()
+        self._checkpoints.save(state, asdict(self.notes), loss)
 
     def report_end(self) -> None:
         """Tell the best figure, the time, and what to do next."""
-        scored = [record for record in self._log.records if "val/loss" in record]
+        scored = [record for record in self._log.records if record.get("val/loss") is not None]
         if scored:
             best = min(scored, key=lambda record: record["val/loss"])
             figure = best["val/bits_per_char"]
@@ -140,18 +179,26 @@ class Journal:
             return 0
         last, count, metrics = self._pending
         self._pending = None
-        columns = [metrics[name][:count].tolist() for name in ("loss", "grad_norm", "count")]
+        names = ("loss", "grad_norm", "count", "skipped")
+        columns = [metrics[name][:count].tolist() for name in names]
         for step, *figures in zip(range(last - count + 1, last + 1), *columns, strict=True):
-            loss, self._grad_norm, num_chars = figures
-            if not (math.isfinite(loss) and math.isfinite(self._grad_norm)):
-                raise RunError(
-                    f"step {step}: the loss is {loss} and the gradient's norm {self._grad_norm}; "
-                    "the last checkpoint is kept; start anew with a lower "
-                    "config.optimizer.learning_rate"
-                )
-            self._since_log.add(loss, num_chars)
-            self._since_eval.add(loss, num_chars)
+            loss, grad_norm, num_chars, is_skipped = figures
+            if is_skipped:
+                self._count_skipped(step, loss, grad_norm)
+                continue
+            self.notes.streak = 0
+            self.notes.grad_norm = grad_norm
+            self.notes.since_log.add(loss, num_chars)
+            self.notes.since_eval.add(loss, num_chars)
         return count
+
+    def _count_skipped(self, step: int, loss: float, grad_norm: float) -> None:
+        self.notes.skipped += 1
+        self.notes.streak += 1
+        told = f"step {step}: the loss is {loss} and the gradient's norm {grad_norm}"
+        if self.notes.streak == MAX_STREAK:
+            raise DivergedError(told, self.notes.retreats)
+        logger.warning("%s: left out", told)
 
     def _stamp(self, step: int) -> dict[str, Any]:
         epoch = step / self._job.batches.steps_per_epoch

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import time
 from typing import Any
 
 from etils import epath
@@ -16,6 +17,7 @@ from rich.progress import (
 )
 
 from charlstm.curves import draw_curves
+from charlstm.errors import DamagedError, printable
 from charlstm.files import write_file
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,8 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
         prefix = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
-        CONSOLE.print(prefix + record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+        message = printable(prefix + record.getMessage())
+        CONSOLE.print(message, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def show_logs() -> None:
@@ -53,23 +56,38 @@ class RunLog:
     """
 
     def __init__(self, workdir: epath.Path, step: int, title: str):
-        """Open the log of a run that stands at `step`; what a lost later step wrote is dropped."""
-        from tensorboardX import SummaryWriter
+        """Open the log of a run that stands at `step`; what a lost later step wrote is dropped.
+
+        Raises:
+          DamagedError: if metrics.jsonl is damaged.
+        """
+        # Not by its SummaryWriter, whose thread would tell of a full disk by a traceback.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
         self._path = workdir / "metrics.jsonl"
         self._title = title
         self.records = [record for record in read_records(self._path) if record["step"] <= step]
-        self._events = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+        self._events = EventsWriter(str(workdir / "events"), f".{step}")
+        self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record, which has at least 'step'."""
+        from tensorboardX.summary import scalar
+
         self.records.append(record)
         # Rewritten whole: cheap at this size, never torn, and bucket storage has no append.
-        write_file(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
+        lines = (json.dumps(record, allow_nan=False) + "\n" for record in self.records)
+        write_file(self._path, "".join(lines))
         for name, value in record.items():
             if isinstance(value, float):
-                self._events.add_scalar(name, value, record["step"])
+                self._write_event(record["step"], summary=scalar(name, value))
         self._events.flush()
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
 
     def draw(self) -> None:
         """Write samples.txt and curves.png anew."""
@@ -90,13 +108,28 @@ def read_records(path: epath.Path) -> list[dict[str, Any]]:
     """Return the records of a metrics.jsonl, none where it does not exist.
 
     A torn last line, as an appending process leaves it when it is killed, is left out.
+
+    Raises:
+      DamagedError: if a line is no record, or the steps are not in order.
     """
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.endswith(b"\n"):
+                record = json.loads(line)
+                if record["step"] < (records[-1]["step"] if records else 0):
+                    raise ValueError("a step out of order")
+                records.append(record)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise DamagedError(
+                f"{path}: line {number} is damaged ({error}); mend it or take it out"
+            ) from error
+    return records
 
 
 def _val_figure(record: dict[str, Any]) -> str:
-    if "val/bits_per_char" not in record:
+    if record.get("val/bits_per_char") is None:
         return ""
     return f", validation {record['val/bits_per_char']:.3f} bits per character"
 
@@ -130,10 +163,10 @@ class TrainingBar:
 
     def show(self, record: dict[str, Any]) -> None:
         """Show a training record's figures: in the bar, or as a line where there is no bar."""
-        figures = (
-            f"loss {record['train/loss']:.3f}, {record['train/bits_per_char']:.3f} bits/char, "
-            f"{record['chars_per_second']:,.0f} chars/s"
-        )
+        figures = f"{record['chars_per_second']:,.0f} chars/s"
+        if "train/loss" in record:
+            bits_per_char = record["train/bits_per_char"]
+            figures = f"loss {record['train/loss']:.3f}, {bits_per_char:.3f} bits/char, {figures}"
         self._progress.update(self._task, figures=figures)
         if not CONSOLE.is_terminal:
             logger.info("step %d: %s", record["step"], figures)

@@ -6,14 +6,15 @@ import optax
 from ml_collections import ConfigDict
 
 
-def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
+def make_schedule(config: ConfigDict, num_steps: int, rate_scale: float = 1.0) -> optax.Schedule:
     """Return the learning rate as a function of the step: a linear warm-up, then the schedule.
 
     Args:
       config: the run's; reads config.optimizer.
       num_steps: the length of the run, at which 'cosine' and 'linear' reach 0.
+      rate_scale: multiplies all of it.
     """
-    peak = config.optimizer.learning_rate
+    peak = config.optimizer.learning_rate * rate_scale
     # A run shorter than its warm-up would otherwise never train at its own rate.
     warmup_steps = min(config.optimizer.warmup_steps, num_steps // 2)
     rest = max(1, num_steps - warmup_steps)
@@ -29,9 +30,11 @@ def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [warmup_steps])
 
 
-def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
-    """Return the optimizer that `config.optimizer` describes, for a run of `num_steps`."""
-    schedule = make_schedule(config, num_steps)
+def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Return the optimizer that `config.optimizer` describes, with its `schedule`.
+
+    Its state has the same tree for any schedule.
+    """
     epsilon = config.optimizer.epsilon
     rule = {
         "adam": lambda: optax.adam(schedule, eps=epsilon),

@@ -1,6 +1,7 @@
 """The pure steps: (state, batch) -> (state, metrics)."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +49,9 @@ def make_train_step(
 
     The gradient stops at the carry that comes in (truncated back-propagation through time,
     Williams and Peng 1990). The metrics are scalars: `loss`, the weighted mean in nats per
-    character; `count`, the sum of the weights; `grad_norm`, before the optimizer clips.
+    character; `count`, the sum of the weights; `grad_norm`, before the optimizer clips; `skipped`,
+    1 where loss, gradient or new parameters are not finite, and else 0. A skipped step changes
+    nothing in the state but its number.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -65,7 +68,11 @@ def make_train_step(
         (loss, carry), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "count": count, "grad_norm": optax.tree.norm(grads)}
+        grad_norm = optax.tree.norm(grads)
+        is_sound = jnp.isfinite(loss + grad_norm + optax.tree.norm(params))
+        new, old = (params, opt_state, carry), (state.params, state.opt_state, state.carry)
+        params, opt_state, carry = jax.tree.map(partial(jnp.where, is_sound), new, old)
+        metrics = {"loss": loss, "count": count, "grad_norm": grad_norm, "skipped": ~is_sound}
         return TrainState(state.step + 1, params, opt_state, carry, state.key), metrics
 
     return train_step

@@ -18,7 +18,7 @@ TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 
 MAY_IMPORT = {
     "errors": "",
-    "files": "",
+    "files": "errors",
     "config": "errors",
     "text": "errors",
     "data": "errors text",
@@ -28,12 +28,13 @@ MAY_IMPORT = {
     "steps": "data model",
     "sample": "model",
     "curves": "",
-    "log": "curves files",
-    "checkpoint": "config errors files model optim steps text",
-    "job": "checkpoint data errors text",
-    "journal": "checkpoint errors job log steps",
+    "log": "curves errors files",
+    "run": "config errors files text",
+    "checkpoint": "errors files model optim run steps",
+    "job": "data errors run text",
+    "journal": "checkpoint job log steps",
     "train": "checkpoint config curves data errors files job journal log model optim recurrence "
-    "sample steps text",
+    "run sample steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")

@@ -5,15 +5,15 @@ from test_train import small_config
 
 from charlstm.checkpoint import Checkpoints
 from charlstm.job import prepare
-from charlstm.journal import Journal
+from charlstm.journal import Journal, Notes
 from charlstm.steps import evaluate
 
 
 class OnDevice:
     """Numbers that tell when the host reads them."""
 
-    def __init__(self, name, reads):
-        self.name, self.reads = name, reads
+    def __init__(self, name, reads, value=1):
+        self.name, self.reads, self.value = name, reads, value
 
     def __float__(self):
         self.reads.append(self.name)
@@ -29,19 +29,23 @@ class OnDeviceSlice:
 
     def tolist(self):
         self.whole.reads.append(self.whole.name)
-        return [1.0] * self.chosen.stop
+        return [float(self.whole.value)] * self.chosen.stop
+
+
+def metrics_on_device(name, reads):
+    values = {"loss": 1, "grad_norm": 1, "count": 1, "skipped": 0}
+    return {key: OnDevice(name, reads, value) for key, value in values.items()}
 
 
 def test_training_metrics_are_read_one_call_late(book_path, tmp_path):
-    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
+    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"), ["cpu"])
     reads = []
     checkpoints = Checkpoints(job.run.workdir)
-    with Journal(job, checkpoints, 0, {}) as journal:
+    with Journal(job, checkpoints, 0, Notes()) as journal:
         for step in (2, 4, 6):
-            names = ("loss", "grad_norm", "count")
-            journal.push(step, 2, {name: OnDevice(step, reads) for name in names})
+            journal.push(step, 2, metrics_on_device(step, reads))
             assert set(reads) == set(range(2, step, 2))
-        journal.log_training(6, learning_rate=0.1)
+        journal.log_training(6, lambda step: 0.1)
         assert set(reads) == {2, 4, 6}
     checkpoints.close()
 
@@ -49,13 +53,13 @@ def test_training_metrics_are_read_one_call_late(book_path, tmp_path):
 def test_a_call_takes_as_many_steps_as_fit_into_a_quarter_of_a_second(
     book_path, tmp_path, monkeypatch
 ):
-    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
+    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"), ["cpu"])
     checkpoints = Checkpoints(job.run.workdir)
     fitting = []
-    with Journal(job, checkpoints, 0, {}) as journal:
+    with Journal(job, checkpoints, 0, Notes()) as journal:
         clock = SimpleNamespace(monotonic=iter([50, 50.1, 50.35]).__next__)
         monkeypatch.setattr("charlstm.journal.time", clock)
-        metrics = {name: OnDevice(name, []) for name in ("loss", "grad_norm", "count")}
+        metrics = metrics_on_device("all", [])
         for step, count in ((1, 1), (6, 5), (7, 1)):
             journal.push(step, count, metrics)
             fitting.append(journal.fitting_count)

@@ -1,0 +1,193 @@
+"""The run folder: what makes a run readable and resumable, with nothing in it that executes.
+
+config.json    all settings, the text and its sizes, versions, devices, and checksums
+vocab.json     the characters, id by id
+prompts.json   windows of the training text, for samples without a prompt
+metrics.jsonl, samples.txt, curves.png, TensorBoard events: see log.py
+checkpoints/   the two latest states and the best one: see checkpoint.py
+.lock          who writes there, while somebody does
+"""
+
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from charlstm.config import base_config, flatten, validate
+from charlstm.errors import DamagedError, UserError, one_line
+from charlstm.files import read_json, refuse_links, write_file
+from charlstm.text import Vocab
+
+# Raised whenever an older reader could misunderstand a newer folder. 1 had no checksums.
+SCHEMA = 2
+NUM_PROMPTS = 256
+# What may change between two starts of a run: how long it trains, how often it tells and saves,
+# where the text lies (its hash may not change), and which twin of the recurrence computes.
+FREE_KEYS = {
+    "num_epochs",
+    "num_steps",
+    "eval_every_steps",
+    "checkpoint_every_steps",
+    "log_every_steps",
+    "data.path",
+    "model.recurrence",
+}
+
+
+class Run(NamedTuple):
+    """What a run folder says of its run, states apart."""
+
+    workdir: epath.Path
+    config: ConfigDict
+    vocab: Vocab
+    text: dict[str, Any]  # source, sha256, characters, training_characters, ...
+    prompts: list[str]
+    machine: dict[str, Any]  # versions and devices that the run began with
+
+
+def write_run(run: Run) -> None:
+    """Write what identifies a run, or what has changed of it; config.json comes last.
+
+    Raises:
+      UserError: if the folder cannot be written.
+    """
+    files = {
+        "vocab.json": run.vocab.to_json() + "\n",
+        "prompts.json": json.dumps(run.prompts) + "\n",
+    }
+    about = {
+        "schema": SCHEMA,
+        "config": run.config.to_dict(),
+        "text": run.text,
+        **run.machine,
+        "sha256": {name: _sha256(content) for name, content in files.items()},
+    }
+    about["checksum"] = _checksum(about)
+    files["config.json"] = json.dumps(about, indent=2) + "\n"
+    try:
+        for name, content in files.items():
+            path = run.workdir / name
+            if not path.exists() or path.read_bytes() != content.encode():
+                write_file(path, content)
+    except OSError as error:
+        raise UserError(
+            f"{run.workdir}: cannot write there ({error.strerror or error}); "
+            "choose another --workdir"
+        ) from None
+
+
+def has_run(workdir: epath.Path) -> bool:
+    """Return whether there is a run in `workdir`."""
+    return (workdir / "config.json").exists()
+
+
+def load_run(workdir: epath.Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+      UserError: if it is none, was written by a newer version, or has a link that leads out of it.
+      DamagedError: if a file is not as it was written.
+    """
+    if not has_run(workdir):
+        raise UserError(f"{workdir}: no run there (no config.json); train one with launch/train.py")
+    refuse_links(workdir)
+    path = workdir / "config.json"
+    about = read_json(path)
+    schema = about.get("schema") if isinstance(about, dict) else None
+    if not isinstance(schema, int) or schema < 1:
+        raise DamagedError(f"{path}: not the config.json of a run; bring the file back")
+    if schema > SCHEMA:
+        raise UserError(f"{workdir}: written by a newer version of charlstm; upgrade to read it")
+    is_sealed = schema > 1 or "checksum" in about
+    if is_sealed and about.pop("checksum", None) != _checksum(about):
+        raise DamagedError(
+            f"{path}: is not as it was written (its checksum differs); bring the file back, and "
+            "change settings by flags only"
+        )
+    config = base_config().lock()
+    try:
+        config.update(ConfigDict(about["config"]))
+        validate(config)
+        text = {name: str(about["text"][name]) for name in ("source", "sha256")}
+        machine = {name: about[name] for name in ("versions", "devices")}
+        hashes = dict(about["sha256"]) if is_sealed else {}
+    except (KeyError, TypeError, ValueError, RecursionError, UserError) as error:
+        raise DamagedError(f"{path}: not a config of this version ({one_line(error)})") from error
+    vocab = _read_vocab(workdir / "vocab.json", hashes)
+    prompts = _read_strings(workdir / "prompts.json", hashes)
+    known = set(vocab.characters)
+    if not prompts or not all(prompt and known.issuperset(prompt) for prompt in prompts):
+        raise DamagedError(f"{workdir}/prompts.json: holds no prompts of this vocabulary")
+    return Run(workdir, config, vocab, text, prompts, machine)
+
+
+def adapt_run(run: Run, config: ConfigDict) -> tuple[Run, list[str]]:
+    """Return `run` with `config`, and a line for each setting that has changed.
+
+    Raises:
+      UserError: naming those that differ and may not.
+    """
+    theirs, ours = flatten(run.config), flatten(config)
+    changes = {
+        key: f"{key} is {theirs[key]!r} there and {ours[key]!r} here"
+        for key in ours
+        if ours[key] != theirs[key]
+    }
+    fixed = [
+        line
+        for key, line in changes.items()
+        if key not in FREE_KEYS and not key.startswith("sample.")
+    ]
+    if fixed:
+        raise UserError(
+            f"{run.workdir}: belongs to another config ({'; '.join(fixed)}); "
+            "choose another --workdir, or repeat the run's own settings"
+        )
+    return run._replace(config=config), list(changes.values())
+
+
+def random_prompts(ids_M: np.ndarray, vocab: Vocab, length: int, seed: int) -> list[str]:
+    """Return NUM_PROMPTS windows of `length` characters from random places of a text."""
+    starts = np.random.default_rng((seed, NUM_PROMPTS)).integers(
+        0, len(ids_M) - length + 1, size=NUM_PROMPTS
+    )
+    return [vocab.decode(ids_M[start : start + length]) for start in starts]
+
+
+def this_machine(devices: list[str]) -> dict[str, Any]:
+    """Return what config.json says of versions and devices."""
+    from importlib.metadata import version
+    from platform import python_version
+
+    names = ("charlstm", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
+    versions = {"python": python_version()} | {name: version(name) for name in names}
+    return {"versions": versions, "devices": devices}
+
+
+def _read_vocab(path: epath.Path, hashes: dict[str, str]) -> Vocab:
+    try:
+        vocab = Vocab(_read_strings(path, hashes))
+        "".join(vocab.characters).encode()  # lone surrogates are in no UTF-8 text
+    except (TypeError, ValueError) as error:
+        raise DamagedError(f"{path}: no vocabulary ({one_line(error)}); bring it back") from error
+    return vocab
+
+
+def _read_strings(path: epath.Path, hashes: dict[str, str]) -> list[str]:
+    strings = read_json(path)
+    if hashes and hashes.get(path.name) != hashlib.sha256(path.read_bytes()).hexdigest():
+        raise DamagedError(f"{path}: is not as it was written; bring the file back")
+    if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
+        raise DamagedError(f"{path}: not a list of strings; bring the file back")
+    return strings
+
+
+def _sha256(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _checksum(about: dict[str, Any]) -> str:
+    return _sha256(json.dumps(about, sort_keys=True))
