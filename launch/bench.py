@@ -6,8 +6,8 @@ Every contender has a process of its own and their repeats alternate, so that al
 same machine; the ratios are medians over rounds. The limit is what the matrix products of a step
 take at the rate of one large product measured in the same rounds. Tables go to stdout, all figures
 to DIR/bench.json, and how cost grows with each size to DIR/bench.png. The peers come with
-pip install -e '.[peers]'. --quick takes less than a minute; its figures are rough, and
-its processes do one section after another, so that peak memory is of all of them.
+pip install -e '.[peers]'. --quick takes a minute and leaves out growth and startup; its figures
+are rough, and its processes do one section after another, so that peak memory is of all of them.
 """
 
 import datetime
@@ -33,10 +33,11 @@ from charlstm.errors import UserError
 logger = logging.getLogger("charlstm.launch.bench")
 
 SECTIONS = ("step", "growth", "generate", "evaluate", "startup", "loop")
+LONG_SECTIONS = ("growth", "startup")
 PEERS = ("torch", "keras")
 INSTALL = "pip install -e '.[peers]'"
 
-WHAT = flags.DEFINE_list("what", list(SECTIONS), f"what to measure, of {', '.join(SECTIONS)}")
+WHAT = flags.DEFINE_list("what", None, f"what to measure, of {', '.join(SECTIONS)}; none: all")
 SHAPES = flags.DEFINE_list("shapes", None, "BxTxH of each training step to measure")
 BASE = flags.DEFINE_string("base", None, "BxTxH of all other sections; generate takes H only")
 TEXTS = flags.DEFINE_list("texts", None, "how many texts to write at once")
@@ -80,6 +81,9 @@ def parse_count(flag: str, word: str) -> int:
 
 def parse_sections() -> list[str]:
     """Return what to measure, in the order in which it is."""
+    if WHAT.value is None:
+        left_out = LONG_SECTIONS if QUICK_FLAG.value else ()
+        return [name for name in SECTIONS if name not in left_out]
     for name in WHAT.value:
         if name not in SECTIONS:
             raise UserError(f"--what={name}: must be of {', '.join(SECTIONS)}")

@@ -233,7 +233,8 @@ def test_a_peer_asked_for_by_name_has_to_be_there(tmp_path):
 @pytest.mark.slow
 def test_all_sections_of_a_tiny_run(tmp_path):
     sizes = "--shapes=2x4x8", "--base=2x4x8", "--vocab_size=5", "--repeats=1", "--loop_steps=3"
-    result = bench("--quick", "--peers=none", "--out=out", *sizes, cwd=tmp_path)
+    sections = "--what=step,growth,generate,evaluate,startup,loop"
+    result = bench("--quick", "--peers=none", "--out=out", sections, *sizes, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     report = json.loads((tmp_path / "out/bench.json").read_text())
