@@ -112,6 +112,11 @@ def _sample() -> ConfigDict:
 Rule = tuple[Callable[[Any], bool], str]
 
 
+def _count(low: int) -> Rule:
+    # Above it JAX's integers end, and with them the messages that anybody understands.
+    return (lambda v: low <= v < 2**31), f"a whole number from {low} to {2**31 - 1}"
+
+
 def _at_least(low: float) -> Rule:
     return (lambda v: low <= v < math.inf), f"a number of at least {low}"
 
@@ -132,34 +137,34 @@ def _one_of(*values: str) -> Rule:
 
 _RULES: dict[str, Rule] = {
     "seed": ((lambda v: 0 <= v < 2**32), "from 0 to 4294967295"),
-    "num_epochs": _at_least(1),
-    "num_steps": _at_least(0),
-    "batch_size": _at_least(1),
-    "seq_len": _at_least(1),
-    "eval_every_steps": _at_least(0),
-    "checkpoint_every_steps": _at_least(0),
-    "log_every_steps": _at_least(1),
+    "num_epochs": _count(1),
+    "num_steps": _count(0),
+    "batch_size": _count(1),
+    "seq_len": _count(1),
+    "eval_every_steps": _count(0),
+    "checkpoint_every_steps": _count(0),
+    "log_every_steps": _count(1),
     "data.val_fraction": _fraction(),
     "data.order": _one_of("streams", "windows"),
     "data.loss_on": _one_of("all", "last"),
     "model.cell": _one_of("OptimizedLSTMCell", "LSTMCell"),
     "model.recurrence": _one_of("fused", "flax", "cudnn"),
-    "model.hidden_size": _at_least(1),
-    "model.num_layers": _at_least(1),
+    "model.hidden_size": _count(1),
+    "model.num_layers": _count(1),
     "model.dropout_rate": _fraction(),
     "model.input": _one_of("one_hot", "embed", "scaled"),
-    "model.embed_size": _at_least(1),
+    "model.embed_size": _count(1),
     "model.dtype": _one_of("float32", "bfloat16"),
     "optimizer.name": _one_of("adam", "adamw", "keras_adam"),
     "optimizer.learning_rate": _above(0),
     "optimizer.schedule": _one_of("constant", "cosine", "linear"),
-    "optimizer.warmup_steps": _at_least(0),
+    "optimizer.warmup_steps": _count(0),
     "optimizer.weight_decay": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
     "optimizer.epsilon": _above(0),
-    "sample.length": _at_least(1),
+    "sample.length": _count(1),
     "sample.temperature": _at_least(0),
-    "sample.top_k": _at_least(0),
+    "sample.top_k": _count(0),
     "sample.top_p": _fraction(include_one=True),
     "sample.method": _one_of("carry", "window"),
 }

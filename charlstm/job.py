@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 
 from charlstm.data import Streams, Windows, evaluation_batches, split, training_batches
 from charlstm.errors import UserError
-from charlstm.run import Run, adapt_run, has_run, load_run, random_prompts, this_machine
+from charlstm.machine import this_machine
+from charlstm.model import CharLSTM, model_from_config
+from charlstm.run import Run, adapt_run, has_run, load_run, random_prompts
 from charlstm.text import PYTHON_MANUAL, Text, Vocab, load_text
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ class Job(NamedTuple):
     """A run with its text read and its length known."""
 
     run: Run
+    model: CharLSTM
     batches: Streams | Windows
     val_batches: Streams | Windows | None
     num_steps: int
@@ -61,7 +64,7 @@ def steps_ahead(job: Job, step: int) -> int:
     return min(period - step % period for period in periods)
 
 
-def prepare(config: ConfigDict, workdir: epath.Path, devices: list[str]) -> Job:
+def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
     """Read the text of `config`, and the run in `workdir` if there is one; write nothing.
 
     Raises:
@@ -90,14 +93,14 @@ def prepare(config: ConfigDict, workdir: epath.Path, devices: list[str]) -> Job:
     val_batches = evaluation_batches(val_ids, config) if config.data.val_fraction else None
     num_steps = config.num_steps or config.num_epochs * batches.steps_per_epoch
     about = describe_text(text, vocab, train_ids, val_ids)
-    here = this_machine(devices)
+    here = this_machine()
     if run:
         run = run._replace(text=about)
         tell_changes(run, changes, here)
     else:
         prompts = random_prompts(train_ids, vocab, config.seq_len, config.seed)
         run = Run(workdir, config, vocab, about, prompts, here)
-    return Job(run, batches, val_batches, num_steps)
+    return Job(run, model_from_config(config, len(vocab)), batches, val_batches, num_steps)
 
 
 def tell_changes(run: Run, changes: list[str], here: dict[str, Any]) -> None:

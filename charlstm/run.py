@@ -114,7 +114,7 @@ def load_run(workdir: epath.Path) -> Run:
         text = {name: str(about["text"][name]) for name in ("source", "sha256")}
         machine = {name: about[name] for name in ("versions", "devices")}
         hashes = dict(about["sha256"]) if is_sealed else {}
-    except (KeyError, TypeError, ValueError, RecursionError, UserError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError, UserError) as error:
         raise DamagedError(f"{path}: not a config of this version ({one_line(error)})") from error
     vocab = _read_vocab(workdir / "vocab.json", hashes)
     prompts = _read_strings(workdir / "prompts.json", hashes)
@@ -155,16 +155,6 @@ def random_prompts(ids_M: np.ndarray, vocab: Vocab, length: int, seed: int) -> l
         0, len(ids_M) - length + 1, size=NUM_PROMPTS
     )
     return [vocab.decode(ids_M[start : start + length]) for start in starts]
-
-
-def this_machine(devices: list[str]) -> dict[str, Any]:
-    """Return what config.json says of versions and devices."""
-    from importlib.metadata import version
-    from platform import python_version
-
-    names = ("charlstm", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
-    versions = {"python": python_version()} | {name: version(name) for name in names}
-    return {"versions": versions, "devices": devices}
 
 
 def _read_vocab(path: epath.Path, hashes: dict[str, str]) -> Vocab:

@@ -54,6 +54,7 @@ def load_text(
     lowercase: bool = False,
     strip_punctuation: bool = False,
     source: str = "",
+    remedy: str = "give a UTF-8 text file in config.data.path",
 ) -> Text:
     """Read and clean a UTF-8 text.
 
@@ -64,13 +65,14 @@ def load_text(
       lowercase: turn the text into lower case.
       strip_punctuation: drop the characters of Unicode's categories P and S.
       source: what an earlier run read; PYTHON_MANUAL keeps it from taking Dracula instead.
+      remedy: what the error of a text that can't be had tells to do.
 
     Raises:
       UserError: if the text is missing, unreadable, a folder, empty or not UTF-8.
     """
     if not path and source != PYTHON_MANUAL:
         path = _fetch_dracula()
-    raw = _read_bytes(path) if path else _python_manual()
+    raw = _read_bytes(path, remedy) if path else _python_manual()
     content = _decode(raw, path).replace("\r\n", "\n").replace("\r", "\n")
     content, num_cut = cut_gutenberg(content)
     if lowercase:
@@ -78,7 +80,7 @@ def load_text(
     if strip_punctuation:
         content = drop_punctuation(content)
     if not content.strip():
-        raise UserError(f"{path}: the text is empty; give a file with text in config.data.path")
+        raise UserError(f"{path}: the text is empty; {remedy}")
     return Text(
         content=content,
         source=os.fspath(epath.Path(path).resolve()) if path else PYTHON_MANUAL,
@@ -199,8 +201,7 @@ def _distinct(codes: np.ndarray) -> list[int]:
     return np.flatnonzero(seen).tolist()
 
 
-def _read_bytes(path: str) -> bytes:
-    remedy = "give a UTF-8 text file in config.data.path"
+def _read_bytes(path: str, remedy: str) -> bytes:
     try:
         return epath.Path(path).read_bytes()
     except FileNotFoundError:

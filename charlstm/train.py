@@ -1,51 +1,33 @@
 """The training loop, around the pure steps."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from charlstm.assess import ShouldStop, StoppedError, make_assessment, stop_if
 from charlstm.checkpoint import Checkpoints
 from charlstm.config import validate
 from charlstm.data import read_steps
-from charlstm.errors import RunError, UserError
+from charlstm.errors import RunError
 from charlstm.files import sole_writer
 from charlstm.job import Job, prepare, report, steps_ahead
 from charlstm.journal import DivergedError, Journal, Notes
-from charlstm.log import bits
-from charlstm.model import CharLSTM, model_from_config, zero_carry
+from charlstm.machine import check_backend, check_memory
 from charlstm.optim import make_optimizer, make_schedule
 from charlstm.run import write_run
-from charlstm.sample import stream
-from charlstm.steps import (
-    TrainState,
-    evaluate,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    make_train_steps,
-)
+from charlstm.steps import TrainState, init_state, make_train_step, make_train_steps
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
-ShouldStop = Callable[[], bool]
 
 # A run whose loss is no longer finite goes back so often, each time with so much of the rate.
 MAX_RETREATS = 3
 RETREAT_SCALE = 0.5
-# Characters of a sample between two looks at should_stop.
-SAMPLE_CHUNK = 128
-
-
-class StoppedError(Exception):
-    """Somebody has asked to stop."""
 
 
 def train(
@@ -68,14 +50,16 @@ def train(
     validate(config)
     check_backend(config)
     workdir = epath.Path(workdir)
-    job = prepare(config, workdir, [str(device) for device in jax.devices()])
+    job = prepare(config, workdir)
+    like = jax.eval_shape(partial(initial_state, job), jax.random.key(0))
+    check_memory(config, like)
     with sole_writer(workdir), failing_writes_told(workdir):
         write_run(job.run)
         with closing(Checkpoints(workdir)) as checkpoints:
             retreats = 0
             while True:
                 try:
-                    return go_on(job, checkpoints, retreats, should_stop)
+                    return go_on(job, checkpoints, like, retreats, should_stop)
                 except DivergedError as error:
                     retreats = error.retreats + 1
                     if retreats > MAX_RETREATS:
@@ -92,27 +76,31 @@ def train(
                     )
 
 
-def go_on(job: Job, checkpoints: Checkpoints, retreats: int, should_stop: ShouldStop) -> bool:
+def initial_state(job: Job, key: jax.Array) -> TrainState:
+    """Return the state that a run begins with."""
+    config = job.run.config
+    optimizer = make_optimizer(config, make_schedule(config, job.num_steps))
+    return init_state(job.model, optimizer, key, config.batch_size)
+
+
+def go_on(
+    job: Job, checkpoints: Checkpoints, like: TrainState, retreats: int, should_stop: ShouldStop
+) -> bool:
     """Train from the newest checkpoint on; return whether the run is finished.
 
     Args:
       job, checkpoints: the run.
+      like: the tree and the shapes of its state.
       retreats: how often it has gone back in this process; if ever, only a checkpoint will do at
         which loss and gradient were finite.
       should_stop: as in train.
     """
     config = job.run.config
-    model = model_from_config(config, len(job.run.vocab))
-
-    optimizer = make_optimizer(config, make_schedule(config, job.num_steps))
-    make_state = partial(init_state, model, optimizer, batch_size=config.batch_size)
-    key = jax.random.key(config.seed)
-    like = jax.eval_shape(make_state, key)
     is_wanted = (lambda notes: notes["streak"] == 0) if retreats else (lambda notes: True)
     if found := checkpoints.restore_newest(like, is_wanted):
         state, notes = found[0], Notes.from_json(found[1])
     else:
-        state, notes = jax.jit(make_state)(key), Notes()
+        state, notes = jax.jit(partial(initial_state, job))(jax.random.key(config.seed)), Notes()
     notes.retreats = max(notes.retreats, retreats)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     report(job, int(state.step), num_params, ", ".join(map(str, jax.devices())))
@@ -121,7 +109,7 @@ def go_on(job: Job, checkpoints: Checkpoints, retreats: int, should_stop: Should
         return True
     schedule = make_schedule(config, job.num_steps, RETREAT_SCALE**notes.retreats)
     with Journal(job, checkpoints, int(state.step), notes) as journal:
-        is_finished = run_steps(job, model, schedule, state, journal, should_stop)
+        is_finished = run_steps(job, schedule, state, journal, should_stop)
     # An exit code of success means that the state is there and can be read.
     latest = checkpoints.latest_step()
     if latest is not None:
@@ -131,7 +119,6 @@ def go_on(job: Job, checkpoints: Checkpoints, retreats: int, should_stop: Should
 
 def run_steps(
     job: Job,
-    model: CharLSTM,
     schedule: Callable[[Any], Any],
     state: TrainState,
     journal: Journal,
@@ -140,8 +127,9 @@ def run_steps(
     """Take the steps that are left, and whatever is due between them; return whether all are."""
     first = step = int(state.step)
     optimizer = make_optimizer(job.run.config, schedule)
-    train_steps = jax.jit(make_train_steps(make_train_step(model, optimizer)), donate_argnums=0)
-    assess = make_assessment(job, model, should_stop)
+    train_step = make_train_step(job.model, optimizer)
+    train_steps = jax.jit(make_train_steps(train_step), donate_argnums=0)
+    assess = make_assessment(job, should_stop)
     try:
         # Left over from a stop amid an evaluation.
         if job.is_evaluated(step) and journal.notes.has_unscored_steps:
@@ -168,19 +156,6 @@ def run_steps(
     return True
 
 
-def stop_if(should_stop: ShouldStop) -> None:
-    """Raise StoppedError if somebody has asked to stop."""
-    if should_stop():
-        raise StoppedError
-
-
-def until(should_stop: ShouldStop, items: Iterable[Item]) -> Iterator[Item]:
-    """Yield `items`; raise StoppedError between two of them once somebody has asked to stop."""
-    for item in items:
-        stop_if(should_stop)
-        yield item
-
-
 @contextmanager
 def failing_writes_told(workdir: epath.Path) -> Iterator[None]:
     """Turn a write that fails within the block into one line."""
@@ -192,44 +167,3 @@ def failing_writes_told(workdir: epath.Path) -> Iterator[None]:
             "last checkpoint is kept: make room, or mend the folder, and give the same command "
             "again"
         ) from error
-
-
-def check_backend(config: ConfigDict) -> None:
-    """Raise UserError if `config` asks for what the machine does not have."""
-    if config.model.recurrence == "cudnn" and jax.default_backend() != "gpu":
-        raise UserError(
-            "config.model.recurrence=cudnn: needs an NVIDIA GPU, and JAX has found "
-            f"{jax.default_backend()}; use fused"
-        )
-
-
-def make_assessment(
-    job: Job, model: CharLSTM, should_stop: ShouldStop
-) -> Callable[[Any, int], dict[str, Any]]:
-    """Return assess(params, step) -> what an evaluation tells: validation figures and a sample.
-
-    It raises StoppedError amid its work, once `should_stop` is true.
-    """
-    config, run = job.run.config, job.run
-    eval_step = jax.jit(make_eval_step(model))
-
-    def assess(params: Any, step: int) -> dict[str, Any]:
-        figures: dict[str, Any] = {}
-        if job.val_batches:
-            carry = zero_carry(model, job.val_batches.batch_size)
-            indices = until(should_stop, range(job.val_batches.steps_per_epoch))
-            result = evaluate(eval_step, params, carry, map(job.val_batches, indices))
-            figures = {
-                "val/loss": result["loss"],
-                "val/bits_per_char": bits(result["loss"]),
-                "val/accuracy": result["accuracy"],
-            }
-        place = np.random.default_rng((config.seed, step)).integers(len(run.prompts))
-        prompts = [run.vocab.encode(run.prompts[place])]
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        lengths = {"seq_len": config.seq_len, "chunk": SAMPLE_CHUNK}
-        pieces = stream(model, params, prompts, key, **lengths, **config.sample.to_dict())
-        ids_BL = np.concatenate(list(until(should_stop, pieces)), axis=1)
-        return figures | {"sample": run.vocab.decode(ids_BL[0])}
-
-    return assess

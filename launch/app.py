@@ -7,6 +7,7 @@ import platform
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from charlstm.config import base_config, check_key, flatten, validate
-from charlstm.errors import UserError
+from charlstm.errors import UserError, one_line
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = REPOSITORY / "configs" / "default.py"
+DEBUG = flags.DEFINE_boolean("debug", False, "show where in the code a mistake was noticed")
 _CONFIG_FLAG = re.compile(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", re.DOTALL)
 
 
@@ -45,6 +47,8 @@ def run(main: Callable[[], int | None]) -> None:
     # The orthogonal initialiser is slow, and its result depends on the machine, where OpenBLAS
     # spreads over threads. It reads this when it is loaded, which JAX does, not imported yet.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    # Whatever the locale is: a text's characters are Unicode's.
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     # JAX and Orbax tell much that is not about the run.
     logging.set_verbosity(logging.ERROR)
 
@@ -111,7 +115,9 @@ def checked_config(holder: flags.FlagHolder) -> ConfigDict:
 
 
 def _fail(error: Exception) -> int:
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    if f"--{DEBUG.name}" in sys.argv:  # flags may be what the mistake is in
+        traceback.print_exception(error)
+    print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
     return getattr(error, "exit_code", 2)
 
 

@@ -32,17 +32,21 @@ def main() -> None:
     from charlstm.data import evaluation_batches, split
     from charlstm.model import zero_carry
     from charlstm.steps import evaluate, make_eval_step
-    from charlstm.text import load_text
+    from charlstm.text import PYTHON_MANUAL, load_text
 
     run, model, params = load_model(WORKDIR.value, CHECKPOINT.value)
     data = run.config.data
     if not TEXT.value and not data.val_fraction:
         raise UserError(f"{WORKDIR.value}: this run has no validation part; give --text=FILE")
+    source = run.text["source"]
     text = load_text(
-        TEXT.value or data.path,
+        # As an absolute path, since the run was perhaps started somewhere else; and Dracula, whose
+        # path is "", may have to be downloaded again.
+        TEXT.value or (source if data.path and source != PYTHON_MANUAL else ""),
         lowercase=data.lowercase,
         strip_punctuation=data.strip_punctuation,
-        source=run.text["source"],
+        source=source,
+        remedy="give --text=FILE, a UTF-8 text",
     )
     if not TEXT.value and text.sha256 != run.text["sha256"]:
         raise UserError(f"{text.source}: has changed since the run was trained; give --text=FILE")

@@ -3,7 +3,8 @@
   python launch/sample.py --workdir=runs/default --prompt='The castle ' --length=1000
 
 The text, after the prompt where one is given, goes to stdout and nothing else does. Several texts
-are parted by a form feed. Whatever is not given is as in the run's own config.sample.
+are parted by a form feed. On a terminal control characters appear as escapes such as \\x1b, unless
+--raw is given. Whatever is not given is as in the run's own config.sample.
 """
 
 import logging
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import app
 from absl import flags
 
-from charlstm.errors import UserError
+from charlstm.errors import UserError, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +45,8 @@ STREAM = flags.DEFINE_boolean("stream", False, "show characters as they are made
 UNKNOWN = flags.DEFINE_enum(
     "unknown", "error", ["error", "drop", "replace"], "characters of the prompt that are not known"
 )
+
+RAW = flags.DEFINE_boolean("raw", False, "let control characters reach a terminal as they are")
 
 
 def read_prompt() -> str:
@@ -93,6 +96,11 @@ def encode_prompts(run: "Run", prompt: str, method: str) -> tuple[list["np.ndarr
     return [run.vocab.encode(run.prompts[index]) for index in chosen], ""
 
 
+def shown(text: str) -> str:
+    """Return `text` as it may go to stdout: a terminal would obey its control characters."""
+    return printable(text) if sys.stdout.isatty() and not RAW.value else text
+
+
 def main() -> None:
     """Write as the flags say."""
     if STREAM.value and NUM_SAMPLES.value > 1:
@@ -110,13 +118,14 @@ def main() -> None:
     settings |= {"seq_len": run.config.seq_len, "chunk": STREAM_CHUNK if STREAM.value else SIZE}
     pieces = stream(model, params, prompts, jax.random.key(SEED.value), **settings)
     if STREAM.value:
-        sys.stdout.write(opening)
+        sys.stdout.write(shown(opening))
         for ids_1T in pieces:
-            sys.stdout.write(run.vocab.decode(ids_1T[0]))
+            sys.stdout.write(shown(run.vocab.decode(ids_1T[0])))
             sys.stdout.flush()
     else:
         ids_BL = np.concatenate(list(pieces), axis=1)
-        sys.stdout.write("\n\f\n".join(opening + run.vocab.decode(ids_L) for ids_L in ids_BL))
+        texts = (shown(opening + run.vocab.decode(ids_L)) for ids_L in ids_BL)
+        sys.stdout.write("\n\f\n".join(texts))
     sys.stdout.write("\n")
 
 

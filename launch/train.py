@@ -6,7 +6,9 @@ Without flags: configs/default.py on Dracula, in runs/default. The settings and 
 in charlstm/config.py. The same command again goes on where it stopped.
 """
 
+import os
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +30,9 @@ class StopSignal:
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.number = number
+        # Not by logging, which this may have interrupted; and the bar hides the cursor.
+        cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+        os.write(2, f"{cursor}stopping once the step is saved; another signal ends now\n".encode())
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -31,10 +31,12 @@ MAY_IMPORT = {
     "log": "curves errors files",
     "run": "config errors files text",
     "checkpoint": "errors files model optim run steps",
-    "job": "data errors run text",
+    "machine": "errors",
+    "job": "data errors machine model run text",
     "journal": "checkpoint job log steps",
-    "train": "checkpoint config curves data errors files job journal log model optim recurrence "
-    "run sample steps text",
+    "assess": "job log model sample steps",
+    "train": "assess checkpoint config curves data errors files job journal log machine model optim "
+    "recurrence run sample steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")

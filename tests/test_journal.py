@@ -38,7 +38,7 @@ def metrics_on_device(name, reads):
 
 
 def test_training_metrics_are_read_one_call_late(book_path, tmp_path):
-    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"), ["cpu"])
+    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
     reads = []
     checkpoints = Checkpoints(job.run.workdir)
     with Journal(job, checkpoints, 0, Notes()) as journal:
@@ -53,7 +53,7 @@ def test_training_metrics_are_read_one_call_late(book_path, tmp_path):
 def test_a_call_takes_as_many_steps_as_fit_into_a_quarter_of_a_second(
     book_path, tmp_path, monkeypatch
 ):
-    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"), ["cpu"])
+    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
     checkpoints = Checkpoints(job.run.workdir)
     fitting = []
     with Journal(job, checkpoints, 0, Notes()) as journal:

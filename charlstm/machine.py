@@ -1,0 +1,54 @@
+"""What this machine is, and whether a run can do there what its config asks for."""
+
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from charlstm.errors import UserError
+
+
+def this_machine() -> dict[str, Any]:
+    """Return what config.json says of versions and devices."""
+    names = ("charlstm", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in names}
+    return {"versions": versions, "devices": [str(device) for device in jax.devices()]}
+
+
+def check_backend(config: ConfigDict) -> None:
+    """Raise UserError if `config` asks for what the machine does not have."""
+    if config.model.recurrence == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(
+            "config.model.recurrence=cudnn: needs an NVIDIA GPU, and JAX has found "
+            f"{jax.default_backend()}; use fused"
+        )
+
+
+def check_memory(config: ConfigDict, state: Any) -> None:
+    """Raise UserError if a run whose `state` has these shapes can't fit into memory."""
+    model = config.model
+    leaves = [*jax.tree.leaves(state), *jax.tree.leaves(state.params)]  # and its gradient
+    # At the least, as charlstm.recurrence says of itself.
+    kept = 7 * config.batch_size * config.seq_len * model.hidden_size * model.num_layers
+    needed = 4 * (sum(leaf.size for leaf in leaves) + kept)
+    if needed > (there := memory_bytes()):
+        raise UserError(
+            f"config.model.hidden_size={model.hidden_size}, config.model.num_layers="
+            f"{model.num_layers}, config.batch_size={config.batch_size}, config.seq_len="
+            f"{config.seq_len}: training takes at least {needed / 2**30:,.0f} GiB of memory, and "
+            f"there are {there / 2**30:,.0f}; lower one of them"
+        )
+
+
+def memory_bytes() -> float:
+    """Return the memory of the device, or of the machine where that is the device."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # not every system tells
+        return float("inf")
