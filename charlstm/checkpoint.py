@@ -202,9 +202,7 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
     model = model_from_config(run.config, len(run.vocab))
     if model.recurrence == "cudnn":
         model = model.clone(recurrence="fused")
-    optimizer = make_optimizer(run.config, make_schedule(run.config, num_steps=1))
-    make_state = partial(init_state, model, optimizer, batch_size=run.config.batch_size)
-    like = jax.eval_shape(make_state, jax.random.key(0))
+    like = state_shapes(run)
     while True:
         before = steps_in(run.workdir / "checkpoints")
         try:
@@ -217,6 +215,14 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
             # A trainer may have deleted what was being read.
             if before == steps_in(run.workdir / "checkpoints"):
                 raise
+
+
+def state_shapes(run: Run) -> TrainState:
+    """Return the state of a run with a jax.ShapeDtypeStruct for each array."""
+    model = model_from_config(run.config, len(run.vocab))
+    optimizer = make_optimizer(run.config, make_schedule(run.config, num_steps=1))
+    make_state = partial(init_state, model, optimizer, batch_size=run.config.batch_size)
+    return jax.eval_shape(make_state, jax.random.key(0))
 
 
 def steps_in(folder: epath.Path) -> list[int]:

@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from charlstm.assess import ShouldStop, StoppedError, make_assessment, stop_if
-from charlstm.checkpoint import Checkpoints
+from charlstm.checkpoint import Checkpoints, state_shapes
 from charlstm.config import validate
 from charlstm.data import read_steps
 from charlstm.errors import RunError
@@ -51,7 +51,7 @@ def train(
     check_backend(config)
     workdir = epath.Path(workdir)
     job = prepare(config, workdir)
-    like = jax.eval_shape(partial(initial_state, job), jax.random.key(0))
+    like = state_shapes(job.run)
     check_memory(config, like)
     with sole_writer(workdir), failing_writes_told(workdir):
         write_run(job.run)
@@ -76,13 +76,6 @@ def train(
                     )
 
 
-def initial_state(job: Job, key: jax.Array) -> TrainState:
-    """Return the state that a run begins with."""
-    config = job.run.config
-    optimizer = make_optimizer(config, make_schedule(config, job.num_steps))
-    return init_state(job.model, optimizer, key, config.batch_size)
-
-
 def go_on(
     job: Job, checkpoints: Checkpoints, like: TrainState, retreats: int, should_stop: ShouldStop
 ) -> bool:
@@ -100,7 +93,9 @@ def go_on(
     if found := checkpoints.restore_newest(like, is_wanted):
         state, notes = found[0], Notes.from_json(found[1])
     else:
-        state, notes = jax.jit(partial(initial_state, job))(jax.random.key(config.seed)), Notes()
+        optimizer = make_optimizer(config, make_schedule(config, job.num_steps))
+        make_state = partial(init_state, job.model, optimizer, batch_size=config.batch_size)
+        state, notes = jax.jit(make_state)(jax.random.key(config.seed)), Notes()
     notes.retreats = max(notes.retreats, retreats)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     report(job, int(state.step), num_params, ", ".join(map(str, jax.devices())))

@@ -8,8 +8,10 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -49,8 +51,10 @@ def run(main: Callable[[], int | None]) -> None:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     # Whatever the locale is: a text's characters are Unicode's.
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    # JAX and Orbax tell much that is not about the run.
-    logging.set_verbosity(logging.ERROR)
+    # JAX and Orbax tell much that is not about the run, and of a failed save in pages.
+    logging.set_verbosity(logging.FATAL)
+    warnings.filterwarnings("ignore", message=r"coroutine .* was never awaited")
+    sys.excepthook = _excepthook
 
     def guarded(argv: list[str]) -> int | None:
         try:
@@ -109,9 +113,22 @@ def checked_config(holder: flags.FlagHolder) -> ConfigDict:
     try:
         config = holder.value
     except Exception as error:
-        raise UserError(f"--config: the file raised {type(error).__name__}: {error}") from None
+        path = config_flags.get_config_filename(flags.FLAGS[holder.name])
+        raise _config_error(path, error) from error
     validate(config)
     return config
+
+
+def _config_error(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"--config={path}: raised {type(error).__name__}: {error}; it must define get_config()"
+    )
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    # After a failed save, each of Orbax's other writes finds its loop gone and calls this.
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def _fail(error: Exception) -> int:
@@ -128,6 +145,9 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(_fail(error))
     except SystemExit:
         sys.exit(0)  # --help was asked for and given, which absl counts as a failure
+    except Exception as error:  # a config file is a program
+        given = [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+        sys.exit(_fail(_config_error([str(DEFAULT_CONFIG), *given][-1], error)))
 
 
 def _normalise(argv: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import app
 from absl import flags
 
+from charlstm.config import check_setting
 from charlstm.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -61,19 +62,17 @@ def read_prompt() -> str:
         raise UserError(f"--prompt_file={PROMPT_FILE.value}: {error}; give a UTF-8 file") from None
 
 
-def sample_settings(run: "Run") -> dict[str, Any]:
-    """Return config.sample of the run with what the flags change, checked."""
-    from charlstm.config import check_setting
-
-    settings = run.config.sample.to_dict()
+def changed_settings() -> dict[str, Any]:
+    """Return what the flags change of the run's config.sample, checked."""
+    changed = {}
     for flag in (LENGTH, TEMPERATURE, TOP_K, TOP_P, METHOD):
         if flag.value is not None:
             try:
                 check_setting(f"sample.{flag.name}", flag.value)
             except UserError as error:
                 raise UserError(str(error).replace("config.sample.", "--")) from None
-            settings[flag.name] = flag.value
-    return settings
+            changed[flag.name] = flag.value
+    return changed
 
 
 def encode_prompts(run: "Run", prompt: str, method: str) -> tuple[list["np.ndarray"], str]:
@@ -105,7 +104,7 @@ def main() -> None:
     """Write as the flags say."""
     if STREAM.value and NUM_SAMPLES.value > 1:
         raise UserError(f"--num_samples={NUM_SAMPLES.value}: --stream shows one text at a time")
-    prompt = read_prompt()
+    prompt, changed = read_prompt(), changed_settings()
     import jax
     import numpy as np
 
@@ -113,7 +112,7 @@ def main() -> None:
     from charlstm.sample import SIZE, stream
 
     run, model, params = load_model(WORKDIR.value, CHECKPOINT.value)
-    settings = sample_settings(run)
+    settings = run.config.sample.to_dict() | changed
     prompts, opening = encode_prompts(run, prompt, settings["method"])
     settings |= {"seq_len": run.config.seq_len, "chunk": STREAM_CHUNK if STREAM.value else SIZE}
     pieces = stream(model, params, prompts, jax.random.key(SEED.value), **settings)

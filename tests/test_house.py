@@ -35,8 +35,8 @@ MAY_IMPORT = {
     "job": "data errors machine model run text",
     "journal": "checkpoint job log steps",
     "assess": "job log model sample steps",
-    "train": "assess checkpoint config curves data errors files job journal log machine model optim "
-    "recurrence run sample steps text",
+    "train": "assess checkpoint config curves data errors files job journal log machine model "
+    "optim recurrence run sample steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")

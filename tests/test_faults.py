@@ -1,0 +1,265 @@
+"""What a run survives: kills, signals, full disks, lost folders, a second trainer."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from etils import epath
+from launching import command_of, run_command
+
+from charlstm.checkpoint import Checkpoints, load_model, state_shapes, steps_in
+from charlstm.log import read_records
+from charlstm.run import load_run
+
+FLAGS = [
+    "--config=tiny",
+    "--config.num_steps=60",
+    "--config.log_every_steps=5",
+    "--config.eval_every_steps=20",
+    "--config.checkpoint_every_steps=10",
+    "--config.sample.length=40",
+    "--config.data.path=book.txt",
+]
+POINTS = ["mid_save:10", "after_log:15", "after_commit:20", "before_log:25", "before_log:40"]
+POINTS += ["after_log:40", "mid_delete:50", "mid_save:60", "after_commit:60"]
+
+
+def last_state(workdir):
+    """Return the leaves of the latest state of a run, all that training depends on."""
+    run = load_run(epath.Path(workdir))
+    with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
+        state, _ = checkpoints.restore(checkpoints.latest_step(), state_shapes(run))
+    return jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
+
+
+CLOCKED = ("seconds", "chars_per_second")
+
+
+def metrics(workdir):
+    """Return the records of a run without what depends on the clock."""
+    records = read_records(epath.Path(workdir) / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in CLOCKED} for record in records]
+
+
+def assert_same_run(workdir, reference):
+    """Assert that two runs ended with the same bits, whatever happened on the way."""
+    for ours, theirs in zip(last_state(workdir), last_state(reference), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert metrics(workdir) == metrics(reference)
+    # A kill right after a save leaves what that save would have deleted next.
+    kept = steps_in(reference / "checkpoints")
+    assert set(steps_in(workdir / "checkpoints")) >= set(kept)
+    for name in ("samples.txt", "vocab.json", "prompts.json"):
+        assert (workdir / name).read_bytes() == (reference / name).read_bytes()
+    left = {path.name for path in [*workdir.iterdir(), *(workdir / "checkpoints").iterdir()]}
+    assert not {name for name in left if "tmp" in name or "trash" in name or "damaged" in name}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, book):
+    """Return the folder of a run that nothing happened to; its text lies beside it."""
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "book.txt").write_text(book, encoding="utf-8")
+    result = run_command("train", *FLAGS, "--workdir=reference", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "reference"
+
+
+def test_a_run_killed_at_every_named_point_ends_as_one_that_was_not(reference, tmp_path):
+    script = str(ROOT / "tests" / "killed_at.py")
+    for point in POINTS:
+        command = [sys.executable, script, point, *FLAGS, f"--workdir={tmp_path}/run"]
+        killed = subprocess.run(command, cwd=reference.parent, capture_output=True, timeout=120)
+        assert killed.returncode == -signal.SIGKILL, (point, killed.stderr.decode())
+    result = run_command("train", *FLAGS, f"--workdir={tmp_path}/run", cwd=reference.parent)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "run", reference)
+
+
+@pytest.mark.slow
+def test_runs_killed_at_a_hundred_random_times_end_as_one_that_was_not(reference, tmp_path):
+    chooser = random.Random(0)
+    kills = resumes = lost_steps = finished = 0
+    while kills < 100:
+        workdir = tmp_path / f"run{finished}"
+        command = command_of("train", *FLAGS, f"--workdir={workdir}")
+        process = subprocess.Popen(command, cwd=reference.parent, stderr=subprocess.PIPE)
+        # Half the kills wait until training goes on: start-up takes most of a process's time.
+        ready = threading.Event()
+        threading.Thread(target=watch, args=(process, ready), daemon=True).start()
+        if chooser.random() < 0.7:
+            ready.wait(timeout=60)
+            time.sleep(chooser.uniform(0, 1.5))
+        else:
+            time.sleep(chooser.uniform(0, 6))
+        process.kill()
+        code = process.wait()
+        assert code in (0, -signal.SIGKILL)
+        records = metrics(workdir) if (workdir / "metrics.jsonl").exists() else []
+        steps = steps_in(workdir / "checkpoints")
+        if code == -signal.SIGKILL:
+            kills += 1
+            resumes += bool(steps)
+            lost_steps += max(0, (records[-1]["step"] if records else 0) - max(steps, default=0))
+        if code == 0 or chooser.random() < 0.2:
+            result = run_command("train", *FLAGS, f"--workdir={workdir}", cwd=reference.parent)
+            assert result.returncode == 0, result.stderr
+            assert_same_run(workdir, reference)
+            finished += 1
+    print(f"{kills} kills, {resumes} resumes from a checkpoint, {finished} runs ended the same,")
+    print(f"0 mismatches, {lost_steps} logged steps taken again")
+
+
+def watch(process, ready):
+    for line in process.stderr:
+        if b"steps: " in line:
+            ready.set()
+
+
+def wait_for(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(number, reference, tmp_path):
+    flags = [*FLAGS, "--config.num_steps=1000000", f"--workdir={tmp_path}/run"]
+    # In a process group of its own, in which nothing may be left.
+    options = {"cwd": reference.parent, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command_of("train", *flags), start_new_session=True, **options)
+    wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    assert "stopping once the step is saved" in errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    [step] = steps_in(tmp_path / "run" / "checkpoints")[-1:]
+    assert f"stopped and saved at step {step}" in errors
+    last = max(step, 5)
+    result = run_command("train", *flags, f"--config.num_steps={last}", cwd=reference.parent)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_signal_amid_an_evaluation_is_answered_before_its_end(reference, tmp_path, book):
+    # An evaluation of minutes, after two steps.
+    (tmp_path / "long.txt").write_text(book * 1000, encoding="utf-8")
+    flags = [*FLAGS, "--config.data.path=long.txt", "--config.data.val_fraction=0.9"]
+    flags += ["--config.log_every_steps=2", "--config.eval_every_steps=2", "--workdir=run"]
+    process = subprocess.Popen(command_of("train", *flags), cwd=tmp_path)
+    wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    process.terminate()
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert steps_in(tmp_path / "run" / "checkpoints") == [2]
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [2]
+    assert "val/loss" not in metrics(tmp_path / "run")[0]
+
+
+def test_a_second_signal_ends_at_once():
+    program = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT / 'launch')!r})\n"
+        "import train; stop = train.StopSignal(); print('ready', flush=True)\n"
+        "while True: time.sleep(0.01)"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", program], **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    assert "stopping once the step is saved" in process.stderr.readline()
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=10) == -signal.SIGTERM
+    process.stdout.close()
+    process.stderr.close()
+
+
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_checkpoint_before_is_kept(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    before = load_model(tmp_path / "run", "latest")[2]
+    flags = [*FLAGS, "--config.num_steps=80", f"--workdir={tmp_path}/run"]
+    result = run_command("train", *flags, cwd=reference.parent, preexec_fn=limit_file_size)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert "checkpoints/70: could not be saved" in last
+    assert "is kept" in last
+    after = load_model(tmp_path / "run", "latest")[2]
+    for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    result = run_command("train", *flags, cwd=reference.parent)
+    assert result.returncode == 0, result.stderr
+    assert steps_in(tmp_path / "run" / "checkpoints")[-1] == 80
+
+
+def test_a_run_folder_that_vanishes_is_one_line(reference, tmp_path):
+    flags = [*FLAGS, "--config.num_steps=1000000", f"--workdir={tmp_path}/run"]
+    options = {"cwd": reference.parent, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command_of("train", *flags), **options)
+    wait_for(lambda: steps_in(epath.Path(tmp_path / "run" / "checkpoints")))
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert "Traceback" not in errors
+    assert "error: " in errors.splitlines()[-1]
+    # Where it has gone, it is a run like any other.
+    flags[-1] = f"--workdir={tmp_path}/elsewhere"
+    step = steps_in(tmp_path / "elsewhere" / "checkpoints")[-1]
+    flags += [f"--config.num_steps={step + 5}"]
+    assert run_command("train", *flags, cwd=reference.parent).returncode == 0
+
+
+def test_one_trainer_at_a_time_and_any_number_of_readers(reference, tmp_path):
+    flags = [*FLAGS, "--config.num_steps=1000000", f"--workdir={tmp_path}/run"]
+    flags += ["--config.checkpoint_every_steps=1", "--config.eval_every_steps=7"]
+    command = command_of("train", *flags)
+    process = subprocess.Popen(command, cwd=reference.parent, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: steps_in(epath.Path(tmp_path / "run" / "checkpoints")))
+        second = run_command("train", *flags, cwd=reference.parent)
+        assert second.returncode == 2
+        assert f"run: in use by process {process.pid} on " in second.stderr
+        assert len(second.stderr.splitlines()) == 1
+        first = steps_in(tmp_path / "run" / "checkpoints")[-1]
+        for index in range(30):
+            load_model(tmp_path / "run", ("best", "latest")[index % 2])
+        # Otherwise nothing was deleted meanwhile, and nothing tested.
+        assert steps_in(tmp_path / "run" / "checkpoints")[-1] > first + 5
+    finally:
+        process.kill()
+        process.wait()
+    # The lock has ended with its holder.
+    last = steps_in(tmp_path / "run" / "checkpoints")[-1]
+    flags += [f"--config.num_steps={last + 1}"]
+    assert run_command("train", *flags, cwd=reference.parent).returncode == 0
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_the_threads_of_the_caller(
+    reference, tmp_path
+):
+    flags = [*FLAGS, "--config.model.hidden_size=256", "--config.num_steps=1"]
+    states = []
+    for threads in ("1", "2"):
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": threads}
+        where = f"--workdir={tmp_path}/{threads}"
+        result = run_command("train", *flags, where, cwd=reference.parent, env=environment)
+        assert result.returncode == 0, result.stderr
+        states.append(last_state(tmp_path / threads))
+    for ours, theirs in zip(*states, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
