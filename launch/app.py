@@ -54,7 +54,8 @@ def run(main: Callable[[], int | None]) -> None:
     # JAX and Orbax tell much that is not about the run, and of a failed save in pages.
     logging.set_verbosity(logging.FATAL)
     warnings.filterwarnings("ignore", message=r"coroutine .* was never awaited")
-    sys.excepthook = _excepthook
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    sys.unraisablehook = _unraisable
 
     def guarded(argv: list[str]) -> int | None:
         try:
@@ -91,8 +92,18 @@ def keep_compilations() -> None:
     from platformdirs import user_cache_path
 
     cache = Path(os.environ.get("CHARLSTM_CACHE") or user_cache_path("charlstm"))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache / "compiled" / platform.node())
+    folder = cache / "compiled" / platform.node()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+    def show_warning(message: Warning | str, *place: Any) -> None:
+        # A kill amid a write leaves half an entry, which JAX would never replace.
+        if str(message).startswith("Error reading persistent compilation cache"):
+            for path in folder.glob("*"):
+                path.unlink(missing_ok=True)
+        _show_warning(message)
+
+    warnings.showwarning = show_warning  # type: ignore[assignment]
 
 
 def keep_memory() -> None:
@@ -125,10 +136,14 @@ def _config_error(path: str, error: Exception) -> UserError:
     )
 
 
-def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    # After a failed save, each of Orbax's other writes finds its loop gone and calls this.
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+def _show_warning(message: Warning | str, *place: Any) -> None:
+    print(f"warning: {one_line(Warning(message))}", file=sys.stderr)
+
+
+def _unraisable(event: Any) -> None:
+    # After a failed save, each of Orbax's other writes finds its loop gone and tells it here.
+    if str(event.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(event)
 
 
 def _fail(error: Exception) -> int:

@@ -30,11 +30,11 @@ class StopSignal:
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.number = number
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         # Not by logging, which this may have interrupted; and the bar hides the cursor.
         cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         os.write(2, f"{cursor}stopping once the step is saved; another signal ends now\n".encode())
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def __call__(self) -> bool:
         """Return whether a signal has come."""
