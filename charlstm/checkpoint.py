@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from charlstm.errors import DamagedError, RunError, UserError, one_line
@@ -133,7 +134,9 @@ class Checkpoints:
             state = self._manager.restore(step, args=args).state
         except Exception as error:  # Orbax has six types for damage
             raise _damaged(self._folder / str(step) / "state", one_line(error)[:300]) from error
-        # Orbax itself restores flipped bits without a word.
+        # Orbax itself restores other types, and flipped bits, without a word.
+        if jax.tree.map(_type_of, state) != jax.tree.map(_type_of, like):
+            raise _damaged(self._folder / str(step) / "state", "it has other types")
         found = checksums(state)
         differing = [name for name, crc in sealed.get("crc32", found).items() if found[name] != crc]
         if differing:
@@ -202,7 +205,7 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
     model = model_from_config(run.config, len(run.vocab))
     if model.recurrence == "cudnn":
         model = model.clone(recurrence="fused")
-    like = state_shapes(run)
+    like = state_shapes(run.config, model)
     while True:
         before = steps_in(run.workdir / "checkpoints")
         try:
@@ -217,11 +220,10 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
                 raise
 
 
-def state_shapes(run: Run) -> TrainState:
+def state_shapes(config: ConfigDict, model: CharLSTM) -> TrainState:
     """Return the state of a run with a jax.ShapeDtypeStruct for each array."""
-    model = model_from_config(run.config, len(run.vocab))
-    optimizer = make_optimizer(run.config, make_schedule(run.config, num_steps=1))
-    make_state = partial(init_state, model, optimizer, batch_size=run.config.batch_size)
+    optimizer = make_optimizer(config, make_schedule(config, num_steps=1))
+    make_state = partial(init_state, model, optimizer, batch_size=config.batch_size)
     return jax.eval_shape(make_state, jax.random.key(0))
 
 
@@ -258,11 +260,15 @@ def checksums(state: Any) -> dict[str, int]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): _crc(x) for path, x in leaves}
 
 
+def _type_of(leaf: Any) -> str:
+    return f"{leaf.dtype}{leaf.shape}"
+
+
 def _crc(leaf: Any) -> int:
+    start = zlib.crc32(_type_of(leaf).encode())
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
-    array = np.asarray(leaf)
-    return zlib.crc32(array.tobytes(), zlib.crc32(f"{array.dtype}{array.shape}".encode()))
+    return zlib.crc32(np.asarray(leaf).tobytes(), start)
 
 
 def _seal(sealed: dict[str, Any]) -> int:

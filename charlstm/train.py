@@ -51,7 +51,7 @@ def train(
     check_backend(config)
     workdir = epath.Path(workdir)
     job = prepare(config, workdir)
-    like = state_shapes(job.run)
+    like = state_shapes(config, job.model)
     check_memory(config, like)
     with sole_writer(workdir), failing_writes_told(workdir):
         write_run(job.run)

@@ -98,6 +98,33 @@ def test_a_position_of_weight_zero_has_no_influence(batches):
     assert_trees_close(step(state, batch)[0].params, step(state, changed)[0].params, 0, 0)
 
 
+@pytest.mark.parametrize("cause", ["loss", "gradient", "parameters"])
+def test_what_is_not_finite_never_reaches_the_state(cause, batches):
+    # A rate at which finite gradients give infinite parameters; a batch whose loss is NaN; and
+    # parameters at which the loss is finite and the gradient too large for float32.
+    model = small_model(dropout_rate=0.0)
+    optimizer = optax.sgd(1e38 if cause == "parameters" else 0.5, momentum=0.9)
+    state = init_state(model, optimizer, jax.random.key(0), B)
+    batch = batches(0)
+    if cause == "loss":
+        batch = batch._replace(weights_BT=batch.weights_BT * np.float32(np.nan))
+    if cause == "gradient":
+        batch = batch._replace(weights_BT=batch.weights_BT * np.float32(1e-30))
+        state = state._replace(params=jax.tree.map(lambda leaf: leaf * 1e36, state.params))
+    new_state, metrics = jax.jit(make_train_step(model, optimizer))(state, batch)
+    if cause == "parameters":
+        state = new_state
+        new_state, metrics = jax.jit(make_train_step(model, optimizer))(state, batches(1))
+    assert metrics["skipped"]
+    assert new_state.step == state.step + 1
+    unchanged = unkeyed(state)._replace(step=new_state.step)
+    jax.tree.map(np.testing.assert_array_equal, unkeyed(new_state), unchanged)
+    # And it goes on as if that batch had not been.
+    if cause == "loss":
+        _, metrics = jax.jit(make_train_step(model, optimizer))(new_state, batches(1))
+        assert not metrics["skipped"]
+
+
 def test_the_carry_is_handed_on_and_reset_where_a_row_begins_anew(batches):
     model, optimizer = small_model(dropout_rate=0.0), optax.sgd(0.0)
     state = init_state(model, optimizer, jax.random.key(0), B)

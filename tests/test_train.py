@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import shutil
+from contextlib import closing
 
 import jax
 import numpy as np
@@ -8,13 +10,15 @@ import pytest
 from conftest import ROOT
 from etils import epath
 
+import charlstm.train as train_module
 from charlstm import journal
-from charlstm.checkpoint import Checkpoints, load_model
+from charlstm.checkpoint import Checkpoints, load_model, state_shapes, steps_in
 from charlstm.config import base_config
-from charlstm.data import evaluation_batches, split
+from charlstm.data import Streams, evaluation_batches, split
 from charlstm.errors import RunError, UserError
+from charlstm.files import sole_writer
 from charlstm.log import read_records
-from charlstm.model import zero_carry
+from charlstm.model import model_from_config, zero_carry
 from charlstm.run import SCHEMA, load_run, write_run
 from charlstm.steps import TrainState, evaluate, make_eval_step
 from charlstm.train import train
@@ -56,6 +60,13 @@ def timeless(workdir):
     clocked = ("seconds", "chars_per_second")
     records = read_records(epath.Path(workdir) / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in clocked} for record in records]
+
+
+def assert_same_run(workdir, reference):
+    """Assert that two runs have the same weights, bit for bit, and the same records."""
+    for ours, theirs in zip(latest_leaves(workdir), latest_leaves(reference), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert timeless(workdir) == timeless(reference)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +123,17 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path, mon
         assert not train(config, stopped, should_stop=stop_after(7))
         assert not train(config, stopped, should_stop=stop_after(6))  # at step 13
     assert train(config, stopped)
-    for ours, theirs in zip(latest_leaves(stopped), latest_leaves(workdir), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    assert timeless(stopped) == timeless(workdir)
+    assert_same_run(stopped, workdir)
+
+
+def test_a_run_stopped_wherever_it_looks_ends_as_one_that_was_not(finished, tmp_path):
+    # Between steps, amid evaluations and amid samples; each time a little later.
+    config, workdir = finished
+    num_looks = 1
+    while not train(config, tmp_path / "run", should_stop=stop_after(num_looks)):
+        num_looks += 1
+    assert num_looks > 5
+    assert_same_run(tmp_path / "run", workdir)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path):
@@ -131,6 +150,7 @@ def test_a_finished_run_is_left_alone(finished):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
     assert train(config, workdir)
     after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    before[workdir / ".lock"] = after[workdir / ".lock"]  # says who was there last
     assert {p: t for p, t in after.items() if p in before} == before
     assert {path.parent.name for path in after.keys() - before.keys()} <= {"checkpoints"}
 
@@ -170,12 +190,147 @@ def test_without_a_validation_part_the_best_is_by_training_loss(book_path, tmp_p
     checkpoints.close()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(book_path, tmp_path):
-    config = small_config(
-        book_path, **{"optimizer.learning_rate": 1e38, "optimizer.warmup_steps": 0}
-    )
-    with pytest.raises(RunError, match=r"step \d+: the loss is .*learning_rate"):
+@pytest.mark.parametrize("change", [{"num_steps": 45}, {"num_steps": 0, "num_epochs": 1}])
+def test_a_finished_run_goes_on_when_it_is_made_longer(change, finished, tmp_path, caplog):
+    caplog.set_level("INFO", logger="charlstm")
+    shutil.copytree(finished[1], tmp_path / "run")
+    config = small_config(finished[0].data.path, **change, log_every_steps=5, eval_every_steps=15)
+    assert train(config, tmp_path / "run")
+    records = timeless(tmp_path / "run")
+    assert records[: len(timeless(finished[1]))] == timeless(finished[1])
+    num_steps = config.num_steps or 85  # 5,400 characters in 4 streams of windows of 16
+    later = [record["step"] for record in records if record["step"] > NUM_STEPS]
+    assert sorted(set(later)) == [*range(35, num_steps, 5), num_steps]
+    assert load_run(epath.Path(tmp_path / "run")).config.num_steps == config.num_steps
+    # The schedule is that of the new length: the rate rises again, and ends near 0.
+    rates = {r["step"]: r["learning_rate"] for r in records if "learning_rate" in r}
+    assert rates[30] < 1e-4 < 1e-3 < rates[35]
+    assert rates[num_steps] < 1e-4
+    assert "a setting changed: eval_every_steps is 10 there and 15 here" in caplog.text
+
+
+def test_a_run_folder_that_was_moved_works_with_its_text_somewhere_else(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "moved" / "elsewhere")
+    shutil.copy(finished[0].data.path, tmp_path / "again.txt")
+    config = small_config(tmp_path / "again.txt", num_steps=32)
+    assert train(config, tmp_path / "moved" / "elsewhere")
+    run, _, _ = load_model(tmp_path / "moved" / "elsewhere", "latest")
+    assert run.text["source"] == str(tmp_path / "again.txt")
+
+
+def test_other_versions_are_told_and_no_obstacle(finished, tmp_path, caplog):
+    shutil.copytree(finished[1], tmp_path / "run")
+    run = load_run(epath.Path(tmp_path / "run"))
+    run.machine["versions"]["jax"] = "0.0.1"
+    write_run(run)
+    assert train(finished[0], tmp_path / "run")
+    assert f"other versions (jax 0.0.1 there and {jax.__version__} here)" in caplog.text
+
+
+def test_figures_that_rest_on_few_characters_are_told_to_mean_little(book_path, tmp_path, caplog):
+    config = small_config(book_path, num_steps=1, **{"data.val_fraction": 0.01})
+    assert train(config, tmp_path / "run")
+    assert "rest on 60 characters" in caplog.text
+
+
+def test_a_second_writer_is_refused_with_the_first_ones_number(finished, tmp_path):
+    config = finished[0]
+    with (
+        sole_writer(epath.Path(tmp_path / "run")),
+        pytest.raises(UserError, match=rf"run: in use by process {os.getpid()} on .*; wait"),
+    ):
         train(config, tmp_path / "run")
+    assert train(config, tmp_path / "run")
+
+
+# --- losses that are not finite ---
+
+
+def poison(monkeypatch, is_poisoned):
+    """Make the loss NaN at the steps that is_poisoned(step) chooses."""
+    clean = Streams.__call__
+
+    def poisoned(self, steps):
+        batch = clean(self, steps)
+        if np.ndim(steps) == 0:
+            return batch  # an evaluation's
+        factors = [np.nan if is_poisoned(step) else 1 for step in steps.tolist()]
+        weights = batch.weights_BT * np.float32(factors)[:, None, None]
+        return batch._replace(weights_BT=weights)
+
+    monkeypatch.setattr(Streams, "__call__", poisoned)
+
+
+def states_of(workdir):
+    """Return (state, notes) of every checkpoint of a run by its step."""
+    run = load_run(epath.Path(workdir))
+    like = state_shapes(run.config, model_from_config(run.config, len(run.vocab)))
+    with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
+        steps = steps_in(run.workdir / "checkpoints")
+        return {step: checkpoints.restore(step, like) for step in steps}
+
+
+def assert_all_states_are_finite(workdir):
+    for state, _ in states_of(workdir).values():
+        leaves = jax.tree.leaves(state._replace(key=None))
+        assert all(np.isfinite(leaf).all() for leaf in leaves)
+
+
+def test_a_step_without_a_finite_loss_is_left_out_and_counted(
+    book_path, tmp_path, monkeypatch, caplog
+):
+    poison(monkeypatch, lambda step: step in (5, 12, 13))
+    config = small_config(book_path)
+    assert train(config, tmp_path / "run")
+    assert "step 6: the loss is nan" in caplog.text
+    records = timeless(tmp_path / "run")
+    counts = {r["step"]: r["skipped_steps"] for r in records if "skipped_steps" in r}
+    assert counts == {4: 0, 8: 1, 12: 1, 16: 3, 20: 3, 24: 3, 28: 3, 30: 3}
+    assert_all_states_are_finite(tmp_path / "run")
+    # Also where it is stopped and resumed amid them.
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "CALL_SECONDS", 0)  # a call for each step
+        assert not train(config, tmp_path / "stopped", should_stop=stop_after(7))
+    assert train(config, tmp_path / "stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "run")
+
+
+def test_after_several_in_a_row_the_run_goes_back_with_a_lower_rate(
+    book_path, tmp_path, monkeypatch, caplog
+):
+    # Poisoned until the learning rate is a quarter, so that two retreats are needed.
+    rates = []
+    make = train_module.make_schedule
+
+    def remember(config, num_steps, rate_scale=1.0):
+        rates.append(rate_scale)
+        return make(config, num_steps, rate_scale)
+
+    monkeypatch.setattr(train_module, "make_schedule", remember)
+    poison(monkeypatch, lambda step: 13 <= step < 20 and rates[-1] > 0.25)
+    config = small_config(book_path, checkpoint_every_steps=5)
+    assert train(config, tmp_path / "run")
+    assert caplog.text.count("going back to the last sound checkpoint") == 2
+    assert "with 0.25 times the learning rate" in caplog.text
+    records = timeless(tmp_path / "run")
+    steps = [record["step"] for record in records]
+    assert steps == sorted(steps)
+    rate = {r["step"]: r["learning_rate"] for r in records if "learning_rate" in r}
+    full = make(config, NUM_STEPS)
+    np.testing.assert_allclose(rate[8], full(7), rtol=1e-6)
+    np.testing.assert_allclose(rate[16], 0.25 * full(15), rtol=1e-6)
+    assert records[-1]["val/loss"] < 3.5
+    assert_all_states_are_finite(tmp_path / "run")
+    # A kill forgets nothing of it.
+    assert states_of(tmp_path / "run")[NUM_STEPS][1]["retreats"] == 2
+
+
+def test_a_run_that_never_finds_a_finite_loss_ends_with_a_clear_line(book_path, tmp_path):
+    settings = {"optimizer.learning_rate": 1e38, "optimizer.warmup_steps": 0}
+    with pytest.raises(
+        RunError, match=r"step \d+: the loss is .*going back 3 times.*learning_rate"
+    ):
+        train(small_config(book_path, **settings), tmp_path / "run")
     with pytest.raises(UserError, match="no checkpoint yet"):
         load_model(tmp_path / "run")
 

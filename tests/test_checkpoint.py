@@ -1,0 +1,185 @@
+import json
+import math
+import shutil
+from contextlib import closing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from charlstm.checkpoint import Checkpoints, checksums, steps_in
+from charlstm.errors import DamagedError, UserError
+from charlstm.steps import TrainState
+
+NOTES = {"seconds": 1.5, "streak": 0}
+
+
+def state_at(step):
+    """Return a state whose every number depends on the step."""
+    numbers = jnp.arange(12.0).reshape(3, 4) + step
+    return TrainState(
+        jnp.int32(step), {"w": numbers, "b": numbers[0] / 7}, (numbers,), (), jax.random.key(step)
+    )
+
+
+LIKE = jax.eval_shape(lambda: state_at(0))
+
+
+def written(workdir, losses):
+    """Save states 1, 2, ... with these losses."""
+    with closing(Checkpoints(epath.Path(workdir))) as checkpoints:
+        for step, loss in enumerate(losses, start=1):
+            checkpoints.save(state_at(step), NOTES | {"told": step}, loss)
+
+
+def assert_is(state, step):
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(state_at(step)), strict=True):
+        assert ours.dtype == theirs.dtype
+        if jnp.issubdtype(ours.dtype, jax.dtypes.prng_key):
+            ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def newest(workdir, **options):
+    with closing(Checkpoints(epath.Path(workdir))) as checkpoints:
+        return checkpoints.restore_newest(LIKE, **options)
+
+
+def test_what_is_saved_is_what_is_restored(tmp_path):
+    written(tmp_path, [2.5])
+    state, notes = newest(tmp_path)
+    assert_is(state, 1)
+    assert notes == NOTES | {"told": 1}
+
+
+def test_a_state_of_the_same_step_gives_way(tmp_path):
+    with closing(Checkpoints(epath.Path(tmp_path))) as checkpoints:
+        checkpoints.save(state_at(1), NOTES, None)
+        checkpoints.save(state_at(2), NOTES, None)
+        checkpoints.save(state_at(2), NOTES | {"told": "again"}, 0.5)
+        assert checkpoints.best_step() == 2
+    assert newest(tmp_path)[1]["told"] == "again"
+
+
+def test_without_a_loss_that_is_finite_the_newest_is_the_best(tmp_path):
+    written(tmp_path, [None, math.nan, math.inf])
+    with closing(Checkpoints(epath.Path(tmp_path), read_only=True)) as checkpoints:
+        assert checkpoints.best_step() == 3
+
+
+def test_only_a_state_that_is_wanted_is_restored_and_newer_ones_go(tmp_path):
+    written(tmp_path, [3.0, 2.0, 1.0])
+    state, _ = newest(tmp_path, is_wanted=lambda notes: notes["told"] < 3)
+    assert_is(state, 2)
+    assert steps_in(epath.Path(tmp_path / "checkpoints")) == [2]
+    assert newest(tmp_path, is_wanted=lambda notes: False) is None
+    assert steps_in(epath.Path(tmp_path / "checkpoints")) == []
+
+
+def test_all_being_damaged_is_no_reason_to_begin_anew_in_silence(tmp_path):
+    written(tmp_path, [3.0, 2.0])
+    for step in (1, 2):
+        shutil.rmtree(tmp_path / "checkpoints" / str(step) / "state")
+    with pytest.raises(UserError, match="no checkpoint is left that is not damaged"):
+        newest(tmp_path)
+
+
+def test_a_checksum_tells_types_shapes_and_keys_apart():
+    one = jnp.zeros(2, jnp.float32)
+    others = [jnp.zeros(2, jnp.int32), jnp.zeros((2, 1)), jnp.zeros(2).at[1].set(-0.0)]
+    assert len({checksums([x])["0"] for x in [one, *others]}) == 4
+    keys = [jax.random.key(0), jax.random.key(1)]
+    assert checksums(keys)["0"] != checksums(keys)["1"]
+    assert checksums({"a": (one,)}).keys() == {"a/0"}
+
+
+FILES = [
+    "_CHECKPOINT_METADATA",
+    "metrics/metrics",
+    "notes/metadata",
+    "state/_METADATA",
+    "state/_sharding",
+    "state/manifest.ocdbt",
+    "state/array_metadatas/process_0",
+    "state/d/*",
+    "state/ocdbt.process_0/manifest.ocdbt",
+    "state/ocdbt.process_0/d/*",
+]
+DAMAGES = {
+    "emptied": lambda path: path.write_bytes(b""),
+    "halved": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "deleted": lambda path: path.unlink(),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return the folder of a run with checkpoints 1 and 2."""
+    folder = tmp_path_factory.mktemp("whole")
+    written(folder, [2.0, 1.0])
+    return folder
+
+
+def assert_damage_never_goes_unnoticed(workdir, caplog):
+    """Assert that a resume gets the state of 2 or of 1, and a reader that of 2 or an error."""
+    for choose in (Checkpoints.best_step, Checkpoints.latest_step):
+        try:
+            with closing(Checkpoints(epath.Path(workdir), read_only=True)) as checkpoints:
+                assert choose(checkpoints) == 2
+                assert_is(checkpoints.restore(2, LIKE)[0], 2)
+        except DamagedError as error:
+            refusal = str(error)
+            assert "checkpoints/2" in refusal
+    caplog.clear()
+    state, notes = newest(workdir)
+    told = [record.message for record in caplog.records if record.name.startswith("charlstm")]
+    assert notes["told"] == int(state.step)
+    assert_is(state, int(state.step))
+    assert (int(state.step) == 2) == (not told)
+    assert int(state.step) == 2 or "set aside as damaged-2" in told[0]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_noticed_or_does_no_harm(damage, name, whole, tmp_path, caplog):
+    shutil.copytree(whole, tmp_path / "run")
+    paths = list((tmp_path / "run" / "checkpoints" / "2").glob(name))
+    assert paths
+    for path in paths:
+        DAMAGES[damage](path)
+    assert_damage_never_goes_unnoticed(tmp_path / "run", caplog)
+
+
+def flip(path, place):
+    """Flip one bit of a file."""
+    content = bytearray(path.read_bytes())
+    bit = place % (8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(number=st.integers(0, 10**6), place=st.integers(0, 10**9))
+def test_a_flipped_bit_is_noticed_or_does_no_harm(number, place, whole, tmp_path_factory, caplog):
+    workdir = tmp_path_factory.mktemp("flip") / "run"
+    shutil.copytree(whole, workdir)
+    folder = workdir / "checkpoints" / "2"
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    flip(paths[number % len(paths)], place)
+    assert_damage_never_goes_unnoticed(workdir, caplog)
+    shutil.rmtree(workdir.parent)
+
+
+def test_notes_of_the_schema_without_checksums_are_read(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    notes = tmp_path / "run" / "checkpoints" / "2" / "notes" / "metadata"
+    means = {"total": 0.0, "count": 0.0}
+    notes.write_text(json.dumps({"seconds": 1.0, "since_log": means, "since_eval": means}))
+    state, notes = newest(tmp_path / "run")
+    assert_is(state, 2)
+    assert notes["seconds"] == 1.0
