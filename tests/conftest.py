@@ -19,6 +19,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Time says nothing here: the first example compiles, and the machine is shared.
+settings.register_profile("default", deadline=None)
+settings.register_profile("long", deadline=None, max_examples=2000)
+settings.load_profile("default")
 
 # One compilation for the whole session, the launchers' processes included.
 _CACHE = tempfile.mkdtemp(prefix="charlstm-tests-")
