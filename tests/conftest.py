@@ -38,6 +38,17 @@ SHIPPED = {"compiler_options": {"xla_backend_optimization_level": 3}}  # for jax
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: give --slow"))
+
+
 @pytest.fixture(scope="session")
 def book() -> str:
     """Return a made-up text of 6,000 characters with words, lines and capitals."""

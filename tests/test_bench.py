@@ -230,7 +230,6 @@ def test_a_peer_asked_for_by_name_has_to_be_there(tmp_path):
     assert "--peers=torch: not installed; pip install -e '.[peers]'" in result.stderr
 
 
-@pytest.mark.slow
 def test_all_sections_of_a_tiny_run(tmp_path):
     sizes = "--shapes=2x4x8", "--base=2x4x8", "--vocab_size=5", "--repeats=1", "--loop_steps=3"
     sections = "--what=step,growth,generate,evaluate,startup,loop"

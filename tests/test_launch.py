@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from launching import run_command
+from launching import command_of, run_command
 
 TINY = ["--config=tiny", "--config.num_steps=60", "--config.eval_every_steps=30"]
 
@@ -92,6 +92,24 @@ def test_a_reader_that_has_enough_ends_a_stream_in_silence(trained):
     assert process.wait(timeout=60) == 0
     assert b"Error" not in process.stderr.read()
     process.stderr.close()
+
+
+@pytest.mark.parametrize("flags", [(), ("--raw",)])
+def test_a_terminal_gets_no_control_characters_unless_asked(flags, tmp_path, book):
+    (tmp_path / "book.txt").write_text("\x1b[31m" + book, encoding="utf-8")
+    short = ("--config=tiny", "--config.num_steps=1", "--config.data.path=book.txt")
+    assert run_command("train", *short, cwd=tmp_path).returncode == 0
+    ours, theirs = os.openpty()
+    command = command_of("sample", "--workdir=runs/tiny", "--prompt=\x1b[31mso", "--length=1")
+    subprocess.run([*command, *flags], cwd=tmp_path, stdout=theirs, check=True, timeout=60)
+    os.close(theirs)
+    shown = os.read(ours, 1000)
+    os.close(ours)
+    assert shown.startswith(b"\x1b[31mso" if flags else rb"\x1b[31mso")
+    # In a file or a pipe a text is what it is.
+    if not flags:
+        piped = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=60)
+        assert piped.stdout.startswith(b"\x1b[31mso")
 
 
 def test_the_window_method_writes_too(trained):

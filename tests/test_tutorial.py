@@ -99,7 +99,6 @@ def test_logits_equal_those_of_keras(config, ids_M, vocab_size, keras_model):
     np.testing.assert_allclose(found_BV, np.log(probs_BV), atol=1e-5)
 
 
-@pytest.mark.slow
 def test_losses_follow_those_of_keras(config, ids_M, vocab_size, keras_model):
     model = model_from_config(config, vocab_size)
     optimizer = make_optimizer(config, NUM_STEPS)
