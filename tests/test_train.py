@@ -432,3 +432,16 @@ def test_a_run_folder_of_every_earlier_schema_still_reads_as_it_was(name, tmp_pa
     result = evaluate(jax.jit(make_eval_step(model)), params, carry, map(batches, indices))
     # The tolerance is for the order of float32 sums on other processors.
     np.testing.assert_allclose(result["loss"], record["val/loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()))
+def test_a_run_of_every_earlier_schema_can_go_on(name, tmp_path, book_path):
+    shutil.copytree(FIXTURES / name, tmp_path / name)
+    config = load_run(epath.Path(tmp_path / name)).config
+    config.unlock()
+    config.update_from_flattened_dict({"data.path": str(book_path), "num_steps": 44})
+    before = timeless(tmp_path / name)
+    assert train(config, tmp_path / name)
+    assert json.loads((tmp_path / name / "config.json").read_text())["schema"] == SCHEMA
+    assert timeless(tmp_path / name)[: len(before)] == before
+    assert steps_in(epath.Path(tmp_path / name / "checkpoints")) == [40, 44]
