@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import numpy as np
@@ -226,6 +227,26 @@ def test_windows_are_shuffled_anew_every_epoch_and_for_every_seed():
     assert len(set(orders.values())) == 9
     assert tuple(range(60)) not in orders.values()
     assert all(sorted(order) == list(range(60)) for order in orders.values())
+
+
+def test_orders_of_seeds_and_epochs_have_nothing_to_do_with_each_other():
+    # Each order is a permutation of n, so their correlation has a standard deviation of n^(-1/2).
+    size = 100_000
+    ids = np.arange(size + 1)  # the character at a position is its number
+
+    def order(seed, epoch):
+        batches = Windows(ids, batch_size=1000, seq_len=1, seed=seed)
+        steps = epoch * batches.steps_per_epoch + np.arange(batches.steps_per_epoch)
+        return batches(steps).inputs_BT.ravel()
+
+    orders = {(seed, epoch): order(seed, epoch) for seed in range(3) for epoch in range(3)}
+    for (one, first), (other, second) in itertools.combinations(orders.items(), 2):
+        assert abs(np.corrcoef(first, second)[0, 1]) < 0.03, (one, other)
+        # Not one shifted against the other, either.
+        assert np.mean(first[1:] == second[:-1]) < 0.001
+    for first in orders.values():
+        np.testing.assert_array_equal(np.sort(first), ids[:-1])
+        assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.03
 
 
 def test_without_a_seed_windows_keep_the_order_of_the_text():
