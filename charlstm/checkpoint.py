@@ -91,12 +91,14 @@ class Checkpoints:
     def save(self, state: TrainState, notes: dict[str, Any], loss: float | None) -> None:
         """Save a state, with `notes` (JSON) beside it; a `loss` makes it a candidate for best.
 
-        A state of the same step gives way.
+        If the state is on disk already, it gives way to one with a `loss`, and to none without.
 
         Raises:
           RunError: if that fails, as on a full disk; what was saved before is still there.
         """
         step = int(state.step)
+        if loss is None and step in self._manager.all_steps():
+            return
         loss = None if loss is None or not math.isfinite(loss) else float(loss)
         sealed = {"notes": notes, "loss": loss, "crc32": checksums(state)}
         args = ocp.args.Composite(

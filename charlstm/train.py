@@ -89,7 +89,7 @@ def go_on(
       should_stop: as in train.
     """
     config = job.run.config
-    is_wanted = (lambda notes: notes["streak"] == 0) if retreats else (lambda notes: True)
+    is_wanted = (lambda notes: not notes.get("streak")) if retreats else (lambda notes: True)
     if found := checkpoints.restore_newest(like, is_wanted):
         state, notes = found[0], Notes.from_json(found[1])
     else:

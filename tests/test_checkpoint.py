@@ -56,13 +56,15 @@ def test_what_is_saved_is_what_is_restored(tmp_path):
     assert notes == NOTES | {"told": 1}
 
 
-def test_a_state_of_the_same_step_gives_way(tmp_path):
+def test_a_state_that_is_there_gives_way_to_one_with_a_loss_only(tmp_path):
     with closing(Checkpoints(epath.Path(tmp_path))) as checkpoints:
-        checkpoints.save(state_at(1), NOTES, None)
+        checkpoints.save(state_at(1), NOTES, 1.0)
         checkpoints.save(state_at(2), NOTES, None)
         checkpoints.save(state_at(2), NOTES | {"told": "again"}, 0.5)
+        checkpoints.save(state_at(2), NOTES | {"told": "too late"}, None)
+        checkpoints.save(state_at(3), NOTES, None)
         assert checkpoints.best_step() == 2
-    assert newest(tmp_path)[1]["told"] == "again"
+        assert checkpoints.restore(2, LIKE)[1]["told"] == "again"
 
 
 def test_without_a_loss_that_is_finite_the_newest_is_the_best(tmp_path):

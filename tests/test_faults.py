@@ -45,6 +45,10 @@ def last_state(workdir):
     return jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
 
 
+def best_weights(workdir):
+    return jax.tree.leaves(load_model(workdir, "best")[2])
+
+
 CLOCKED = ("seconds", "chars_per_second")
 
 
@@ -56,8 +60,9 @@ def metrics(workdir):
 
 def assert_same_run(workdir, reference):
     """Assert that two runs ended with the same bits, whatever happened on the way."""
-    for ours, theirs in zip(last_state(workdir), last_state(reference), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for leaves_of in (last_state, best_weights):
+        for ours, theirs in zip(leaves_of(workdir), leaves_of(reference), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
     assert metrics(workdir) == metrics(reference)
     # A kill right after a save leaves what that save would have deleted next.
     kept = steps_in(reference / "checkpoints")

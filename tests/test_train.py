@@ -12,7 +12,7 @@ from etils import epath
 
 import charlstm.train as train_module
 from charlstm import journal
-from charlstm.checkpoint import Checkpoints, load_model, state_shapes, steps_in
+from charlstm.checkpoint import Checkpoints, load_model, read_notes, state_shapes, steps_in
 from charlstm.config import base_config
 from charlstm.data import Streams, evaluation_batches, split
 from charlstm.errors import RunError, UserError
@@ -67,6 +67,15 @@ def assert_same_run(workdir, reference):
     for ours, theirs in zip(latest_leaves(workdir), latest_leaves(reference), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert timeless(workdir) == timeless(reference)
+    assert best_and_latest(workdir) == best_and_latest(reference)
+
+
+def best_and_latest(workdir):
+    """Return (step, loss) of the best checkpoint and of the latest."""
+    with closing(Checkpoints(epath.Path(workdir), read_only=True)) as checkpoints:
+        steps = checkpoints.best_step(), checkpoints.latest_step()
+    folder = epath.Path(workdir) / "checkpoints"
+    return [(step, read_notes(folder / str(step))["loss"]) for step in steps]
 
 
 @pytest.fixture(scope="module")
