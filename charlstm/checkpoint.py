@@ -140,8 +140,8 @@ class Checkpoints:
         if jax.tree.map(_type_of, state) != jax.tree.map(_type_of, like):
             raise _damaged(self._folder / str(step) / "state", "it has other types")
         found = checksums(state)
-        differing = [name for name, crc in sealed.get("crc32", found).items() if found[name] != crc]
-        if differing:
+        saved = sealed.get("crc32", found)
+        if differing := [name for name in found | saved if found.get(name) != saved.get(name)]:
             reason = f"the checksum of {', '.join(differing)} differs"
             raise _damaged(self._folder / str(step) / "state", reason)
         return state, sealed["notes"]
@@ -251,6 +251,9 @@ def read_notes(folder: epath.Path) -> dict[str, Any]:
         return {"notes": sealed}
     if sealed.pop("seal", None) != _seal(sealed):
         raise _damaged(path, "its checksum differs")
+    kinds = {"notes": dict, "loss": float | None, "crc32": dict}
+    if not all(isinstance(sealed.get(name), kind) for name, kind in kinds.items()):
+        raise _damaged(path, "it is no note of a checkpoint")
     if metrics.get("loss") != (math.inf if sealed["loss"] is None else sealed["loss"]):
         raise _damaged(metrics_path, f"it has another loss than {path}")
     return sealed

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from charlstm.checkpoint import Checkpoints
+from charlstm.errors import DamagedError
 from charlstm.job import Job
 from charlstm.log import RunLog, TrainingBar, bits
 from charlstm.steps import Metrics, TrainState
@@ -58,9 +59,25 @@ class Notes:
 
     @classmethod
     def from_json(cls, notes: dict[str, Any]) -> "Notes":
-        """Return what asdict() gave; what an earlier schema did not count is 0."""
-        means = {name: Mean(**notes[name]) for name in ("since_log", "since_eval")}
-        return cls(**(notes | means))
+        """Return what asdict() gave; what an earlier schema did not count is 0.
+
+        Raises:
+          DamagedError: if `notes` are something else.
+        """
+        try:
+            since_log, since_eval = (
+                Mean(float(notes[name]["total"]), float(notes[name]["count"]))
+                for name in ("since_log", "since_eval")
+            )
+            norm = notes.get("grad_norm")
+            grad_norm = None if norm is None else float(norm)
+            skipped, streak, retreats = (
+                int(notes.get(name, 0)) for name in ("skipped", "streak", "retreats")
+            )
+            seconds = float(notes["seconds"])
+            return cls(seconds, since_log, since_eval, grad_norm, skipped, streak, retreats)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise DamagedError(f"the notes of a checkpoint are not ours: {error}") from error
 
 
 class DivergedError(Exception):

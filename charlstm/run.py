@@ -112,7 +112,7 @@ def load_run(workdir: epath.Path) -> Run:
         config.update(ConfigDict(about["config"]))
         validate(config)
         text = {name: str(about["text"][name]) for name in ("source", "sha256")}
-        machine = {name: about[name] for name in ("versions", "devices")}
+        machine = {"versions": dict(about["versions"]), "devices": list(about["devices"])}
         hashes = dict(about["sha256"]) if is_sealed else {}
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError, UserError) as error:
         raise DamagedError(f"{path}: not a config of this version ({one_line(error)})") from error

@@ -20,12 +20,13 @@ from test_config import config_with
 from test_train import small_config
 
 from charlstm import CharLSTM, zero_carry
-from charlstm.checkpoint import load_model
+from charlstm.checkpoint import _seal, load_model, read_notes
 from charlstm.config import base_config, flatten, validate
 from charlstm.data import Streams, Windows, evaluation_batches, split, training_batches
 from charlstm.errors import DamagedError, UserError, one_line, printable
+from charlstm.journal import Notes
 from charlstm.log import read_records
-from charlstm.run import load_run
+from charlstm.run import _checksum, load_run
 from charlstm.sample import stream
 from charlstm.text import Vocab, load_text
 from charlstm.train import train
@@ -174,6 +175,44 @@ def test_any_setting_in_an_old_runs_config_is_a_clear_line_or_loads(folder, key,
 
 
 cached_model = lru_cache(load_model)
+
+
+@given(st.sampled_from(["config", "text", "versions", "devices", "sha256", "schema"]), JSON)
+def test_any_part_of_a_config_that_its_author_has_sealed_is_a_clear_line_or_loads(
+    folder, key, value
+):
+    path = folder / "run" / "config.json"
+    whole = path.read_bytes()
+    about = json.loads(whole) | {key: value}
+    del about["checksum"]
+    try:
+        path.write_text(json.dumps(about | {"checksum": _checksum(about)}))
+        load_run(epath.Path(folder / "run"))
+    except UserError as error:
+        assert_clear(error)
+    finally:
+        path.write_bytes(whole)
+
+
+NAMES = ["notes", "loss", "crc32", "seconds", "since_log", "since_eval", "streak", "grad_norm"]
+
+
+@given(st.sampled_from(NAMES), JSON)
+def test_any_notes_that_their_author_has_sealed_are_a_clear_line_or_read(folder, name, value):
+    checkpoint = epath.Path(folder / "run" / "checkpoints" / "2")
+    path = checkpoint / "notes" / "metadata"
+    whole = path.read_bytes()
+    sealed = json.loads(whole)
+    del sealed["seal"]
+    (sealed if name in sealed else sealed["notes"])[name] = value
+    try:
+        path.write_text(json.dumps(sealed | {"seal": _seal(sealed)}))
+        Notes.from_json(read_notes(checkpoint)["notes"])
+        load_model(folder / "run")
+    except UserError as error:
+        assert_clear(error)
+    finally:
+        path.write_bytes(whole)
 
 
 @settings(max_examples=settings().max_examples // 4)  # each takes a third of a second

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "checkpoint": "errors files model optim run steps",
     "machine": "errors",
     "job": "data errors machine model run text",
-    "journal": "checkpoint job log steps",
+    "journal": "checkpoint errors job log steps",
     "assess": "job log model sample steps",
     "train": "assess checkpoint config curves data errors files job journal log machine model "
     "optim recurrence run sample steps text",
