@@ -27,8 +27,8 @@ def test_memory_files_and_threads_stay_flat(tmp_path, book):
     (tmp_path / "book.txt").write_text(book, encoding="utf-8")
     flags = ["--config=tiny", "--config.data.path=book.txt", "--config.num_steps=2000000000"]
     # An evaluation with a sample, curves and a checkpoint every few seconds, saves in between.
-    flags += ["--config.eval_every_steps=3000", "--config.checkpoint_every_steps=1000"]
-    flags += ["--config.log_every_steps=500", "--workdir=run"]
+    flags += ["--config.eval_every_steps=400", "--config.checkpoint_every_steps=200"]
+    flags += ["--config.log_every_steps=100", "--workdir=run"]
     process = subprocess.Popen(command_of("train", *flags), cwd=tmp_path, stderr=subprocess.PIPE)
     readings = []
     end = time.monotonic() + 60 * MINUTES
