@@ -230,6 +230,19 @@ def test_a_peer_asked_for_by_name_has_to_be_there(tmp_path):
     assert "--peers=torch: not installed; pip install -e '.[peers]'" in result.stderr
 
 
+def test_a_section_of_a_tiny_run(tmp_path):
+    sizes = "--shapes=2x4x8", "--vocab_size=5", "--repeats=1", "--what=step"
+    result = bench("--quick", "--peers=none", "--out=out", *sizes, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    report = json.loads((tmp_path / "out/bench.json").read_text())
+    [race] = report["step"]
+    ours, twin = (race["results"][name] for name in ("charlstm", "flax"))
+    assert ours["value"] == pytest.approx(twin["value"], abs=1e-4)
+    assert ours["value"] == pytest.approx(math.log(5), abs=0.2)
+
+
+@pytest.mark.slow
 def test_all_sections_of_a_tiny_run(tmp_path):
     sizes = "--shapes=2x4x8", "--base=2x4x8", "--vocab_size=5", "--repeats=1", "--loop_steps=3"
     sections = "--what=step,growth,generate,evaluate,startup,loop"

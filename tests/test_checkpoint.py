@@ -165,7 +165,10 @@ def flip(path, place):
     path.write_bytes(content)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=settings().max_examples // 4,  # each takes a fifth of a second
+)
 @given(number=st.integers(0, 10**6), place=st.integers(0, 10**9))
 def test_a_flipped_bit_is_noticed_or_does_no_harm(number, place, whole, tmp_path_factory, caplog):
     workdir = tmp_path_factory.mktemp("flip") / "run"

@@ -13,7 +13,7 @@ from conftest import SHIPPED
 
 from charlstm.data import training_batches
 from charlstm.model import model_from_config, predict, zero_carry
-from charlstm.optim import make_optimizer
+from charlstm.optim import make_optimizer, make_schedule
 from charlstm.sample import make_sampler
 from charlstm.steps import init_state, make_train_step
 
@@ -101,7 +101,7 @@ def test_logits_equal_those_of_keras(config, ids_M, vocab_size, keras_model):
 
 def test_losses_follow_those_of_keras(config, ids_M, vocab_size, keras_model):
     model = model_from_config(config, vocab_size)
-    optimizer = make_optimizer(config, NUM_STEPS)
+    optimizer = make_optimizer(config, make_schedule(config, NUM_STEPS))
     state = init_state(model, optimizer, jax.random.key(0), config.batch_size)
     params = params_of(keras_model)
     state = state._replace(params=params, opt_state=optimizer.init(params))
@@ -133,7 +133,7 @@ def test_adam_moves_weights_as_the_adam_of_keras_does(config):
     scale_N = 10.0 ** rng.uniform(-8, -1, size=200)
     start_N = rng.normal(size=200).astype(np.float32)
     keras_adam, keras_weights = keras.optimizers.get("adam"), keras.Variable(start_N)
-    optimizer = make_optimizer(config, NUM_STEPS)
+    optimizer = make_optimizer(config, make_schedule(config, NUM_STEPS))
     weights_N, opt_state = jnp.asarray(start_N), optimizer.init(jnp.asarray(start_N))
     for _ in range(NUM_STEPS):
         grads_N = np.float32(scale_N * rng.normal(size=200))
