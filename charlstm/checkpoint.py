@@ -135,7 +135,7 @@ class Checkpoints:
         try:
             state = self._manager.restore(step, args=args).state
         except Exception as error:  # Orbax has six types for damage
-            raise _damaged(self._folder / str(step) / "state", one_line(error)[:300]) from error
+            raise _damaged(self._folder / str(step) / "state", one_line(error)) from error
         # Orbax itself restores other types, and flipped bits, without a word.
         if jax.tree.map(_type_of, state) != jax.tree.map(_type_of, like):
             raise _damaged(self._folder / str(step) / "state", "it has other types")

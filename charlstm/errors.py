@@ -28,8 +28,10 @@ def printable(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an exception says, fit for one line of a terminal."""
-    return printable(" ".join(str(error).split())) or type(error).__name__
+    """Return what an exception says, for one line of a terminal, without its middle if long."""
+    line = printable(" ".join(str(error).split())) or type(error).__name__
+    # A value may have thousands of digits; thing and remedy are at the ends.
+    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
 
 
 def _is_control(code: int) -> bool:

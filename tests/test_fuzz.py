@@ -44,7 +44,7 @@ def assert_clear(error):
     """Assert that an error is for a person: one line, not too long, which no terminal obeys."""
     line = one_line(error)
     assert line
-    assert len(line) < 2000
+    assert len(line) <= 1000
     assert "\n" not in line
     assert printable(line) == line
 
