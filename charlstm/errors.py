@@ -27,9 +27,12 @@ def printable(text: str) -> str:
     )
 
 
-def one_line(error: BaseException) -> str:
-    """Return what an exception says, for one line of a terminal, without its middle if long."""
-    line = printable(" ".join(str(error).split())) or type(error).__name__
+def one_line(message: object) -> str:
+    """Return what a text or an exception says, fit for one line of a terminal.
+
+    A long one is without its middle, an empty one is the name of its type.
+    """
+    line = printable(" ".join(str(message).split())) or type(message).__name__
     # A value may have thousands of digits; thing and remedy are at the ends.
     return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
 

@@ -88,7 +88,7 @@ def sole_writer(folder: epath.Path) -> Iterator[None]:
         lock.acquire(timeout=0)
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout:
-        holder = one_line(ValueError(path.read_text()[:200]))
+        holder = one_line(path.read_text() or "another process")
         raise UserError(
             f"{folder}: in use by {holder}, which trains there; wait for its end, "
             "or choose another --workdir"

@@ -137,7 +137,7 @@ def _config_error(path: str, error: Exception) -> UserError:
 
 
 def _show_warning(message: Warning | str, *place: Any) -> None:
-    print(f"warning: {one_line(Warning(message))}", file=sys.stderr)
+    print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
 def _unraisable(event: Any) -> None:
