@@ -31,6 +31,14 @@ def run_command(launcher, *flags, cwd=None, **options):
     return result
 
 
+def train_on(text, folder, *flags):
+    """Train on a text, as book.txt in `folder`, to the end; return what the launcher answered."""
+    (folder / "book.txt").write_text(text, encoding="utf-8")
+    result = run_command("train", *flags, "--config.data.path=book.txt", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
 class Answer(NamedTuple):
     returncode: int
     stdout: str

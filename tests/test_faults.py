@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from etils import epath
-from launching import command_of, run_command
+from launching import command_of, run_command, train_on
 
 from charlstm.checkpoint import Checkpoints, load_model, state_shapes, steps_in
 from charlstm.files import sole_writer
@@ -77,9 +77,7 @@ def assert_same_run(workdir, reference):
 def reference(tmp_path_factory, book):
     """Return the folder of a run that nothing happened to; its text lies beside it."""
     folder = tmp_path_factory.mktemp("faults")
-    (folder / "book.txt").write_text(book, encoding="utf-8")
-    result = run_command("train", *FLAGS, "--workdir=reference", cwd=folder)
-    assert result.returncode == 0, result.stderr
+    train_on(book, folder, *FLAGS, "--workdir=reference")
     return folder / "reference"
 
 

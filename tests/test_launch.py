@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from launching import WarmLauncher, command_of, run_command
+from launching import WarmLauncher, command_of, run_command, train_on
 from test_train import small_config
 
 from charlstm.train import train
@@ -22,10 +22,7 @@ TINY = ["--config=tiny", "--config.num_steps=60", "--config.eval_every_steps=30"
 def trained(tmp_path_factory, book):
     """Return (folder, result) of a run that was trained by command in folder/runs/tiny."""
     folder = tmp_path_factory.mktemp("launch")
-    (folder / "book.txt").write_text(book, encoding="utf-8")
-    result = run_command("train", *TINY, "--config.data.path=book.txt", cwd=folder)
-    assert result.returncode == 0, result.stderr
-    return folder, result
+    return folder, train_on(book, folder, *TINY)
 
 
 @cache
