@@ -33,19 +33,26 @@ def base_config() -> ConfigDict:
     config.model = _model()
     config.optimizer = _optimizer()
     config.sample = _sample()
+    config.mesh = _mesh()
     return config
 
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    # A UTF-8 text; empty means Dracula.
+    # A UTF-8 text, a folder or a glob of them, .txt, .txt.gz or .txt.zst; empty means Dracula.
     data.path = ""
     # Fewer distinct characters are easier to learn, at the price of capital letters.
     data.lowercase = False
     # Drops punctuation and symbols: an easier, poorer text.
     data.strip_punctuation = False
+    # Characters that are rarer become one symbol, U+FFFD; 1 keeps all. Chinese has thousands.
+    data.min_count = 1
+    # What stands between documents in a file; each file ends one, too. Empty: one long text.
+    data.document_separator = ""
     # The last part of the text, never trained on, tells how well the model has understood.
     data.val_fraction = 0.1
+    # But no more than this: on a large text evaluations would take hours. 0 means no limit.
+    data.max_val_chars = 2_000_000
     # streams: text in order, the carry handed on; windows: every position, shuffled, no carry.
     data.order = "streams"
     # all: every time step predicts its next character; last: one prediction a window.
@@ -70,6 +77,8 @@ def _model() -> ConfigDict:
     model.input = "one_hot"
     # The length of the learnt vector; read only where model.input is embed.
     model.embed_size = 64
+    # The output is the product with the same vectors: fewer weights where V is in the thousands.
+    model.tie_embeddings = False
     # bfloat16 computes faster on accelerators; parameters and cell state stay float32.
     model.dtype = "float32"
     return model
@@ -109,6 +118,13 @@ def _sample() -> ConfigDict:
     return sample
 
 
+def _mesh() -> ConfigDict:
+    mesh = ConfigDict()
+    # How many devices share each batch by its rows; -1 means all that there are.
+    mesh.data = -1
+    return mesh
+
+
 Rule = tuple[Callable[[Any], bool], str]
 
 
@@ -144,7 +160,9 @@ _RULES: dict[str, Rule] = {
     "eval_every_steps": _count(0),
     "checkpoint_every_steps": _count(0),
     "log_every_steps": _count(1),
+    "data.min_count": _count(1),
     "data.val_fraction": _fraction(),
+    "data.max_val_chars": _count(0),
     "data.order": _one_of("streams", "windows"),
     "data.loss_on": _one_of("all", "last"),
     "model.cell": _one_of("OptimizedLSTMCell", "LSTMCell"),
@@ -162,6 +180,7 @@ _RULES: dict[str, Rule] = {
     "optimizer.weight_decay": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
     "optimizer.epsilon": _above(0),
+    "mesh.data": ((lambda v: v == -1 or 1 <= v < 2**31), "-1 or a whole number from 1"),
     "sample.length": _count(1),
     "sample.temperature": _at_least(0),
     "sample.top_k": _count(0),
