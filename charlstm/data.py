@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 
 from charlstm.errors import UserError
 
+ALL_ROWS = slice(None)
+
 
 class Batch(NamedTuple):
     """What one training or evaluation step reads: arrays of NumPy or of JAX.
@@ -52,10 +54,13 @@ class Streams:
         """The windows of the longest stream."""
         return -(-(int(np.diff(self.bounds).max()) + self.context) // self.seq_len)
 
-    def __call__(self, step: int | np.ndarray) -> Batch:
-        """Return the batch of `step`, counted from 0 over all epochs; of steps_S, all of theirs."""
+    def __call__(self, step: int | np.ndarray, rows: slice = ALL_ROWS) -> Batch:
+        """Return the batch of `step`, counted from 0 over all epochs; of steps_S, all of theirs.
+
+        With `rows`, only those of its B rows are read.
+        """
         window_S = np.asarray(step) % self.steps_per_epoch
-        begin_B, end_B = self.bounds[:-1], self.bounds[1:]
+        begin_B, end_B = self.bounds[:-1][rows], self.bounds[1:][rows]
         first_SB = begin_B - self.context + window_S[..., None] * self.seq_len
         position_SBT = first_SB[..., None] + np.arange(self.seq_len)
         counts_SBT = (position_SBT >= begin_B[:, None]) & (position_SBT < end_B[:, None])
@@ -99,10 +104,13 @@ class Windows:
         """The batches that hold each window once."""
         return -(-self.num_windows // self.batch_size)
 
-    def __call__(self, step: int | np.ndarray) -> Batch:
-        """Return the batch of `step`, counted from 0 over all epochs; of steps_S, all of theirs."""
+    def __call__(self, step: int | np.ndarray, rows: slice = ALL_ROWS) -> Batch:
+        """Return the batch of `step`, counted from 0 over all epochs; of steps_S, all of theirs.
+
+        With `rows`, only those of its B rows are read.
+        """
         epoch_S, index_S = np.divmod(step, self.steps_per_epoch)
-        place_SB = index_S[..., None] * self.batch_size + np.arange(self.batch_size)
+        place_SB = index_S[..., None] * self.batch_size + np.arange(self.batch_size)[rows]
         is_real_SB = place_SB < self.num_windows
         start_SB = np.where(is_real_SB, place_SB, 0)
         if self.seed is not None:
@@ -122,9 +130,11 @@ class Windows:
         )
 
 
-def read_steps(batches: Streams | Windows, first: int, count: int, capacity: int) -> Batch:
+def read_steps(
+    batches: Streams | Windows, first: int, count: int, capacity: int, rows: slice = ALL_ROWS
+) -> Batch:
     """Return the batches of `count` steps from `first` on, filled up with zeros to `capacity`."""
-    read = batches(np.arange(first, first + count))
+    read = batches(np.arange(first, first + count), rows)
 
     def fill_up(leaf_S: np.ndarray) -> np.ndarray:
         full_S = np.zeros((capacity, *leaf_S.shape[1:]), leaf_S.dtype)

@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from charlstm.data import Streams, Windows, evaluation_batches, split, training_batches
+from charlstm.devices import describe, make_mesh
 from charlstm.errors import UserError
 from charlstm.machine import this_machine
 from charlstm.model import CharLSTM, model_from_config
@@ -23,9 +25,10 @@ FEW_CHARS = 1000  # less than a page
 
 
 class Job(NamedTuple):
-    """A run with its text read and its length known."""
+    """A run with its text read, its devices chosen and its length known."""
 
     run: Run
+    mesh: Mesh
     model: CharLSTM
     batches: Streams | Windows
     val_batches: Streams | Windows | None
@@ -68,8 +71,10 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
     """Read the text of `config`, and the run in `workdir` if there is one; write nothing.
 
     Raises:
-      UserError: for a text that can't be used, or a folder of another run.
+      UserError: for a text that can't be used, devices that can't share a batch, or a folder of
+        another run.
     """
+    mesh = make_mesh(config)
     run = load_run(workdir) if has_run(workdir) else None
     is_manual = run and not config.data.path and run.text["source"] == PYTHON_MANUAL
     changes: list[str] = []
@@ -100,7 +105,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
     else:
         prompts = random_prompts(train_ids, vocab, config.seq_len, config.seed)
         run = Run(workdir, config, vocab, about, prompts, here)
-    return Job(run, model_from_config(config, len(vocab)), batches, val_batches, num_steps)
+    return Job(run, mesh, model_from_config(config, len(vocab)), batches, val_batches, num_steps)
 
 
 def tell_changes(run: Run, changes: list[str], here: dict[str, Any]) -> None:
@@ -137,7 +142,7 @@ def describe_text(
     }
 
 
-def report(job: Job, step: int, num_params: int, devices: str) -> None:
+def report(job: Job, step: int, num_params: int) -> None:
     """Tell what was read, and what is trained on what."""
     run, text = job.run, job.run.text
     lines = {
@@ -149,7 +154,7 @@ def report(job: Job, step: int, num_params: int, devices: str) -> None:
         "validating on": f"{text['validation_characters']:,} characters",
         "model": f"{run.config.model.num_layers} x {run.config.model.hidden_size} LSTM, "
         f"{num_params:,} parameters",
-        "devices": devices,
+        "devices": describe(job.mesh),
         "steps": f"{step:,} of {job.num_steps:,} done, {job.batches.steps_per_epoch:,} an epoch",
     }
     if text["characters_cut"]:

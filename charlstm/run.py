@@ -25,7 +25,8 @@ from charlstm.text import Vocab
 SCHEMA = 2
 NUM_PROMPTS = 256
 # What may change between two starts of a run: how long it trains, how often it tells and saves,
-# where the text lies (its hash may not change), and which twin of the recurrence computes.
+# where the text lies (its hash may not change), which twin of the recurrence computes, and on how
+# many devices.
 FREE_KEYS = {
     "num_epochs",
     "num_steps",
@@ -34,6 +35,7 @@ FREE_KEYS = {
     "log_every_steps",
     "data.path",
     "model.recurrence",
+    "mesh.data",
 }
 
 

@@ -30,12 +30,15 @@ MAY_IMPORT = {
     "curves": "",
     "log": "curves errors files",
     "run": "config errors files text",
-    "checkpoint": "errors files model optim run steps",
+    "cluster": "errors",
+    "devices": "data errors steps",
+    "checkpoint": "cluster devices errors files model optim run steps",
     "machine": "errors",
-    "job": "data errors machine model run text",
-    "journal": "checkpoint errors job log steps",
-    "assess": "job log model sample steps",
-    "train": "assess checkpoint config curves data errors files job journal log machine model "
+    "job": "data devices errors machine model run text",
+    "journal": "checkpoint cluster errors job log steps",
+    "assess": "cluster data devices job log model sample steps",
+    "train": "assess checkpoint cluster config curves data devices errors files job journal log "
+    "machine model "
     "optim recurrence run sample steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
