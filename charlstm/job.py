@@ -100,7 +100,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
     else:
         prompts = random_prompts(train_ids, vocab, config.seq_len, config.seed)
         run = Run(workdir, config, vocab, about, prompts, here)
-    return Job(run, model_from_config(config, len(vocab)), batches, val_batches, num_steps)
+    return Job(run, model_from_config(config, vocab), batches, val_batches, num_steps)
 
 
 def tell_changes(run: Run, changes: list[str], here: dict[str, Any]) -> None:

@@ -25,6 +25,8 @@ DRACULA_URLS = (
     "https://aleph.pglaf.org/cache/epub/345/pg345.txt",
 )
 PYTHON_MANUAL = "pydoc_data.topics"
+END = "\x03"  # Unicode's END OF TEXT: the end of a document, where there are documents
+UNKNOWN = "\ufffd"  # REPLACEMENT CHARACTER: what characters too rare to be learnt fold into
 
 # New editions frame the book in '***' lines; those before 2004 end their preface in '*END*'.
 _GUTENBERG_START = re.compile(

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "text": "errors",
     "data": "errors text",
     "recurrence": "",
-    "model": "recurrence",
+    "model": "recurrence text",
     "optim": "",
     "steps": "data model",
     "sample": "model",
