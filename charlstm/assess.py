@@ -61,6 +61,6 @@ def make_assessment(job: Job, should_stop: ShouldStop) -> Callable[[Any, int], d
         lengths = {"seq_len": config.seq_len, "chunk": SAMPLE_CHUNK}
         pieces = stream(model, params, prompts, key, **lengths, **config.sample.to_dict())
         ids_BL = np.concatenate(list(until(should_stop, pieces)), axis=1)
-        return figures | {"sample": run.vocab.decode(ids_BL[0])}
+        return figures | {"sample": run.decode(ids_BL[0])}
 
     return assess
