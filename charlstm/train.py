@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from charlstm.assess import ShouldStop, StoppedError, make_assessment, stop_if
 from charlstm.checkpoint import Checkpoints, state_shapes
 from charlstm.config import validate
+from charlstm.corpus import forget_pages
 from charlstm.data import read_steps
 from charlstm.errors import RunError
 from charlstm.files import sole_writer
@@ -133,6 +134,7 @@ def run_steps(
             stop_if(should_stop)
             count = min(journal.fitting_count, job.max_count, steps_ahead(job, step))
             batches = read_steps(job.batches, step, count, job.max_count)
+            forget_pages(job.batches.ids_M)
             state, metrics = train_steps(state, batches, count)
             step += count
             journal.push(step, count, metrics)

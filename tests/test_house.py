@@ -21,6 +21,8 @@ MAY_IMPORT = {
     "files": "errors",
     "config": "errors",
     "text": "errors",
+    "source": "errors files",
+    "corpus": "errors files source text",
     "data": "errors text",
     "recurrence": "",
     "model": "recurrence text",
@@ -32,11 +34,11 @@ MAY_IMPORT = {
     "run": "config errors files text",
     "checkpoint": "errors files model optim run steps",
     "machine": "errors",
-    "job": "data errors machine model run text",
+    "job": "corpus data errors machine model run source",
     "journal": "checkpoint errors job log steps",
     "assess": "job log model sample steps",
-    "train": "assess checkpoint config curves data errors files job journal log machine model "
-    "optim recurrence run sample steps text",
+    "train": "assess checkpoint config corpus curves data errors files job journal log machine "
+    "model optim recurrence run sample source steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")
