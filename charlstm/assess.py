@@ -94,4 +94,4 @@ def write_sample(job: Job, params: Any, step: int, should_stop: ShouldStop) -> s
     lengths = {"seq_len": config.seq_len, "chunk": SAMPLE_CHUNK}
     pieces = stream(job.model, params, prompts, key, **lengths, **config.sample.to_dict())
     ids_BL = np.concatenate(list(until(should_stop, pieces)), axis=1)
-    return run.vocab.decode(ids_BL[0])
+    return run.decode(ids_BL[0])

@@ -219,7 +219,7 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
       DamagedError: if what it holds is not as it was written.
     """
     run = load_run(epath.Path(workdir))
-    model = model_from_config(run.config, len(run.vocab))
+    model = model_from_config(run.config, run.vocab)
     if model.recurrence == "cudnn":
         model = model.clone(recurrence="fused")
     like = state_shapes(run.config, model)

@@ -8,13 +8,14 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from charlstm.corpus import Corpus, open_corpus
 from charlstm.data import Streams, Windows, evaluation_batches, split, training_batches
 from charlstm.devices import describe, make_mesh
 from charlstm.errors import UserError
 from charlstm.machine import this_machine
 from charlstm.model import CharLSTM, model_from_config
 from charlstm.run import Run, adapt_run, has_run, load_run, random_prompts
-from charlstm.text import PYTHON_MANUAL, Text, Vocab, load_text
+from charlstm.source import PYTHON_MANUAL
 
 logger = logging.getLogger(__name__)
 
@@ -80,32 +81,27 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
     changes: list[str] = []
     if run:
         run, changes = adapt_run(run, config)
-    text = load_text(
-        config.data.path,
-        lowercase=config.data.lowercase,
-        strip_punctuation=config.data.strip_punctuation,
-        source=PYTHON_MANUAL if is_manual else "",
-    )
-    vocab = Vocab.from_text(text.content)
-    if run and (run.text["sha256"] != text.sha256 or run.vocab.characters != vocab.characters):
+    source = PYTHON_MANUAL if is_manual else ""
+    text = open_corpus(config.data, config.data.path, source=source)
+    if run and (run.text["sha256"] != text.sha256 or run.vocab.characters != text.vocab.characters):
         raise UserError(
             f"{text.source}: has changed since the run in {workdir} began, or is not its text; "
             f"bring back the text with SHA-256 {run.text['sha256'][:64]}, "
             "or choose another --workdir"
         )
-    train_ids, val_ids = split(vocab.encode(text.content), config.data.val_fraction)
+    train_ids, val_ids = split(text.ids_M, config.data.val_fraction, config.data.max_val_chars)
     batches = training_batches(train_ids, config)
     val_batches = evaluation_batches(val_ids, config) if config.data.val_fraction else None
     num_steps = config.num_steps or config.num_epochs * batches.steps_per_epoch
-    about = describe_text(text, vocab, train_ids, val_ids)
+    about = describe_text(text, train_ids, val_ids)
     here = this_machine()
     if run:
         run = run._replace(text=about)
         tell_changes(run, changes, here)
     else:
-        prompts = random_prompts(train_ids, vocab, config.seq_len, config.seed)
-        run = Run(workdir, config, vocab, about, prompts, here)
-    return Job(run, mesh, model_from_config(config, len(vocab)), batches, val_batches, num_steps)
+        prompts = random_prompts(train_ids, text.vocab, config.seq_len, config.seed)
+        run = Run(workdir, config, text.vocab, about, prompts, here)
+    return Job(run, mesh, model_from_config(config, text.vocab), batches, val_batches, num_steps)
 
 
 def tell_changes(run: Run, changes: list[str], here: dict[str, Any]) -> None:
@@ -126,9 +122,7 @@ def tell_changes(run: Run, changes: list[str], here: dict[str, Any]) -> None:
         )
 
 
-def describe_text(
-    text: Text, vocab: Vocab, train_ids: np.ndarray, val_ids: np.ndarray
-) -> dict[str, Any]:
+def describe_text(text: Corpus, train_ids: np.ndarray, val_ids: np.ndarray) -> dict[str, Any]:
     """Return what config.json says of the text."""
     return {
         "source": text.source,
@@ -138,7 +132,7 @@ def describe_text(
         "characters": len(train_ids) + len(val_ids),
         "training_characters": len(train_ids),
         "validation_characters": len(val_ids),
-        "vocabulary": len(vocab),
+        "vocabulary": len(text.vocab),
     }
 
 

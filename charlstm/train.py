@@ -14,6 +14,7 @@ from charlstm import cluster
 from charlstm.assess import ShouldStop, StoppedError, make_assessment, stop_if
 from charlstm.checkpoint import Checkpoints, state_shapes
 from charlstm.config import flatten, validate
+from charlstm.corpus import forget_pages
 from charlstm.data import read_steps
 from charlstm.devices import (
     by_rows,
@@ -166,6 +167,7 @@ def run_steps(
             stop_if(should_stop)
             count = min(journal.fitting_count, job.max_count, steps_ahead(job, step))
             batches = read_steps(job.batches, step, count, job.max_count, rows)
+            forget_pages(job.batches.ids_M)
             state, metrics = train_steps(state, put_batch(batches, sharding, batch_size), count)
             step += count
             journal.push(step, count, metrics)

@@ -263,7 +263,7 @@ def poison(monkeypatch, is_poisoned):
 def states_of(workdir):
     """Return (state, notes) of every checkpoint of a run by its step."""
     run = load_run(epath.Path(workdir))
-    like = state_shapes(run.config, model_from_config(run.config, len(run.vocab)))
+    like = state_shapes(run.config, model_from_config(run.config, run.vocab))
     with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
         steps = steps_in(run.workdir / "checkpoints")
         return {step: checkpoints.restore(step, like) for step in steps}
