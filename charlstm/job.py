@@ -101,7 +101,8 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
     else:
         prompts = random_prompts(train_ids, text.vocab, config.seq_len, config.seed)
         run = Run(workdir, config, text.vocab, about, prompts, here)
-    return Job(run, mesh, model_from_config(config, text.vocab), batches, val_batches, num_steps)
+    model = model_from_config(config, text.vocab).clone(num_shards=mesh.size)
+    return Job(run, mesh, model, batches, val_batches, num_steps)
 
 
 def tell_changes(run: Run, changes: list[str], here: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ class CharLSTM(nn.Module):
         NVIDIA GPUs only and not yet run on one.
       cell: the Flax class that 'flax' scans, 'OptimizedLSTMCell' or 'LSTMCell'.
       dtype: 'float32' or 'bfloat16' to compute in; parameters, carry and logits are float32.
+      num_shards: on how many devices the rows of a batch lie; 'fused' needs it to be fast.
     """
 
     vocab_size: int
@@ -51,6 +52,7 @@ class CharLSTM(nn.Module):
     recurrence: str = "fused"
     cell: str = "OptimizedLSTMCell"
     dtype: str = "float32"
+    num_shards: int = 1
 
     @nn.compact
     def __call__(
@@ -71,6 +73,8 @@ class CharLSTM(nn.Module):
         recur = RECURRENCES[self.recurrence]
         if self.recurrence == "flax":
             recur = partial(recur, cell=self.cell)
+        if self.recurrence == "fused":
+            recur = partial(recur, num_shards=self.num_shards)
         check_carry(carry, ids_BT.shape[0], self.hidden_size, self.num_layers)
         layer, embed = self._view(ids_BT.T)
         keep_TB = None if self.end_id is None else ids_BT.T != self.end_id

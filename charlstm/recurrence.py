@@ -11,6 +11,8 @@ Sources: Hochreiter and Schmidhuber 1997; Gers et al. 2000 (the forget gate); Gr
 arXiv 1503.04069 ('vanilla LSTM', here without peepholes).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -91,6 +93,7 @@ def fused_lstm(
     *,
     keep_TB: jax.Array | None = None,
     dtype: Any = jnp.float32,
+    num_shards: int = 1,
 ) -> tuple[LayerCarry, jax.Array]:
     """Run one LSTM layer over time with as few, as large matrix products as possible.
 
@@ -100,6 +103,10 @@ def fused_lstm(
 
     Differentiation keeps 7 floats per B·T·H: six local derivatives and h. Under jax.checkpoint it
     keeps them during the backward pass only, which for a single layer saves nothing.
+
+    Where the rows lie on several devices, `num_shards` tells on how many. The gradient of the
+    weights is then summed over time for the rows of each apart, and once over all. Otherwise XLA
+    would let the devices add theirs up at every chunk of time steps.
     """
     # Since sigmoid(s) = (1 + tanh(s / 2)) / 2, with halved sums one tanh serves all four gates.
     halve_G = jnp.repeat(jnp.array([0.5, 0.5, 1.0, 0.5], dtype), carry[0].shape[-1])
@@ -114,7 +121,8 @@ def fused_lstm(
     else:
         rows_EG = jnp.zeros((0, bias_G.size), dtype)
         inputs = inputs.astype(dtype) @ input_kernel_EG.astype(dtype) + bias_G.astype(dtype)
-    return _recur(recurrent_kernel_HG.astype(dtype), rows_EG, carry, inputs, keep_TB)
+    recur = partial(_recur, recurrent_kernel_HG.astype(dtype), rows_EG)
+    return _by_shards(recur, num_shards)(carry, inputs, keep_TB)
 
 
 def cudnn_lstm(
@@ -218,6 +226,26 @@ def _scan(
         return (c_BH, h_BH), (h_BH, slopes)
 
     return jax.lax.scan(step, carry, (inputs, keep_TB))
+
+
+def _by_shards(recur: Callable[..., Any], num_shards: int) -> Callable[..., Any]:
+    """Return recur(carry, inputs, keep_TB) done for groups of rows that know nothing of another."""
+
+    def recur_by_shards(carry: LayerCarry, inputs: jax.Array, keep_TB: Any) -> Any:
+        batch_size = inputs.shape[1]
+        if num_shards == 1 or batch_size % num_shards:
+            return recur(carry, inputs, keep_TB)
+
+        def cut(leaf: jax.Array, axis: int) -> jax.Array:
+            return leaf.reshape(*leaf.shape[:axis], num_shards, -1, *leaf.shape[axis + 1 :])
+
+        over_time = jax.tree.map(partial(cut, axis=1), (inputs, keep_TB))
+        by_rows = jax.tree.map(partial(cut, axis=0), carry)
+        carry, hidden_TDBH = jax.vmap(recur, (0, 1, 1), (0, 1))(by_rows, *over_time)
+        carry = jax.tree.map(lambda leaf_DBH: leaf_DBH.reshape(batch_size, -1), carry)
+        return carry, hidden_TDBH.reshape(*inputs.shape[:2], -1)
+
+    return recur_by_shards
 
 
 @jax.custom_vjp
