@@ -48,7 +48,7 @@ def make_assessment(job: Job, should_stop: ShouldStop) -> Callable[[Any, int], d
     """
     validate = make_validation(job, should_stop)
     # The first process alone cannot ask the others whether to stop.
-    while_writing = should_stop if jax.process_count() == 1 else lambda: False
+    while_writing = (lambda: False) if cluster.is_shared() else should_stop
 
     def assess(params: Any, step: int) -> dict[str, Any]:
         figures = validate(params) if validate else {}

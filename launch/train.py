@@ -64,37 +64,37 @@ class StopSignal:
         return self.number != 0
 
 
-def check_cluster_flags() -> None:
+def check_cluster_flags(coordinator: str | None, size: int | None, index: int | None) -> None:
     """Raise UserError if the flags about processes do not fit together."""
-    flags_given = [flag.value is not None for flag in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)]
-    if any(flags_given) and not all(flags_given):
-        raise UserError("--coordinator, --num_processes, --process_id: give all three or none")
-    if not all(flags_given):
+    if coordinator is None and size is None and index is None:
         return
-    host, _, port = COORDINATOR.value.rpartition(":")
+    if coordinator is None or size is None or index is None:
+        raise UserError("--coordinator, --num_processes, --process_id: give all three or none")
+    host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UserError(f"--coordinator={COORDINATOR.value}: must be HOST:PORT")
-    if PROCESS_ID.value >= NUM_PROCESSES.value:
-        raise UserError(
-            f"--process_id={PROCESS_ID.value}: must be below --num_processes={NUM_PROCESSES.value}"
-        )
+        raise UserError(f"--coordinator={coordinator}: must be HOST:PORT")
+    if index >= size:
+        raise UserError(f"--process_id={index}: must be below --num_processes={size}")
 
 
 def main() -> int:
     """Train as the flags say; return the exit code."""
     config = app.checked_config(CONFIG)
-    check_cluster_flags()
+    given = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    check_cluster_flags(*given)
     from charlstm import cluster  # JAX takes a second to load, mistakes should not
 
-    cluster.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, JOIN_TIMEOUT.value)
-    stop = StopSignal()
-    from charlstm.train import train
+    with cluster.joined(*given, JOIN_TIMEOUT.value):
+        stop = StopSignal()
+        from charlstm.train import train
 
-    if not cluster.is_first():
-        logging.getLogger("charlstm").setLevel(logging.WARNING)  # the first process tells it all
-    workdir = WORKDIR.value or str(Path("runs") / app.config_name(CONFIG))
-    finished = train(config, workdir, should_stop=stop, profile=PROFILE.value)
-    cluster.leave()
+        if cluster.is_shared():
+            # Gloo tells every connection on stdout, where a trainer itself has nothing to tell.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not cluster.is_first():
+            logging.getLogger("charlstm").setLevel(logging.WARNING)  # the first tells it all
+        workdir = WORKDIR.value or str(Path("runs") / app.config_name(CONFIG))
+        finished = train(config, workdir, should_stop=stop, profile=PROFILE.value)
     # Perhaps the signal came to another process.
     return 0 if finished else 128 + (stop.number or signal.SIGTERM)
 
