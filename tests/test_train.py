@@ -39,6 +39,7 @@ def small_config(book_path, **changes):
         "model.hidden_size": 16,
         "optimizer.warmup_steps": 4,
         "sample.length": 30,
+        "mesh.data": 1,
     }
     config.update_from_flattened_dict(settings | changes)
     return config
@@ -441,7 +442,9 @@ def test_a_run_of_every_earlier_schema_can_go_on(name, tmp_path, book_path):
     shutil.copytree(FIXTURES / name, tmp_path / name)
     config = load_run(epath.Path(tmp_path / name)).config
     config.unlock()
-    config.update_from_flattened_dict({"data.path": str(book_path), "num_steps": 44})
+    config.update_from_flattened_dict(
+        {"data.path": str(book_path), "num_steps": 44, "mesh.data": 1}
+    )
     before = timeless(tmp_path / name)
     assert train(config, tmp_path / name)
     assert json.loads((tmp_path / name / "config.json").read_text())["schema"] == SCHEMA
