@@ -106,7 +106,7 @@ def find_source(path: str, source: str = "", remedy: str = "give another one") -
             depth = [glob.has_magic(part) for part in given.parts].index(True)
             root, pattern = epath.Path(*given.parts[:depth]), "/".join(given.parts[depth:])
             origin, missing = root.resolve() / pattern, "no file matches"
-            paths = [found for found in root.glob(pattern) if not found.is_dir()]
+            paths = [found for found in _glob(root, pattern) if not found.is_dir()]
         else:
             root, origin, missing = given.parent, given.resolve(), ""
             paths = [given]
@@ -203,6 +203,14 @@ def readable(path: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{path}: no such file; {remedy}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from None
+
+
+def _glob(root: epath.Path, pattern: str) -> Iterable[epath.Path]:
+    if is_local(root):  # as a shell does, with ** and without hidden files
+        return [root / name for name in glob.glob(pattern, root_dir=root, recursive=True)]
+    if "**" in pattern:
+        raise UserError(f"{root}/{pattern}: ** is for local folders only; give the folder itself")
+    return root.glob(pattern)
 
 
 def _walk(folder: epath.Path) -> Iterator[epath.Path]:
