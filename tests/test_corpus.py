@@ -118,6 +118,13 @@ def test_of_a_long_file_only_its_ends_are_searched_for_a_frame_wherever_it_is_cu
     assert one == other
 
 
+def test_talk_of_an_end_is_none_wherever_the_last_characters_begin(monkeypatch):
+    monkeypatch.setattr(charlstm.text, "FRAME_CHARS", 70)
+    for length in range(80):
+        text = "x" * 200 + "End of Project Gutenberg" + " y" * length
+        assert "".join(charlstm.text.cut_gutenberg([text])) == text
+
+
 def test_a_file_of_many_books_loses_the_first_header_and_the_last_licence_only(tmp_path):
     book = f"A header.\n{START}\n\n{'So it went on and on. ' * 9000}\n\n{FINISH}\nA licence.\n"
     (tmp_path / "books.txt").write_text(book * 3)
