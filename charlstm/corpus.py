@@ -95,18 +95,22 @@ def open_corpus(
     if vocab is None:
         vocab = Vocab.from_counts(survey.counts, data.min_count)
         unknown = "replace" if data.min_count > 1 else "error"
-
     pieces = number(found, cleaning, vocab, unknown)
-    origin = found.path, survey.sha256, found.num_bytes, survey.num_cut
     num_chars = int(survey.counts.sum())
     if num_chars <= SMALL_CHARS:
-        return Corpus(np.concatenate(list(pieces)), vocab, *origin)
+        ids_M = np.concatenate(list(pieces))
+        return Corpus(ids_M, vocab, found.path, survey.sha256, found.num_bytes, survey.num_cut)
+    about = {
+        "vocabulary": vocab.characters,
+        "sha256": survey.sha256,
+        "characters_cut": survey.num_cut,
+    }
     folder = texts_folder() / _hash([survey.sha256, recipe])
-    with cache_writable(num_chars * vocab.dtype.itemsize):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    num_bytes = num_chars * vocab.dtype.itemsize
+    with cache_writable(num_bytes):
         with prepared_once(folder):
             if _open(folder, found) is None:
-                _store(folder, pieces, Corpus(np.empty(0), vocab, *origin), num_chars)
+                _store(folder, pieces, about, num_bytes)
         _remember(found, recipe, folder.name)
     corpus = _open(folder, found)
     if corpus is None:
@@ -221,6 +225,7 @@ def cache_writable(num_bytes: int) -> Iterator[None]:
 @contextmanager
 def prepared_once(folder: Path) -> Iterator[None]:
     """Let one process at a time into the block for `folder`; a lock ends with its holder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{folder}.lock")
     try:
         lock.acquire(timeout=0)
@@ -264,15 +269,17 @@ def _open(folder: Path, source: Source) -> Corpus | None:
         vocab = Vocab(about["vocabulary"])
         with open(folder / "ids.bin", "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(mapped) == about["characters"] * vocab.dtype.itemsize:
+        if len(mapped) == about["bytes"]:
             ids_M = np.frombuffer(mapped, vocab.dtype)
             origin = source.path, about["sha256"], source.num_bytes, about["characters_cut"]
             return Corpus(ids_M, vocab, *origin)
     return None
 
 
-def _store(folder: Path, pieces: Iterable[np.ndarray], about: Corpus, num_chars: int) -> None:
-    """Write the ids of a text as `folder`, whole or not at all."""
+def _store(
+    folder: Path, pieces: Iterable[np.ndarray], about: dict[str, Any], num_bytes: int
+) -> None:
+    """Write the ids of a text as `folder`, whole or not at all; `num_bytes` are enough."""
     for leftover in folder.parent.glob("*.tmp"):  # of preparations that were killed
         with suppress(Timeout), FileLock(leftover.with_suffix(".lock"), timeout=0):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -281,19 +288,13 @@ def _store(folder: Path, pieces: Iterable[np.ndarray], about: Corpus, num_chars:
     shutil.rmtree(folder, ignore_errors=True)  # not whole
     try:
         temporary.mkdir()
-        if shutil.disk_usage(temporary).free < num_chars * about.vocab.dtype.itemsize:
+        if shutil.disk_usage(temporary).free < num_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with open(temporary / "ids.bin", "wb") as file:
-            count = sum(file.write(ids.data) for ids in pieces) // about.vocab.dtype.itemsize
+            written = sum(file.write(ids.data) for ids in pieces)
             file.flush()
             os.fsync(file.fileno())
-        description = {
-            "characters": count,
-            "vocabulary": about.vocab.characters,
-            "sha256": about.sha256,
-            "characters_cut": about.num_cut,
-        }
-        (temporary / "about.json").write_text(json.dumps(description))
+        (temporary / "about.json").write_text(json.dumps(about | {"bytes": written}))
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -124,7 +124,7 @@ def load_run(workdir: epath.Path) -> Run:
     try:
         config.update(ConfigDict(about["config"]))
         limit = config.data.max_val_chars
-        if schema < 3 and about["text"]["validation_characters"] > limit:
+        if schema < 3 and about["text"].get("validation_characters", 0) > limit:
             config.data.max_val_chars = 0  # where the part is shorter, both mean the same
         validate(config)
         text = {name: str(about["text"][name]) for name in ("source", "sha256")}

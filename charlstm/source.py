@@ -92,26 +92,22 @@ def find_source(path: str, source: str = "", remedy: str = "give another one") -
         path = _fetch_dracula()
     if not path:
         return Source(PYTHON_MANUAL, [_python_manual()])
+    given = epath.Path(path)
     with readable(path, remedy):
-        given = epath.Path(path)
-        if given.is_dir():
-            root, origin, missing = (
-                given,
-                given.resolve(),
-                f"no {', '.join(ENDINGS)} in this folder",
-            )
+        root, origin = given, given.resolve()
+        if is_folder := given.is_dir():
             paths = [found for found in _walk(given) if found.name.endswith(ENDINGS)]
         elif glob.has_magic(path) and not given.exists():
             # Names are relative to the part before the first *.
             depth = [glob.has_magic(part) for part in given.parts].index(True)
             root, pattern = epath.Path(*given.parts[:depth]), "/".join(given.parts[depth:])
-            origin, missing = root.resolve() / pattern, "no file matches"
-            paths = [found for found in root.glob(pattern) if not found.is_dir()]
+            origin = root.resolve() / pattern
+            paths = [found for found in _glob(root, pattern) if not found.is_dir()]
         else:
-            root, origin, missing = given.parent, given.resolve(), ""
-            paths = [given]
+            root, paths = given.parent, [given]
     if not paths:
-        raise UserError(f"{path}: {missing}; {remedy}")
+        what = f"no {', '.join(ENDINGS)} in this folder" if is_folder else "no file matches"
+        raise UserError(f"{path}: {what}; {remedy}")
     named = sorted((found.relative_to(root).as_posix(), found) for found in paths)
     return Source(os.fspath(origin), [_file(found, name, remedy) for name, found in named])
 
@@ -203,6 +199,14 @@ def readable(path: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{path}: no such file; {remedy}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from None
+
+
+def _glob(root: epath.Path, pattern: str) -> Iterable[epath.Path]:
+    if is_local(root):  # as a shell does, with ** and without hidden files
+        return [root / name for name in glob.glob(pattern, root_dir=root, recursive=True)]
+    if "**" in pattern:
+        raise UserError(f"{root}/{pattern}: ** is for local folders only; give the folder itself")
+    return root.glob(pattern)
 
 
 def _walk(folder: epath.Path) -> Iterator[epath.Path]:

@@ -9,6 +9,7 @@ has a full window before it.
 
 import json
 import math
+from typing import Any
 
 import app
 from absl import flags
@@ -29,7 +30,7 @@ def main() -> None:
     import jax
 
     from charlstm.checkpoint import load_model
-    from charlstm.corpus import open_corpus
+    from charlstm.corpus import forget_pages, open_corpus
     from charlstm.data import evaluation_batches, split
     from charlstm.model import zero_carry
     from charlstm.source import PYTHON_MANUAL
@@ -56,11 +57,17 @@ def main() -> None:
     if not TEXT.value:
         ids_M = split(ids_M, data.val_fraction, data.max_val_chars)[1]
     batches = evaluation_batches(ids_M, run.config, batch_size=1)
+
+    def read(step: int) -> Any:
+        batch = batches(step)
+        forget_pages(ids_M)
+        return batch
+
     result = evaluate(
         jax.jit(make_eval_step(model)),
         params,
         zero_carry(model, batches.batch_size),
-        map(batches, range(batches.steps_per_epoch)),
+        map(read, range(batches.steps_per_epoch)),
     )
     figures = {
         "text": TEXT.value or f"the last {len(ids_M):,} characters of {text.source}",

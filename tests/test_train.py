@@ -19,7 +19,7 @@ from charlstm.errors import RunError, UserError
 from charlstm.files import sole_writer
 from charlstm.log import read_records
 from charlstm.model import model_from_config, zero_carry
-from charlstm.run import SCHEMA, load_run, write_run
+from charlstm.run import SCHEMA, _checksum, load_run, write_run
 from charlstm.steps import TrainState, evaluate, make_eval_step
 from charlstm.train import train
 
@@ -435,6 +435,21 @@ def test_a_run_folder_of_every_earlier_schema_still_reads_as_it_was(name, tmp_pa
     result = evaluate(jax.jit(make_eval_step(model)), params, carry, map(batches, indices))
     # The tolerance is for the order of float32 sums on other processors.
     np.testing.assert_allclose(result["loss"], record["val/loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("schema", "limit"), [(2, 0), (3, 2_000_000)])
+@pytest.mark.parametrize("characters", [1_999_999, 2_000_001])
+def test_a_validation_part_from_before_it_had_a_limit_stays_whole(
+    schema, limit, characters, tmp_path
+):
+    shutil.copytree(FIXTURES / "run_schema_2", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    about = json.loads(path.read_text())
+    del about["checksum"]
+    about["schema"], about["text"]["validation_characters"] = schema, characters
+    path.write_text(json.dumps(about | {"checksum": _checksum(about)}))
+    config = load_run(epath.Path(tmp_path / "run")).config
+    assert config.data.max_val_chars == (limit if characters > 2_000_000 else 2_000_000)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()))
