@@ -250,8 +250,8 @@ def poison(monkeypatch, is_poisoned):
     """Make the loss NaN at the steps that is_poisoned(step) chooses."""
     clean = Streams.__call__
 
-    def poisoned(self, steps):
-        batch = clean(self, steps)
+    def poisoned(self, steps, rows):
+        batch = clean(self, steps, rows)
         if np.ndim(steps) == 0:
             return batch  # an evaluation's
         factors = [np.nan if is_poisoned(step) else 1 for step in steps.tolist()]
