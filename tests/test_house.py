@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "steps": "data model",
     "sample": "model",
     "curves": "",
+    "cost": "",
     "log": "curves errors files",
     "run": "config errors files text",
     "checkpoint": "errors files model optim run steps",
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "job": "data errors machine model run text",
     "journal": "checkpoint errors job log steps",
     "assess": "job log model sample steps",
-    "train": "assess checkpoint config curves data errors files job journal log machine model "
+    "train": "assess checkpoint config cost curves data errors files job journal log machine model "
     "optim recurrence run sample steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
