@@ -17,18 +17,18 @@ forward and again backward, waits for the one before, and takes the longest of t
 
     latency     what a turn of the loop takes however small its work is
     products    8 H^2 b / F          b = B / n rows of this chip, F its operations a second
-    memory      (8 H^2 + s b) / M    the recurrent kernel [H, 4H] in two bytes and s bytes a row of
-                                     what is kept, over M bytes a second (the roofline of Williams,
-                                     Waterman and Patterson 2009)
+    memory      (8 H^2 + 28 H b) / M the recurrent kernel [H, 4H], in two bytes each, and seven
+                                     floats of each row, at M bytes a second (the roofline of
+                                     Williams, Waterman and Patterson 2009)
 
-The kernel is read again at every time step: below b = F / M rows, 240 on a v5e, a chip waits for
-its memory, whatever its products cost. Then come the products outside of the loops, over all time
-steps at once, Adam's update, and one all-reduce of P gradients. A ring of n takes 2 (n - 1) / n
-times their bytes over W, what a chip sends a second (Patarasuk and Yuan 2009, 'Bandwidth optimal
-all-reduce algorithms for clusters of workstations'). On a torus of `axes` axes it takes twice half
-the way along each, axes n^(1/axes) hops of 1 us ('How to Scale Your Model', Austin et al. 2025,
-https://jax-ml.github.io/scaling-book/sharding). Beyond one pod of p chips, each sends its p-th part
-of the sum through the network.
+The kernel is read again at every time step: below b = F / M rows, 240 on a v5e, and somewhat beyond
+for the rows' own sake, a chip waits for its memory. Then come the products outside of the loops,
+over all time steps at once, Adam's update, and one all-reduce of P gradients. A ring of n takes
+2 (n - 1) / n times their bytes over W, what a chip sends a second (Patarasuk and Yuan 2009,
+'Bandwidth optimal all-reduce algorithms for clusters of workstations'). On a torus of `axes` axes
+it goes twice half-way along each, axes n^(1/axes) hops of 1 us ('How to Scale Your Model', Austin
+et al. 2025, https://jax-ml.github.io/scaling-book/sharding). Beyond one pod, each of its chips
+sends its part of the pod's sum through the network.
 """
 
 from typing import NamedTuple
@@ -150,50 +150,52 @@ def gradient_bytes(config: ConfigDict, vocab_size: int) -> int:
 class StepTime(NamedTuple):
     """The seconds of one training step on a pod, by what they are spent on."""
 
-    latency: float  # turns of the loops over time that are shorter than a turn can be
+    # In the loops over time the longest of three counts, since they go on side by side.
+    latency: float
     products: float
     memory: float
+    # And these follow one another.
+    outside: float  # products of all time steps at once
+    update: float
     all_reduce: float
 
     @property
     def total(self) -> float:
         """The seconds of the step."""
-        return sum(self)
+        return max(self[:3]) + sum(self[3:])
 
     @property
     def limit(self) -> str:
-        """What most of it is spent on."""
+        """The name of what takes longest."""
         return max(self._fields, key=lambda name: getattr(self, name))
 
 
 def step_time(config: ConfigDict, vocab_size: int, chip: Chip, num_chips: int) -> StepTime:
-    """Return what a step of `num_chips` chips takes that share the batch, by the formulae above.
+    """Return what a step takes on `num_chips` chips that share the batch, by the formulae above.
 
-    It is a lower bound: products run at their peak, nothing is padded to the 128 lanes of a TPU,
-    and the all-reduce waits for the whole gradient.
+    It is a lower bound: products run at their peak, nothing is padded to the lanes of a TPU, and
+    what reads and writes vectors outside of the loops is left out. The all-reduce waits for the
+    whole gradient.
     """
     rows = config.batch_size / num_chips
-    chars = rows * config.seq_len
     hidden_size, num_layers = config.model.hidden_size, config.model.num_layers
     width = 2 if config.model.dtype == "bfloat16" else FLOAT
     kernel_bytes = 4 * hidden_size**2 * width
     kept_bytes = 7 * FLOAT * hidden_size * rows
-    turn = {
-        "latency": chip.loop_seconds,
-        "products": 8 * hidden_size**2 * rows / chip.flops,
-        "memory": (kernel_bytes + kept_bytes) / chip.memory_bandwidth,
-    }
-    slowest = max(turn, key=lambda name: turn[name])
-    seconds = dict.fromkeys(turn, 0.0)
-    seconds[slowest] = 2 * config.seq_len * num_layers * turn[slowest]
+    turns = 2 * config.seq_len * num_layers
     # The kernels' gradients, and all products that wait for no time step.
     lookup = 8 * hidden_size * vocab_size if config.model.input == "one_hot" else 0
-    outside = scan_flops(config) + 3 * other_flops(config, vocab_size) + lookup
-    seconds["products"] += outside * chars / chip.flops
-    # Adam reads parameters, gradient and two moments, and writes all but the gradient.
-    seconds["memory"] += 7 * gradient_bytes(config, vocab_size) / chip.memory_bandwidth
+    flops = scan_flops(config) + 3 * other_flops(config, vocab_size) + lookup
     summed = gradient_bytes(config, vocab_size)
-    return StepTime(**seconds, all_reduce=all_reduce_seconds(summed, chip, num_chips))
+    return StepTime(
+        latency=turns * chip.loop_seconds,
+        products=turns * 8 * hidden_size**2 * rows / chip.flops,
+        memory=turns * (kernel_bytes + kept_bytes) / chip.memory_bandwidth,
+        outside=flops * rows * config.seq_len / chip.flops,
+        # Adam reads parameters, gradient and two moments, and writes all but the gradient.
+        update=7 * summed / chip.memory_bandwidth,
+        all_reduce=all_reduce_seconds(summed, chip, num_chips),
+    )
 
 
 def all_reduce_seconds(num_bytes: float, chip: Chip, num_chips: int) -> float:

@@ -172,7 +172,8 @@ def test_few_rows_wait_for_memory_and_many_for_products():
     # On a v5e, 197e12 / 819e9 = 240 operations a byte.
     chip = cost.CHIPS["v5e"]
     few, many = (cost.step_time(wide(), 96, chip, 4096 // rows) for rows in (64, 1024))
-    assert (few.limit, many.limit) == ("memory", "products")
+    assert few.memory > 3 * few.products
+    assert many.products > 1.5 * many.memory
 
 
 def test_a_step_on_paper_takes_at_least_its_products():
