@@ -40,6 +40,7 @@ def test_eight_devices_give_what_one_does():
     assert one["losses"][-1] < one["losses"][0]
 
 
+@pytest.mark.slow
 def test_a_wide_model_in_bfloat16_does_so_too():
     # As configs/tpu.py has it; each device rounds sums of its own rows.
     one, eight = scaled([1, 8], dtype="bfloat16")
