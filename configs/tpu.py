@@ -2,11 +2,10 @@
 
 python launch/train.py --config=tpu --config.data.path=FOLDER
 
-What was run is this config with smaller sizes on eight virtual devices of a CPU, which gave the
+Only a shortened form was run, in bfloat16 on eight virtual devices of a CPU, where it gave the
 losses of one device (tests/test_scaling.py). What it should take is on paper only:
 
-python launch/scaling.py, and python launch/plan.py --config=tpu --chips=v5e:16 on a machine that
-holds it
+python launch/plan.py --config=tpu --chips=v5e:16 --seconds=0
 """
 
 from ml_collections import ConfigDict
@@ -17,13 +16,14 @@ from charlstm.config import base_config
 def get_config() -> ConfigDict:
     """Return settings for 16 chips of a v5e, and for more with batch_size raised as they are."""
     config = base_config()
-    # A chip reads the recurrent kernel again at every time step: below 240 rows each (v5e, by
-    # charlstm/cost.py) it waits for its memory. 256 rows for each of 16 chips.
+    # 256 rows for each of 16 chips. A chip reads the recurrent kernel again at every time step, so
+    # that with fewer it mostly waits for its memory, and 16 GB hold no more than 500 (v5e, by
+    # charlstm/cost.py).
     config.batch_size = 4096
-    # Windows of a power of two divide into chunks of any; longer ones cost memory and gain little,
-    # since the carry reaches further.
+    # A power of two divides into chunks of any; a longer window costs memory and time in
+    # proportion, and gains little, since the carry reaches further.
     config.seq_len = 128
-    # An evaluation reads up to two million characters, in four batches of this size.
+    # An evaluation reads at most two million characters, four batches of this size.
     config.eval_every_steps = 1000
     # Machines in the cloud are taken away without much notice.
     config.checkpoint_every_steps = 250
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     # A text that fills a pod is read once or twice: too little to be memorised.
     config.model.dropout_rate = 0.0
 
-    # Lower than for 256 units, by the rule of launch/plan_rule.py, and raised again for the batch.
+    # launch/plan_rule.py has 5e-4 for this width, at 16 rows; a larger batch bears a higher one.
     config.optimizer.learning_rate = 1e-3
     # A wide model diverges at a full rate from the start.
     config.optimizer.warmup_steps = 1000

@@ -5,8 +5,10 @@
 Takes what train.py takes, trains nothing and writes into no run folder. What it measures, it
 measures in half a minute by doing each part of a run briefly. --minutes proposes width, streams,
 window, steps, dropout and learning rate for the best text in that time, start-up and evaluations
-included, as a command for train.py; its rule is in launch/plan_rule.py. --chips puts a step on an
-accelerator on paper, by the formulae of charlstm/cost.py.
+included, as a command for train.py; its rule is in launch/plan_rule.py. --chips puts a step on
+accelerators on paper, by the formulae of charlstm/cost.py; with --seconds=0 nothing is measured:
+
+  python launch/plan.py --config=tpu --chips=v5e:16 --seconds=0
 """
 
 import json
@@ -33,7 +35,9 @@ MINUTES = flags.DEFINE_float("minutes", None, "propose settings for a command of
 CHIPS = flags.DEFINE_string(
     "chips", "", f"NAME:NUMBER of chips to put on paper; names: {', '.join(cost.CHIPS)}"
 )
-SECONDS = flags.DEFINE_float("seconds", 6.0, "how long to time steps", lower_bound=0.0)
+SECONDS = flags.DEFINE_float(
+    "seconds", 6.0, "how long to time steps; 0: count on paper only", lower_bound=0.0
+)
 JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
 
 
@@ -54,10 +58,12 @@ def parse_chips(word: str, batch_size: int) -> tuple[cost.Chip, int] | None:
     return cost.CHIPS[name], int(number)
 
 
-def check_minutes(minutes: float | None) -> None:
-    """Raise UserError for a time that is none."""
+def check_minutes(minutes: float | None, seconds: float) -> None:
+    """Raise UserError for a time that is none, or is not to be timed."""
     if minutes is not None and not 0 < minutes < math.inf:
         raise UserError(f"--minutes={minutes}: must be a number above 0")
+    if minutes and not seconds:
+        raise UserError("--seconds=0: --minutes has to time steps; leave --seconds out")
 
 
 def command_for(settings: dict[str, Any]) -> str:
@@ -78,7 +84,7 @@ def main() -> int:
     """Plan as the flags say."""
     config = app.checked_config(CONFIG)
     chips = parse_chips(CHIPS.value, config.batch_size)
-    check_minutes(MINUTES.value)
+    check_minutes(MINUTES.value, SECONDS.value)
     # So far one thread has worked without a pause, so that its time tells when it began.
     started = time.perf_counter() - time.process_time()
     import plan_make

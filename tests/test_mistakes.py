@@ -108,6 +108,7 @@ COMMAND_LINE = [
     ("plan", "--minutes=0", "--minutes=0.0: must be a number above 0"),
     ("plan", "--minutes=nan", "--minutes=nan: must be a number above 0"),
     ("plan", "--minutes=ten", "minutes|ten"),
+    ("plan", "--minutes=2 --seconds=0", "--seconds=0: --minutes has to time steps"),
     ("plan", "--seconds=-1", "seconds|-1"),
     ("plan", "--chips=v5e", "--chips=v5e: must be NAME:NUMBER, such as v5e:256; names: v4"),
     ("plan", "--chips=v9:4", "--chips=v9:4: must be NAME:NUMBER"),

@@ -42,6 +42,16 @@ def test_a_plan_tells_what_a_run_takes_and_writes_nothing(book_path):
     assert paper["step_seconds"] >= max(paper["seconds"].values())
 
 
+def test_a_config_for_a_pod_is_counted_on_paper(book_path):
+    flags = ["--config=tpu", "--chips=v5e:16", "--seconds=0", "--config.data.path=book.txt"]
+    text = book_path.read_text(encoding="utf-8")
+    book_path.write_text(text * 110, encoding="utf-8")
+    result = run_command("plan", *flags, cwd=book_path.parent)
+    assert result.returncode == 0, result.stderr
+    assert "16 x v5e on paper" in result.stdout
+    assert "the whole command" not in result.stdout
+
+
 def test_a_proposal_is_a_command_that_train_takes(book_path):
     result = plan(book_path, "--minutes=0.3", "--config.seed=7")
     assert result.returncode == 0, result.stderr
