@@ -1,11 +1,15 @@
 """What an evaluation tells, and how it is broken off."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from charlstm import cluster
+from charlstm.data import Batch
+from charlstm.devices import by_rows, local_rows, on_one_device, put_batch, replicated
 from charlstm.job import Job
 from charlstm.log import bits
 from charlstm.model import zero_carry
@@ -39,28 +43,55 @@ def until(should_stop: ShouldStop, items: Iterable[Item]) -> Iterator[Item]:
 def make_assessment(job: Job, should_stop: ShouldStop) -> Callable[[Any, int], dict[str, Any]]:
     """Return assess(params, step) -> what an evaluation tells: validation figures and a sample.
 
-    It raises StoppedError amid its work, once `should_stop` is true.
+    The devices share the evaluation; the first process writes the sample. It raises StoppedError
+    amid its work, once `should_stop` is true.
     """
-    config, run, model = job.run.config, job.run, job.model
-    eval_step = jax.jit(make_eval_step(model))
+    validate = make_validation(job, should_stop)
+    # The first process alone cannot ask the others whether to stop.
+    while_writing = (lambda: False) if cluster.is_shared() else should_stop
 
     def assess(params: Any, step: int) -> dict[str, Any]:
-        figures: dict[str, Any] = {}
-        if job.val_batches:
-            carry = zero_carry(model, job.val_batches.batch_size)
-            indices = until(should_stop, range(job.val_batches.steps_per_epoch))
-            result = evaluate(eval_step, params, carry, map(job.val_batches, indices))
-            figures = {
-                "val/loss": result["loss"],
-                "val/bits_per_char": bits(result["loss"]),
-                "val/accuracy": result["accuracy"],
-            }
-        place = np.random.default_rng((config.seed, step)).integers(len(run.prompts))
-        prompts = [run.vocab.encode(run.prompts[place])]
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        lengths = {"seq_len": config.seq_len, "chunk": SAMPLE_CHUNK}
-        pieces = stream(model, params, prompts, key, **lengths, **config.sample.to_dict())
-        ids_BL = np.concatenate(list(until(should_stop, pieces)), axis=1)
-        return figures | {"sample": run.vocab.decode(ids_BL[0])}
+        figures = validate(params) if validate else {}
+        if cluster.is_first():
+            figures["sample"] = write_sample(job, on_one_device(params), step, while_writing)
+        return figures
 
     return assess
+
+
+def make_validation(job: Job, should_stop: ShouldStop) -> Callable[[Any], dict[str, Any]] | None:
+    """Return a function of params that gives validation figures; None where there is no text."""
+    if not job.val_batches:
+        return None
+    batches, batch_size = job.val_batches, job.val_batches.batch_size
+    sharding = by_rows(job.mesh, batch_size)
+    rows = local_rows(sharding, batch_size)
+    outputs = sharding, replicated(job.mesh)
+    eval_step = jax.jit(make_eval_step(job.model), out_shardings=outputs)
+    empty = jax.jit(partial(zero_carry, job.model, batch_size), out_shardings=sharding)
+
+    def read(index: int) -> Batch:
+        return put_batch(batches(index, rows), sharding, batch_size)
+
+    def validation(params: Any) -> dict[str, Any]:
+        indices = until(should_stop, range(batches.steps_per_epoch))
+        result = evaluate(eval_step, params, empty(), map(read, indices))
+        return {
+            "val/loss": result["loss"],
+            "val/bits_per_char": bits(result["loss"]),
+            "val/accuracy": result["accuracy"],
+        }
+
+    return validation
+
+
+def write_sample(job: Job, params: Any, step: int, should_stop: ShouldStop) -> str:
+    """Return a text that goes on from a place of the training text."""
+    config, run = job.run.config, job.run
+    place = np.random.default_rng((config.seed, step)).integers(len(run.prompts))
+    prompts = [run.vocab.encode(run.prompts[place])]
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    lengths = {"seq_len": config.seq_len, "chunk": SAMPLE_CHUNK}
+    pieces = stream(job.model, params, prompts, key, **lengths, **config.sample.to_dict())
+    ids_BL = np.concatenate(list(until(should_stop, pieces)), axis=1)
+    return run.decode(ids_BL[0])

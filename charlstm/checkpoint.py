@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
+from charlstm import cluster
+from charlstm.devices import whole
 from charlstm.errors import DamagedError, RunError, UserError, one_line
 from charlstm.files import read_json
 from charlstm.model import CharLSTM, model_from_config
@@ -44,13 +44,11 @@ class Checkpoints:
         """
         self._folder = (workdir / "checkpoints").resolve()
         self._trash = self._folder / "trash"
-        for step in steps_in(self._folder):
-            try:
+        if read_only:
+            for step in steps_in(self._folder):
                 read_notes(self._folder / str(step))
-            except DamagedError as error:
-                if read_only:
-                    raise
-                self._set_aside(step, error)
+        else:
+            cluster.together(self._tidy_up)
         best = {"best_fn": _finite_loss, "best_mode": "min"}
         if read_only:
             options = ocp.CheckpointManagerOptions(
@@ -77,7 +75,6 @@ class Checkpoints:
                 ),
                 **best,
             )
-            self._trash.rmtree(missing_ok=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest_step(self) -> int | None:
@@ -109,7 +106,7 @@ class Checkpoints:
             self._delete(low=step, high=step)
             metrics = {"loss": math.inf if loss is None else loss}
             self._manager.save(step, args=args, metrics=metrics, force=True)
-            self._trash.rmtree(missing_ok=True)
+            self._empty_trash()
         except Exception as error:  # of many types, as the many layers below see it
             raise RunError(
                 f"{self._folder}/{step}: could not be saved ({one_line(error)}); the checkpoint "
@@ -117,14 +114,16 @@ class Checkpoints:
             ) from error
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Return the state and the notes of `step`; `like` gives tree, shapes and devices.
+        """Return the state and the notes of `step`; `like` gives tree, shapes and shardings.
+
+        Without a sharding an array comes to the first device of this process.
 
         Raises:
           DamagedError: if they are not what was saved.
         """
         sealed = read_notes(self._folder / str(step))
         # Explicit devices, since the state may have been saved on others.
-        default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default
@@ -162,7 +161,7 @@ class Checkpoints:
                 state, notes = self.restore(step, like)
             except DamagedError as error:
                 damage = error
-                self._set_aside(step, error)
+                cluster.together(partial(self._set_aside, step, error))
                 self._manager.reload()
                 continue
             if is_wanted(notes):
@@ -184,9 +183,25 @@ class Checkpoints:
         for step in list(self._manager.all_steps()):
             if low <= step <= high:
                 self._manager.delete(step)
-        self._trash.rmtree(missing_ok=True)
+        self._empty_trash()
+
+    def _tidy_up(self) -> None:
+        if not cluster.is_first():
+            return
+        for step in steps_in(self._folder):
+            try:
+                read_notes(self._folder / str(step))
+            except DamagedError as error:
+                self._set_aside(step, error)
+        self._empty_trash()
+
+    def _empty_trash(self) -> None:
+        if cluster.is_first():
+            self._trash.rmtree(missing_ok=True)
 
     def _set_aside(self, step: int, error: DamagedError) -> None:
+        if not cluster.is_first():
+            return
         aside = self._folder / f"damaged-{step}"
         logger.warning("%s; set aside as %s, and not used", error, aside.name)
         aside.rmtree(missing_ok=True)
@@ -204,7 +219,7 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
       DamagedError: if what it holds is not as it was written.
     """
     run = load_run(epath.Path(workdir))
-    model = model_from_config(run.config, len(run.vocab))
+    model = model_from_config(run.config, run.vocab)
     if model.recurrence == "cudnn":
         model = model.clone(recurrence="fused")
     like = state_shapes(run.config, model)
@@ -260,7 +275,10 @@ def read_notes(folder: epath.Path) -> dict[str, Any]:
 
 
 def checksums(state: Any) -> dict[str, int]:
-    """Return a CRC-32 of each leaf's type, shape and content, by its path."""
+    """Return a CRC-32 of each leaf's type, shape and content, by its path.
+
+    They are the same however the state lies on devices and processes.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): _crc(x) for path, x in leaves}
 
@@ -271,9 +289,7 @@ def _type_of(leaf: Any) -> str:
 
 def _crc(leaf: Any) -> int:
     start = zlib.crc32(_type_of(leaf).encode())
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return zlib.crc32(np.asarray(leaf).tobytes(), start)
+    return zlib.crc32(whole(leaf).tobytes(), start)
 
 
 def _seal(sealed: dict[str, Any]) -> int:

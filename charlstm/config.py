@@ -241,6 +241,16 @@ def validate(config: ConfigDict) -> None:
             f"config.model.dtype={config.model.dtype}: config.model.recurrence=cudnn takes float32 "
             "only; use fused"
         )
+    if config.model.recurrence == "cudnn" and config.data.document_separator:
+        raise UserError(
+            "config.model.recurrence=cudnn: cannot begin a document within a sequence, as "
+            "config.data.document_separator asks for; use fused"
+        )
+    if config.model.tie_embeddings and config.model.input != "embed":
+        raise UserError(
+            f"config.model.tie_embeddings=True: config.model.input={config.model.input} has no "
+            "embeddings; use config.model.input=embed"
+        )
     optimizer = config.optimizer
     if optimizer.name != "adamw" and optimizer.weight_decay:
         raise UserError(

@@ -9,6 +9,10 @@ from ml_collections import ConfigDict
 
 from charlstm.errors import UserError
 
+ALL_ROWS = slice(None)
+# Of more windows no list is shuffled, which takes 8 bytes for each.
+MAX_PERMUTED = 2**24
+
 
 class Batch(NamedTuple):
     """What one training or evaluation step reads: arrays of NumPy or of JAX.
@@ -52,10 +56,13 @@ class Streams:
         """The windows of the longest stream."""
         return -(-(int(np.diff(self.bounds).max()) + self.context) // self.seq_len)
 
-    def __call__(self, step: int | np.ndarray) -> Batch:
-        """Return the batch of `step`, counted from 0 over all epochs; of steps_S, all of theirs."""
+    def __call__(self, step: int | np.ndarray, rows: slice = ALL_ROWS) -> Batch:
+        """Return the batch of `step`, counted from 0 over all epochs; of steps_S, all of theirs.
+
+        With `rows`, only those of its B rows are read.
+        """
         window_S = np.asarray(step) % self.steps_per_epoch
-        begin_B, end_B = self.bounds[:-1], self.bounds[1:]
+        begin_B, end_B = self.bounds[:-1][rows], self.bounds[1:][rows]
         first_SB = begin_B - self.context + window_S[..., None] * self.seq_len
         position_SBT = first_SB[..., None] + np.arange(self.seq_len)
         counts_SBT = (position_SBT >= begin_B[:, None]) & (position_SBT < end_B[:, None])
@@ -99,17 +106,20 @@ class Windows:
         """The batches that hold each window once."""
         return -(-self.num_windows // self.batch_size)
 
-    def __call__(self, step: int | np.ndarray) -> Batch:
-        """Return the batch of `step`, counted from 0 over all epochs; of steps_S, all of theirs."""
+    def __call__(self, step: int | np.ndarray, rows: slice = ALL_ROWS) -> Batch:
+        """Return the batch of `step`, counted from 0 over all epochs; of steps_S, all of theirs.
+
+        With `rows`, only those of its B rows are read.
+        """
         epoch_S, index_S = np.divmod(step, self.steps_per_epoch)
-        place_SB = index_S[..., None] * self.batch_size + np.arange(self.batch_size)
+        place_SB = index_S[..., None] * self.batch_size + np.arange(self.batch_size)[rows]
         is_real_SB = place_SB < self.num_windows
         start_SB = np.where(is_real_SB, place_SB, 0)
         if self.seed is not None:
             for epoch in np.unique(epoch_S):
-                order = _permutation(self.seed, int(epoch), self.num_windows)
+                shuffled_SB = shuffle(start_SB, self.seed, int(epoch), self.num_windows)
                 chosen_SB = is_real_SB & (epoch_S == epoch)[..., None]
-                start_SB = np.where(chosen_SB, order[start_SB], start_SB)
+                start_SB = np.where(chosen_SB, shuffled_SB, start_SB)
         position_SBT = start_SB[..., None] + np.arange(self.seq_len)
         weights_SBT = np.broadcast_to(is_real_SB[..., None], position_SBT.shape).astype(np.float32)
         if self.last_only:
@@ -122,9 +132,11 @@ class Windows:
         )
 
 
-def read_steps(batches: Streams | Windows, first: int, count: int, capacity: int) -> Batch:
+def read_steps(
+    batches: Streams | Windows, first: int, count: int, capacity: int, rows: slice = ALL_ROWS
+) -> Batch:
     """Return the batches of `count` steps from `first` on, filled up with zeros to `capacity`."""
-    read = batches(np.arange(first, first + count))
+    read = batches(np.arange(first, first + count), rows)
 
     def fill_up(leaf_S: np.ndarray) -> np.ndarray:
         full_S = np.zeros((capacity, *leaf_S.shape[1:]), leaf_S.dtype)
@@ -134,15 +146,58 @@ def read_steps(batches: Streams | Windows, first: int, count: int, capacity: int
     return Batch(*map(fill_up, read))
 
 
+def shuffle(index: np.ndarray, seed: int, epoch: int, size: int) -> np.ndarray:
+    """Return where each `index` below `size` stands in the order of an epoch."""
+    if size <= MAX_PERMUTED:
+        return _permutation(seed, epoch, size)[index]
+    return feistel(index, seed, epoch, size)
+
+
+def feistel(index: np.ndarray, seed: int, epoch: int, size: int) -> np.ndarray:
+    """Return what a permutation of the numbers below `size` makes of each `index`, without a table.
+
+    A Feistel network of 8 rounds permutes the numbers of an even count of bits; whoever leaves the
+    range goes round again, on average less than three times (Black and Rogaway 2002, 'Ciphers with
+    arbitrary finite domains').
+    """
+    half = np.uint64((max(size - 1, 2).bit_length() + 1) // 2)
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.random.default_rng((seed, epoch)).integers(2**64, size=8, dtype=np.uint64)
+
+    def encrypt(number: np.ndarray) -> np.ndarray:
+        left, right = number >> half, number & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        return left << half | right
+
+    flat = encrypt(np.asarray(index, np.uint64).ravel())
+    while len(outside := np.flatnonzero(flat >= size)):
+        flat[outside] = encrypt(flat[outside])
+    return flat.astype(np.int64).reshape(np.shape(index))
+
+
+def _mix(number: np.ndarray) -> np.ndarray:
+    # The finalizer of splitmix64 (Steele, Lea and Flood 2014): every bit changes half of the bits.
+    number = (number ^ number >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    number = (number ^ number >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return number ^ number >> np.uint64(31)
+
+
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     # Kept for the epoch and the next: drawing it anew would cost 20 ms at every step.
     return np.random.default_rng((seed, epoch)).permutation(size)
 
 
-def split(ids_M: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the training part of a text and its last `val_fraction`, the validation part."""
-    cut = len(ids_M) - round(len(ids_M) * val_fraction)
+def split(
+    ids_M: np.ndarray, val_fraction: float, max_val_chars: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the training part of a text, and the rest, the validation part.
+
+    That is the last `val_fraction`, but at most `max_val_chars` characters, 0 for no limit.
+    """
+    count = round(len(ids_M) * val_fraction)
+    cut = len(ids_M) - min(count, max_val_chars or count)
     return ids_M[:cut], ids_M[cut:]
 
 

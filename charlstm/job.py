@@ -5,14 +5,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from charlstm.corpus import Corpus, open_corpus
 from charlstm.data import Streams, Windows, evaluation_batches, split, training_batches
+from charlstm.devices import describe, make_mesh
 from charlstm.errors import UserError
 from charlstm.machine import this_machine
 from charlstm.model import CharLSTM, model_from_config
 from charlstm.run import Run, adapt_run, has_run, load_run, random_prompts
-from charlstm.text import PYTHON_MANUAL, Text, Vocab, load_text
+from charlstm.source import PYTHON_MANUAL
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +26,10 @@ FEW_CHARS = 1000  # less than a page
 
 
 class Job(NamedTuple):
-    """A run with its text read and its length known."""
+    """A run with its text read, its devices chosen and its length known."""
 
     run: Run
+    mesh: Mesh
     model: CharLSTM
     batches: Streams | Windows
     val_batches: Streams | Windows | None
@@ -68,39 +72,37 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
     """Read the text of `config`, and the run in `workdir` if there is one; write nothing.
 
     Raises:
-      UserError: for a text that can't be used, or a folder of another run.
+      UserError: for a text that can't be used, devices that can't share a batch, or a folder of
+        another run.
     """
+    mesh = make_mesh(config)
     run = load_run(workdir) if has_run(workdir) else None
     is_manual = run and not config.data.path and run.text["source"] == PYTHON_MANUAL
     changes: list[str] = []
     if run:
         run, changes = adapt_run(run, config)
-    text = load_text(
-        config.data.path,
-        lowercase=config.data.lowercase,
-        strip_punctuation=config.data.strip_punctuation,
-        source=PYTHON_MANUAL if is_manual else "",
-    )
-    vocab = Vocab.from_text(text.content)
-    if run and (run.text["sha256"] != text.sha256 or run.vocab.characters != vocab.characters):
+    source = PYTHON_MANUAL if is_manual else ""
+    text = open_corpus(config.data, config.data.path, source=source)
+    if run and (run.text["sha256"] != text.sha256 or run.vocab.characters != text.vocab.characters):
         raise UserError(
             f"{text.source}: has changed since the run in {workdir} began, or is not its text; "
             f"bring back the text with SHA-256 {run.text['sha256'][:64]}, "
             "or choose another --workdir"
         )
-    train_ids, val_ids = split(vocab.encode(text.content), config.data.val_fraction)
+    train_ids, val_ids = split(text.ids_M, config.data.val_fraction, config.data.max_val_chars)
     batches = training_batches(train_ids, config)
     val_batches = evaluation_batches(val_ids, config) if config.data.val_fraction else None
     num_steps = config.num_steps or config.num_epochs * batches.steps_per_epoch
-    about = describe_text(text, vocab, train_ids, val_ids)
+    about = describe_text(text, train_ids, val_ids)
     here = this_machine()
     if run:
         run = run._replace(text=about)
         tell_changes(run, changes, here)
     else:
-        prompts = random_prompts(train_ids, vocab, config.seq_len, config.seed)
-        run = Run(workdir, config, vocab, about, prompts, here)
-    return Job(run, model_from_config(config, len(vocab)), batches, val_batches, num_steps)
+        prompts = random_prompts(train_ids, text.vocab, config.seq_len, config.seed)
+        run = Run(workdir, config, text.vocab, about, prompts, here)
+    model = model_from_config(config, text.vocab).clone(num_shards=mesh.size)
+    return Job(run, mesh, model, batches, val_batches, num_steps)
 
 
 def tell_changes(run: Run, changes: list[str], here: dict[str, Any]) -> None:
@@ -121,9 +123,7 @@ def tell_changes(run: Run, changes: list[str], here: dict[str, Any]) -> None:
         )
 
 
-def describe_text(
-    text: Text, vocab: Vocab, train_ids: np.ndarray, val_ids: np.ndarray
-) -> dict[str, Any]:
+def describe_text(text: Corpus, train_ids: np.ndarray, val_ids: np.ndarray) -> dict[str, Any]:
     """Return what config.json says of the text."""
     return {
         "source": text.source,
@@ -133,11 +133,11 @@ def describe_text(
         "characters": len(train_ids) + len(val_ids),
         "training_characters": len(train_ids),
         "validation_characters": len(val_ids),
-        "vocabulary": len(vocab),
+        "vocabulary": len(text.vocab),
     }
 
 
-def report(job: Job, step: int, num_params: int, devices: str) -> None:
+def report(job: Job, step: int, num_params: int) -> None:
     """Tell what was read, and what is trained on what."""
     run, text = job.run, job.run.text
     lines = {
@@ -149,7 +149,7 @@ def report(job: Job, step: int, num_params: int, devices: str) -> None:
         "validating on": f"{text['validation_characters']:,} characters",
         "model": f"{run.config.model.num_layers} x {run.config.model.hidden_size} LSTM, "
         f"{num_params:,} parameters",
-        "devices": devices,
+        "devices": describe(job.mesh),
         "steps": f"{step:,} of {job.num_steps:,} done, {job.batches.steps_per_epoch:,} an epoch",
     }
     if text["characters_cut"]:

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
+from charlstm import cluster
 from charlstm.checkpoint import Checkpoints
 from charlstm.errors import DamagedError
 from charlstm.job import Job
@@ -90,7 +93,7 @@ class DivergedError(Exception):
 
 
 class Journal:
-    """The record of one run, which stands at a step.
+    """The record of one run, which stands at a step. Of several processes the first writes it.
 
     Metrics are read one call late, so that the device never waits for the host.
     """
@@ -99,8 +102,9 @@ class Journal:
         """Open the journal of a run that stands at `step`, with the notes of its checkpoint."""
         self._job = job
         self._checkpoints = checkpoints
-        self._log = RunLog(job.run.workdir, step, title=job.run.workdir.name)
-        self._bar = TrainingBar(job.num_steps, step)
+        title, is_first = job.run.workdir.name, cluster.is_first()
+        self._log = RunLog(job.run.workdir, step, title, read_only=not is_first)
+        self._bar = TrainingBar(job.num_steps, step, is_hidden=not is_first)
         self.notes = notes
         self._pending: tuple[int, int, Metrics] | None = None
         self._seconds_per_step = math.inf
@@ -129,7 +133,7 @@ class Journal:
     @property
     def fitting_count(self) -> int:
         """How many steps one call should take, so that whoever waits for its end waits little."""
-        return max(1, int(CALL_SECONDS / self._seconds_per_step))
+        return cluster.least(max(1, int(CALL_SECONDS / self._seconds_per_step)))
 
     def log_training(self, step: int, schedule: Callable[[int], Any]) -> None:
         """Write the means since the last such line, and show them."""
@@ -169,7 +173,8 @@ class Journal:
         self._log.draw()
         if record.get("val/bits_per_char") is not None:
             logger.info("step %d: validation %.4f bits/char", step, record["val/bits_per_char"])
-        logger.info("a sample at step %d:\n%s\n", step, record["sample"])
+        if "sample" in record:
+            logger.info("a sample at step %d:\n%s\n", step, record["sample"])
         self.save(state, loss)
         self._lap()
 
@@ -197,7 +202,7 @@ class Journal:
         last, count, metrics = self._pending
         self._pending = None
         names = ("loss", "grad_norm", "count", "skipped")
-        columns = [metrics[name][:count].tolist() for name in names]
+        columns = [np.asarray(metrics[name])[:count].tolist() for name in names]
         for step, *figures in zip(range(last - count + 1, last + 1), *columns, strict=True):
             loss, grad_norm, num_chars, is_skipped = figures
             if is_skipped:

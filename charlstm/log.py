@@ -55,8 +55,10 @@ class RunLog:
     The records of metrics.jsonl hold everything; the other files are drawn from them.
     """
 
-    def __init__(self, workdir: epath.Path, step: int, title: str):
+    def __init__(self, workdir: epath.Path, step: int, title: str, read_only: bool = False):
         """Open the log of a run that stands at `step`; what a lost later step wrote is dropped.
+
+        One that is `read_only` keeps its records to itself, for another process writes them.
 
         Raises:
           DamagedError: if metrics.jsonl is damaged.
@@ -67,7 +69,10 @@ class RunLog:
 
         self._path = workdir / "metrics.jsonl"
         self._title = title
+        self._read_only = read_only
         self.records = [record for record in read_records(self._path) if record["step"] <= step]
+        if read_only:
+            return
         self._events = EventsWriter(str(workdir / "events"), f".{step}")
         self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
@@ -76,6 +81,8 @@ class RunLog:
         from tensorboardX.summary import scalar
 
         self.records.append(record)
+        if self._read_only:
+            return
         # Rewritten whole: cheap at this size, never torn, and bucket storage has no append.
         lines = (json.dumps(record, allow_nan=False) + "\n" for record in self.records)
         write_file(self._path, "".join(lines))
@@ -91,6 +98,8 @@ class RunLog:
 
     def draw(self) -> None:
         """Write samples.txt and curves.png anew."""
+        if self._read_only:
+            return
         samples = [
             f"=== step {record['step']}{_val_figure(record)} ===\n{record['sample']}\n\n"
             for record in self.records
@@ -101,7 +110,8 @@ class RunLog:
 
     def close(self) -> None:
         """Close the event file."""
-        self._events.close()
+        if not self._read_only:
+            self._events.close()
 
 
 def read_records(path: epath.Path) -> list[dict[str, Any]]:
@@ -137,14 +147,14 @@ def _val_figure(record: dict[str, Any]) -> str:
 class TrainingBar:
     """A progress bar with loss, bits per character, speed and time left; nothing off a terminal."""
 
-    def __init__(self, num_steps: int, step: int):
+    def __init__(self, num_steps: int, step: int, is_hidden: bool = False):
         self._progress = Progress(
             BarColumn(bar_width=10),  # so that a line of 80 columns has room for the figures
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
             console=CONSOLE,
-            disable=not CONSOLE.is_terminal,
+            disable=is_hidden or not CONSOLE.is_terminal,
             refresh_per_second=4,
         )
         self._task = self._progress.add_task("", total=num_steps, completed=step, figures="")

@@ -1,14 +1,21 @@
 """What this machine is, and whether a run can do there what its config asks for."""
 
+import itertools
+import logging
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import jax
+from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from charlstm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def this_machine() -> dict[str, Any]:
@@ -27,13 +34,15 @@ def check_backend(config: ConfigDict) -> None:
         )
 
 
-def check_memory(config: ConfigDict, state: Any) -> None:
+def check_memory(config: ConfigDict, state: Any, mesh: Mesh) -> None:
     """Raise UserError if a run whose `state` has these shapes can't fit into memory."""
     model = config.model
     leaves = [*jax.tree.leaves(state), *jax.tree.leaves(state.params)]  # and its gradient
     # At the least, as charlstm.recurrence says of itself.
     kept = 7 * config.batch_size * config.seq_len * model.hidden_size * model.num_layers
-    needed = 4 * (sum(leaf.size for leaf in leaves) + kept)
+    needed = 4 * (sum(leaf.size for leaf in leaves) + kept // mesh.size)
+    if mesh.devices.flat[0].platform == "cpu":
+        needed *= len(mesh.local_devices)  # which share the machine's memory
     if needed > (there := memory_bytes()):
         raise UserError(
             f"config.model.hidden_size={model.hidden_size}, config.model.num_layers="
@@ -45,10 +54,28 @@ def check_memory(config: ConfigDict, state: Any) -> None:
 
 def memory_bytes() -> float:
     """Return the memory of the device, or of the machine where that is the device."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError):  # not every system tells
         return float("inf")
+
+
+def traced_once(function: Callable[..., Any], folder: epath.Path) -> Callable[..., Any]:
+    """Return `function`, whose second call, when all is compiled, writes a trace to `folder`.
+
+    TensorBoard's profile plugin shows it, and ui.perfetto.dev its perfetto_trace.json.gz.
+    """
+    calls = itertools.count(1)
+
+    def traced(*args: Any) -> Any:
+        if next(calls) != 2:
+            return function(*args)
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            results = jax.block_until_ready(function(*args))
+        logger.info("a trace of one call is in %s", folder)
+        return results
+
+    return traced

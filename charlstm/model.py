@@ -10,6 +10,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from charlstm.recurrence import LayerCarry, cudnn_lstm, flax_lstm, fused_lstm, init_lstm
+from charlstm.text import END, Vocab
 
 Carry = tuple[LayerCarry, ...]
 RECURRENCES: dict[str, Callable[..., tuple[LayerCarry, jax.Array]]] = {
@@ -29,10 +30,15 @@ class CharLSTM(nn.Module):
       dropout_rate: the share of each layer's outputs that training drops.
       input: 'one_hot', 'embed' (a learnt vector), or 'scaled' (the id divided by V).
       embed_size: E, where input is 'embed'.
+      tie_embeddings: make the logits the product of a dense layer of size E with the vectors of
+        the input, and a bias (Press and Wolf 2017, arXiv 1608.05859); where input is 'embed'.
+      end_id: the id that ends a document: reading it begins from an empty carry, so that what is
+        read after it depends on nothing before it. None: there is none.
       recurrence: 'fused', 'flax' for its readable twin, the Flax cell scanned, or 'cudnn', on
         NVIDIA GPUs only and not yet run on one.
       cell: the Flax class that 'flax' scans, 'OptimizedLSTMCell' or 'LSTMCell'.
       dtype: 'float32' or 'bfloat16' to compute in; parameters, carry and logits are float32.
+      num_shards: on how many devices the rows of a batch lie; 'fused' needs it to be fast.
     """
 
     vocab_size: int
@@ -41,9 +47,12 @@ class CharLSTM(nn.Module):
     dropout_rate: float = 0.0
     input: str = "one_hot"
     embed_size: int = 64
+    tie_embeddings: bool = False
+    end_id: int | None = None
     recurrence: str = "fused"
     cell: str = "OptimizedLSTMCell"
     dtype: str = "float32"
+    num_shards: int = 1
 
     @nn.compact
     def __call__(
@@ -57,46 +66,60 @@ class CharLSTM(nn.Module):
           train: apply dropout, with the random key of the name 'dropout'.
 
         Raises:
-          ValueError: if the carry is not that of a model of this size.
+          ValueError: if the carry is not that of a model of this size, or a field makes no sense.
         """
         if self.recurrence not in RECURRENCES:
             raise ValueError(f"recurrence={self.recurrence!r}: must be one of {[*RECURRENCES]}")
         recur = RECURRENCES[self.recurrence]
         if self.recurrence == "flax":
             recur = partial(recur, cell=self.cell)
+        if self.recurrence == "fused":
+            recur = partial(recur, num_shards=self.num_shards)
         check_carry(carry, ids_BT.shape[0], self.hidden_size, self.num_layers)
-        layer = self._view(ids_BT.T)
+        layer, embed = self._view(ids_BT.T)
+        keep_TB = None if self.end_id is None else ids_BT.T != self.end_id
         input_size = self.vocab_size if self.input == "one_hot" else layer.shape[-1]
         new_carry = []
         for index, layer_carry in enumerate(carry):
             params = self.param(f"lstm_{index}", init_lstm, input_size, self.hidden_size)
-            layer_carry, layer_TBE = recur(params, layer_carry, layer, dtype=self.dtype)
+            layer_carry, layer_TBE = recur(
+                params, layer_carry, layer, keep_TB=keep_TB, dtype=self.dtype
+            )
             layer = nn.Dropout(self.dropout_rate)(layer_TBE, deterministic=not train)
             new_carry.append(layer_carry)
             input_size = self.hidden_size
-        dense = nn.Dense(
-            self.vocab_size,
-            kernel_init=nn.initializers.glorot_uniform(),
-            dtype=self.dtype,
-            name="dense",
-        )
-        logits_TBV = dense(layer).astype(jnp.float32)
+        logits_TBV = self._logits(layer, embed).astype(jnp.float32)
         return logits_TBV.swapaxes(0, 1), tuple(new_carry)
 
-    def _view(self, ids_TB: jax.Array) -> jax.Array:
+    def _view(self, ids_TB: jax.Array) -> tuple[jax.Array, nn.Embed | None]:
         if self.input == "one_hot":
-            return ids_TB  # both recurrences take ids for one-hot vectors
+            return ids_TB, None  # both recurrences take ids for one-hot vectors
         if self.input == "embed":
             embed = nn.Embed(self.vocab_size, self.embed_size, dtype=self.dtype, name="embed")
-            return embed(ids_TB)
+            return embed(ids_TB), embed
         if self.input == "scaled":
-            return (ids_TB / self.vocab_size).astype(self.dtype)[..., None]
+            return (ids_TB / self.vocab_size).astype(self.dtype)[..., None], None
         raise ValueError(f"input={self.input!r}: must be one_hot, embed or scaled")
 
+    def _logits(self, layer_TBH: jax.Array, embed: nn.Embed | None) -> jax.Array:
+        kernel_init = nn.initializers.glorot_uniform()
+        if not self.tie_embeddings:
+            dense = nn.Dense(
+                self.vocab_size, kernel_init=kernel_init, dtype=self.dtype, name="dense"
+            )
+            return dense(layer_TBH)
+        if embed is None:
+            raise ValueError(f"tie_embeddings=True: input={self.input!r} has none; it takes embed")
+        dense = nn.Dense(self.embed_size, kernel_init=kernel_init, dtype=self.dtype, name="dense")
+        bias_V = self.param("bias", nn.initializers.zeros_init(), (self.vocab_size,))
+        return embed.attend(dense(layer_TBH)) + bias_V.astype(self.dtype)
 
-def model_from_config(config: ConfigDict, vocab_size: int) -> CharLSTM:
-    """Return the model that `config.model` describes."""
-    return CharLSTM(vocab_size=vocab_size, **config.model.to_dict())
+
+def model_from_config(config: ConfigDict, vocab: Vocab) -> CharLSTM:
+    """Return the model of the characters of `vocab` that `config.model` describes."""
+    has_documents = config.data.document_separator and END in vocab.characters
+    end_id = vocab.characters.index(END) if has_documents else None
+    return CharLSTM(vocab_size=len(vocab), end_id=end_id, **config.model.to_dict())
 
 
 def predict(

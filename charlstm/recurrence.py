@@ -11,6 +11,8 @@ Sources: Hochreiter and Schmidhuber 1997; Gers et al. 2000 (the forget gate); Gr
 arXiv 1503.04069 ('vanilla LSTM', here without peepholes).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,6 +55,7 @@ def flax_lstm(
     carry: LayerCarry,
     inputs: jax.Array,
     *,
+    keep_TB: jax.Array | None = None,
     cell: str = "OptimizedLSTMCell",
     dtype: Any = jnp.float32,
 ) -> tuple[LayerCarry, jax.Array]:
@@ -62,6 +65,7 @@ def flax_lstm(
       params: the parameters of a Flax LSTM cell with H hidden units.
       carry: (c_BH, h_BH).
       inputs: inputs_TBE, or integers ids_TB that stand for one-hot vectors.
+      keep_TB: bool, False where a time step begins from an empty carry; None is True everywhere.
       cell: a name in CELLS.
       dtype: the type to compute the gates in.
 
@@ -71,17 +75,25 @@ def flax_lstm(
     inputs_TBE = _as_vectors(params, inputs, dtype)
     flax_cell = CELLS[cell](features=carry[0].shape[-1], dtype=dtype)
 
-    def step(carry: LayerCarry, inputs_BE: jax.Array) -> tuple[LayerCarry, jax.Array]:
-        new_carry, _ = flax_cell.apply({"params": params}, carry, inputs_BE)
+    def step(carry: LayerCarry, inputs: Any) -> tuple[LayerCarry, jax.Array]:
+        inputs_BE, keep_B = inputs
+        begin = tuple(_kept(leaf_BH, keep_B) for leaf_BH in carry)
+        new_carry, _ = flax_cell.apply({"params": params}, begin, inputs_BE)
         # Rounding the cell state at every step would lose what it has to remember.
         c_BH, h_BH = (new.astype(old.dtype) for new, old in zip(new_carry, carry, strict=True))
         return (c_BH, h_BH), h_BH
 
-    return jax.lax.scan(step, carry, inputs_TBE)
+    return jax.lax.scan(step, carry, (inputs_TBE, keep_TB))
 
 
 def fused_lstm(
-    params: Params, carry: LayerCarry, inputs: jax.Array, *, dtype: Any = jnp.float32
+    params: Params,
+    carry: LayerCarry,
+    inputs: jax.Array,
+    *,
+    keep_TB: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    num_shards: int = 1,
 ) -> tuple[LayerCarry, jax.Array]:
     """Run one LSTM layer over time with as few, as large matrix products as possible.
 
@@ -91,6 +103,10 @@ def fused_lstm(
 
     Differentiation keeps 7 floats per B·T·H: six local derivatives and h. Under jax.checkpoint it
     keeps them during the backward pass only, which for a single layer saves nothing.
+
+    Where the rows lie on several devices, `num_shards` tells on how many. The gradient of the
+    weights is then summed over time for the rows of each apart, and once over all. Otherwise XLA
+    would let the devices add theirs up at every chunk of time steps.
     """
     # Since sigmoid(s) = (1 + tanh(s / 2)) / 2, with halved sums one tanh serves all four gates.
     halve_G = jnp.repeat(jnp.array([0.5, 0.5, 1.0, 0.5], dtype), carry[0].shape[-1])
@@ -105,11 +121,17 @@ def fused_lstm(
     else:
         rows_EG = jnp.zeros((0, bias_G.size), dtype)
         inputs = inputs.astype(dtype) @ input_kernel_EG.astype(dtype) + bias_G.astype(dtype)
-    return _recur(recurrent_kernel_HG.astype(dtype), rows_EG, carry, inputs)
+    recur = partial(_recur, recurrent_kernel_HG.astype(dtype), rows_EG)
+    return _by_shards(recur, num_shards)(carry, inputs, keep_TB)
 
 
 def cudnn_lstm(
-    params: Params, carry: LayerCarry, inputs: jax.Array, *, dtype: Any = jnp.float32
+    params: Params,
+    carry: LayerCarry,
+    inputs: jax.Array,
+    *,
+    keep_TB: jax.Array | None = None,
+    dtype: Any = jnp.float32,
 ) -> tuple[LayerCarry, jax.Array]:
     """Run one LSTM layer over time as cuDNN does; not yet run on a GPU.
 
@@ -117,12 +139,15 @@ def cudnn_lstm(
     vmap. Only the weights' packing and the order of axes have been tested, on a CPU.
 
     Raises:
-      ValueError: without an NVIDIA GPU, and for another dtype than float32.
+      ValueError: without an NVIDIA GPU, for another dtype than float32, and for keep_TB, since
+        cuDNN has no carry that begins anew within a sequence.
     """
     from jax.experimental import rnn
 
     if jnp.dtype(dtype) != jnp.float32:
         raise ValueError(f"dtype={dtype}: cuDNN's LSTM takes float32 only")
+    if keep_TB is not None:
+        raise ValueError("keep_TB: cuDNN's LSTM has no carry that begins anew within a sequence")
     if jax.default_backend() != "gpu":
         raise ValueError(
             f"cuDNN's LSTM needs an NVIDIA GPU, and JAX has found {jax.default_backend()}"
@@ -149,6 +174,11 @@ def _are_ids(inputs: jax.Array) -> bool:
     return jnp.issubdtype(inputs.dtype, jnp.integer)
 
 
+def _kept(leaf_BH: jax.Array, keep_B: jax.Array | None) -> jax.Array:
+    """Return `leaf_BH` with zeros in the rows that begin anew."""
+    return leaf_BH if keep_B is None else jnp.where(keep_B[..., None], leaf_BH, 0)
+
+
 def _as_vectors(params: Params, inputs: jax.Array, dtype: Any) -> jax.Array:
     """Return inputs_TBE, for ids the one-hot vectors that they stand for."""
     if not _are_ids(inputs):
@@ -167,10 +197,16 @@ def pack_cudnn(params: Params) -> jax.Array:
 
 
 def _scan(
-    kernel_HG: jax.Array, rows_EG: jax.Array, carry: LayerCarry, inputs: jax.Array, keep: bool
+    kernel_HG: jax.Array,
+    rows_EG: jax.Array,
+    carry: LayerCarry,
+    inputs: jax.Array,
+    keep_TB: jax.Array | None,
+    with_slopes: bool,
 ) -> tuple[LayerCarry, Any]:
-    def step(carry: LayerCarry, inputs_B: jax.Array) -> tuple[LayerCarry, Any]:
-        c_before_BH, h_BH = carry
+    def step(carry: LayerCarry, given: Any) -> tuple[LayerCarry, Any]:
+        inputs_B, keep_B = given
+        c_before_BH, h_BH = (_kept(leaf_BH, keep_B) for leaf_BH in carry)
         # Looked up here, where it stays in the cache, and not for all time steps before.
         drive_BG = rows_EG[inputs_B] if _are_ids(inputs) else inputs_B
         product_BG = jnp.dot(
@@ -182,34 +218,65 @@ def _scan(
         c_BH = f_BH * c_before_BH + i_BH * g_BH
         tanh_c_BH = jnp.tanh(c_BH)
         h_BH = o_BH * tanh_c_BH
-        if not keep:
+        if not with_slopes:
             return (c_BH, h_BH), (h_BH,)
         factors_BG = jnp.concatenate([g_BH / 2, c_before_BH / 2, i_BH, tanh_c_BH / 2], axis=-1)
-        slopes = (1 - tanh_BG**2) * factors_BG, o_BH * (1 - tanh_c_BH**2), f_BH
+        dc_by_dc_BH = _kept(f_BH, keep_B)
+        slopes = (1 - tanh_BG**2) * factors_BG, o_BH * (1 - tanh_c_BH**2), dc_by_dc_BH
         return (c_BH, h_BH), (h_BH, slopes)
 
-    return jax.lax.scan(step, carry, inputs)
+    return jax.lax.scan(step, carry, (inputs, keep_TB))
+
+
+def _by_shards(recur: Callable[..., Any], num_shards: int) -> Callable[..., Any]:
+    """Return recur(carry, inputs, keep_TB) done for groups of rows that know nothing of another."""
+
+    def recur_by_shards(carry: LayerCarry, inputs: jax.Array, keep_TB: Any) -> Any:
+        batch_size = inputs.shape[1]
+        if num_shards == 1 or batch_size % num_shards:
+            return recur(carry, inputs, keep_TB)
+
+        def cut(leaf: jax.Array, axis: int) -> jax.Array:
+            return leaf.reshape(*leaf.shape[:axis], num_shards, -1, *leaf.shape[axis + 1 :])
+
+        over_time = jax.tree.map(partial(cut, axis=1), (inputs, keep_TB))
+        by_rows = jax.tree.map(partial(cut, axis=0), carry)
+        carry, hidden_TDBH = jax.vmap(recur, (0, 1, 1), (0, 1))(by_rows, *over_time)
+        carry = jax.tree.map(lambda leaf_DBH: leaf_DBH.reshape(batch_size, -1), carry)
+        return carry, hidden_TDBH.reshape(*inputs.shape[:2], -1)
+
+    return recur_by_shards
 
 
 @jax.custom_vjp
 def _recur(
-    kernel_HG: jax.Array, rows_EG: jax.Array, carry: LayerCarry, inputs: jax.Array
+    kernel_HG: jax.Array,
+    rows_EG: jax.Array,
+    carry: LayerCarry,
+    inputs: jax.Array,
+    keep_TB: jax.Array | None,
 ) -> tuple[LayerCarry, jax.Array]:
     """Run the recurrence on halved sums; `inputs` are ids_TB of rows_EG, or drive_TBG itself."""
-    carry, (hidden_TBH,) = _scan(kernel_HG, rows_EG, carry, inputs, keep=False)
+    carry, (hidden_TBH,) = _scan(kernel_HG, rows_EG, carry, inputs, keep_TB, with_slopes=False)
     return carry, hidden_TBH
 
 
 def _recur_forward(
-    kernel_HG: jax.Array, rows_EG: jax.Array, carry: LayerCarry, inputs: jax.Array
+    kernel_HG: jax.Array,
+    rows_EG: jax.Array,
+    carry: LayerCarry,
+    inputs: jax.Array,
+    keep_TB: jax.Array | None,
 ) -> tuple[tuple[LayerCarry, jax.Array], Any]:
-    last_carry, (hidden_TBH, slopes) = _scan(kernel_HG, rows_EG, carry, inputs, keep=True)
-    h_before_TBH = jnp.concatenate([carry[1][None], hidden_TBH[:-1]])
-    return (last_carry, hidden_TBH), (kernel_HG, rows_EG, inputs, h_before_TBH, slopes)
+    last_carry, (hidden_TBH, slopes) = _scan(
+        kernel_HG, rows_EG, carry, inputs, keep_TB, with_slopes=True
+    )
+    h_before_TBH = _kept(jnp.concatenate([carry[1][None], hidden_TBH[:-1]]), keep_TB)
+    return (last_carry, hidden_TBH), (kernel_HG, rows_EG, inputs, keep_TB, h_before_TBH, slopes)
 
 
 def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
-    kernel_HG, rows_EG, inputs, h_before_TBH, slopes = residuals
+    kernel_HG, rows_EG, inputs, keep_TB, h_before_TBH, slopes = residuals
     last_carry_grad, hidden_grad_TBH = grads
     num_steps, batch_size, _ = h_before_TBH.shape
     dtype, kernel_GH = kernel_HG.dtype, kernel_HG.T
@@ -217,13 +284,13 @@ def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
 
     def step(carry_grad: LayerCarry, kept: Any) -> tuple[LayerCarry, jax.Array]:
         dc_BH, dh_BH = carry_grad
-        hidden_grad_BH, (slopes_BG, dh_by_dc_BH, f_BH) = kept
+        hidden_grad_BH, (slopes_BG, dh_by_dc_BH, dc_by_dc_BH), keep_B = kept
         dh_BH = dh_BH + hidden_grad_BH
         dc_BH = dc_BH + dh_BH * dh_by_dc_BH
         by_gate_BG = jnp.concatenate([dc_BH, dc_BH, dc_BH, dh_BH], axis=-1)
         sums_grad_BG = (slopes_BG * by_gate_BG).astype(dtype)
         dh_BH = jnp.dot(sums_grad_BG, kernel_GH, preferred_element_type=dc_BH.dtype)
-        return (dc_BH * f_BH, dh_BH), sums_grad_BG
+        return (dc_BH * dc_by_dc_BH, _kept(dh_BH, keep_B)), sums_grad_BG
 
     def chunk_step(state: Any, chunk: Any) -> tuple[Any, jax.Array | None]:
         carry_grad, kernel_grad_HG, rows_grad_EG = state
@@ -249,7 +316,7 @@ def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
     length = _chunk_length(num_steps, batch_size)
     chunks = jax.tree.map(
         lambda leaf_T: leaf_T.reshape(num_steps // length, length, *leaf_T.shape[1:]),
-        ((hidden_grad_TBH, slopes), h_before_TBH, inputs),
+        ((hidden_grad_TBH, slopes, keep_TB), h_before_TBH, inputs),
     )
     zeros = (jnp.zeros(leaf.shape, h_before_TBH.dtype) for leaf in (kernel_HG, rows_EG))
     (carry_grad, *weight_grads), inputs_grad = jax.lax.scan(
@@ -257,7 +324,7 @@ def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
     )
     if inputs_grad is not None:
         inputs_grad = inputs_grad.reshape(inputs.shape)
-    return *(grad.astype(dtype) for grad in weight_grads), carry_grad, inputs_grad
+    return *(grad.astype(dtype) for grad in weight_grads), carry_grad, inputs_grad, None
 
 
 def add_in_place(rows_EG: jax.Array, ids_TB: jax.Array, values_TBG: jax.Array) -> jax.Array:

@@ -19,13 +19,15 @@ from ml_collections import ConfigDict
 from charlstm.config import base_config, flatten, validate
 from charlstm.errors import DamagedError, UserError, one_line
 from charlstm.files import read_json, refuse_links, write_file
-from charlstm.text import Vocab
+from charlstm.text import END, Vocab
 
-# Raised whenever an older reader could misunderstand a newer folder. 1 had no checksums.
-SCHEMA = 2
+# Raised whenever an older reader could misunderstand a newer folder. 1 had no checksums; before 3
+# there were no documents, and the validation part had no limit.
+SCHEMA = 3
 NUM_PROMPTS = 256
 # What may change between two starts of a run: how long it trains, how often it tells and saves,
-# where the text lies (its hash may not change), and which twin of the recurrence computes.
+# where the text lies (its hash may not change), which twin of the recurrence computes, and on how
+# many devices.
 FREE_KEYS = {
     "num_epochs",
     "num_steps",
@@ -34,6 +36,7 @@ FREE_KEYS = {
     "log_every_steps",
     "data.path",
     "model.recurrence",
+    "mesh.data",
 }
 
 
@@ -46,6 +49,16 @@ class Run(NamedTuple):
     text: dict[str, Any]  # source, sha256, characters, training_characters, ...
     prompts: list[str]
     machine: dict[str, Any]  # versions and devices that the run began with
+
+    def encode(self, text: str, unknown: str = "error") -> np.ndarray:
+        """Return the ids of a text in which the run's separator stands between documents."""
+        separator = self.config.data.document_separator
+        return self.vocab.encode(text.replace(separator, END) if separator else text, unknown)
+
+    def decode(self, ids: Any) -> str:
+        """Return the text of `ids`, with the run's separator where a document ends."""
+        separator, text = self.config.data.document_separator, self.vocab.decode(ids)
+        return text.replace(END, separator) if separator else text
 
 
 def write_run(run: Run) -> None:
@@ -110,6 +123,9 @@ def load_run(workdir: epath.Path) -> Run:
     config = base_config().lock()
     try:
         config.update(ConfigDict(about["config"]))
+        limit = config.data.max_val_chars
+        if schema < 3 and about["text"].get("validation_characters", 0) > limit:
+            config.data.max_val_chars = 0  # where the part is shorter, both mean the same
         validate(config)
         text = {name: str(about["text"][name]) for name in ("source", "sha256")}
         machine = {"versions": dict(about["versions"]), "devices": list(about["devices"])}

@@ -1,6 +1,6 @@
 """New text: a pure step from one character to the next, and loops around it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -244,6 +244,22 @@ def align(prompt_BP: Any, lengths_B: Any) -> jax.Array:
     sources_BP = jnp.arange(width) - width + jnp.reshape(jnp.asarray(lengths_B), (-1, 1))
     moved_BP = jnp.take_along_axis(jnp.asarray(prompt_BP), jnp.maximum(sources_BP, 0), axis=1)
     return jnp.where(sources_BP < 0, NOTHING, moved_BP.astype(jnp.int32))
+
+
+def until_end(pieces: Iterable[np.ndarray], end_id: int | None) -> Iterator[np.ndarray]:
+    """Yield pieces ids_BT of texts until each row has had `end_id`; None never comes."""
+    is_ended_B: Any = False
+    for ids_BT in pieces:
+        yield ids_BT
+        is_ended_B |= np.any(ids_BT == end_id, axis=1)
+        if np.all(is_ended_B):
+            return
+
+
+def before_end(ids_T: np.ndarray, end_id: int | None) -> np.ndarray:
+    """Return what stands before the first `end_id`: all where there is none."""
+    [ends] = np.nonzero(ids_T == end_id)
+    return ids_T[: ends[0]] if len(ends) else ids_T
 
 
 def stream(

@@ -1,31 +1,26 @@
-"""Text in: where it comes from, how it is cleaned, and which integer each character gets."""
+"""Characters: how a text is cleaned, as a stream, and which integer each character gets."""
 
-import hashlib
+import codecs
+import io
+import itertools
 import json
-import logging
-import os
 import re
 import unicodedata
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pooch
-from etils import epath
 
 from charlstm.errors import UserError
 
-logger = logging.getLogger(__name__)
+END = "\x03"  # Unicode's END OF TEXT: the end of a document, where there are documents
+UNKNOWN = "\ufffd"  # REPLACEMENT CHARACTER: what characters too rare to be learnt fold into
+NUM_CODES = 0x110000
 
-DRACULA_URLS = (
-    "https://www.gutenberg.org/cache/epub/345/pg345.txt",
-    "https://www.gutenberg.org/files/345/345-0.txt",
-    "https://gutenberg.pglaf.org/cache/epub/345/pg345.txt",
-    "https://aleph.pglaf.org/cache/epub/345/pg345.txt",
-)
-PYTHON_MANUAL = "pydoc_data.topics"
-
+# In how many characters at a file's beginning and end Project Gutenberg's frame is looked for: a
+# licence has 19,000, and a file of many books has frames in its middle.
+FRAME_CHARS = 2**17
 # New editions frame the book in '***' lines; those before 2004 end their preface in '*END*'.
 _GUTENBERG_START = re.compile(
     r"^\*{3}[ \t]*START OF (?:THE|THIS) PROJECT GUTENBERG E(?:BOOK|TEXT)[^*]{0,300}\*{3}[ \t]*$"
@@ -38,76 +33,148 @@ _GUTENBERG_END = re.compile(
 )
 
 
-class Text(NamedTuple):
-    """A cleaned text and its origin: `source` is a path or PYTHON_MANUAL."""
+class Cleaning(NamedTuple):
+    """What is done to a text before it is numbered."""
 
-    content: str
-    source: str
-    sha256: str  # of the bytes as read, so that sha256sum on the file gives the same
-    num_bytes: int
-    num_cut: int  # characters of Project Gutenberg's header and licence left out
+    lowercase: bool = False
+    strip_punctuation: bool = False  # drops the characters of Unicode's categories P and S
+    separator: str = ""  # becomes END, which each file then ends with
 
 
-def load_text(
-    path: str = "",
-    *,
-    lowercase: bool = False,
-    strip_punctuation: bool = False,
-    source: str = "",
-    remedy: str = "give a UTF-8 text file in config.data.path",
-) -> Text:
-    """Read and clean a UTF-8 text.
+def clean(
+    blocks: Iterable[bytes], name: str, cleaning: Cleaning, tally: Counter[str]
+) -> Iterator[str]:
+    """Return the characters of one UTF-8 file in chunks, whose borders mean nothing.
 
     Byte-order mark, carriage returns and Project Gutenberg's header and licence are left out.
 
     Args:
-      path: the file to read; empty means Dracula, downloaded once, or else Python's own manual.
-      lowercase: turn the text into lower case.
-      strip_punctuation: drop the characters of Unicode's categories P and S.
-      source: what an earlier run read; PYTHON_MANUAL keeps it from taking Dracula instead.
-      remedy: what the error of a text that can't be had tells to do.
+      blocks: the file, cut anywhere.
+      name: the file, for errors.
+      cleaning: what else to do.
+      tally: counts `cut` characters of a frame, and `separators`.
 
     Raises:
-      UserError: if the text is missing, unreadable, a folder, empty or not UTF-8.
+      UserError: if the file is not UTF-8, once that is found.
     """
-    if not path and source != PYTHON_MANUAL:
-        path = _fetch_dracula()
-    raw = _read_bytes(path, remedy) if path else _python_manual()
-    content = _decode(raw, path).replace("\r\n", "\n").replace("\r", "\n")
-    content, num_cut = cut_gutenberg(content)
-    if lowercase:
-        content = content.lower()
-    if strip_punctuation:
-        content = drop_punctuation(content)
-    if not content.strip():
-        raise UserError(f"{path}: the text is empty; {remedy}")
-    return Text(
-        content=content,
-        source=os.fspath(epath.Path(path).resolve()) if path else PYTHON_MANUAL,
-        sha256=hashlib.sha256(raw).hexdigest(),
-        num_bytes=len(raw),
-        num_cut=num_cut,
-    )
+    chunks = _counted(decode(blocks, name), tally, "cut", 1)
+    chunks = _counted(cut_gutenberg(chunks), tally, "cut", -1)
+    if cleaning.separator:
+        chunks = mark_documents(chunks, cleaning.separator, tally)
+    if cleaning.lowercase:
+        chunks = map(str.lower, break_at_space(chunks))
+    if cleaning.strip_punctuation:
+        chunks = map(drop_punctuation, chunks)
+    return chunks
 
 
-def cut_gutenberg(content: str) -> tuple[str, int]:
-    """Return `content` without Project Gutenberg's frame, and how many characters that was."""
-    start = _GUTENBERG_START.search(content)
-    begin = start.end() if start else 0
-    end = _GUTENBERG_END.search(content, begin)
-    if not start and not end:
-        return content, 0
-    book = content[begin : end.start() if end else len(content)].strip("\n") + "\n"
-    return book, len(content) - len(book)
+def _counted(chunks: Iterable[str], tally: Counter[str], name: str, factor: int) -> Iterator[str]:
+    for chunk in chunks:
+        tally[name] += factor * len(chunk)
+        yield chunk
+
+
+def decode(blocks: Iterable[bytes], name: str) -> Iterator[str]:
+    """Yield the characters of a UTF-8 file without byte-order mark, all line ends as newlines.
+
+    Raises:
+      UserError: naming the first byte that is not UTF-8, and its offset.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    num_bytes, is_begun = 0, False
+    for block in itertools.chain(blocks, [None]):
+        kept = len(decoder.getstate()[0])  # the bytes of a character that is not whole yet
+        try:
+            text = decoder.decode(block or b"", final=block is None)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{name}: not UTF-8 (byte 0x{error.object[error.start]:02x} at offset "
+                f"{num_bytes - kept + error.start}); "
+                "convert it, for example with: iconv -f latin1 -t utf-8"
+            ) from None
+        num_bytes += len(block or b"")
+        if text and not is_begun:
+            # Not by 'utf-8-sig', whose errors count from behind the byte-order mark.
+            text, is_begun = text.removeprefix("\ufeff"), True
+        if text := newlines.decode(text, final=block is None):
+            yield text
+
+
+def cut_gutenberg(chunks: Iterable[str]) -> Iterator[str]:
+    """Yield a text without Project Gutenberg's frame and the empty lines next to it.
+
+    The frame begins among the first FRAME_CHARS characters and ends among the last.
+    """
+    chunks = iter(chunks)
+    held, is_whole = "", True  # nothing of the text is yielded yet
+    while len(held) < FRAME_CHARS and (chunk := next(chunks, "")):
+        held += chunk
+    start = _GUTENBERG_START.search(held, 0, FRAME_CHARS)
+    if start:
+        held = held[start.end() :]
+    for chunk in itertools.chain([""], chunks):
+        held += chunk
+        if start and is_whole:
+            held = held.lstrip("\n")
+        # One character more, which tells whether the first line of the last ones is whole.
+        if len(held) > FRAME_CHARS + 1:
+            yield held[: -FRAME_CHARS - 1]
+            held, is_whole = held[-FRAME_CHARS - 1 :], False
+    end = _GUTENBERG_END.search(held, 0 if is_whole else 1)
+    if start or end:
+        held = held[: end.start()] if end else held
+        held = (held.strip("\n") if is_whole else held.rstrip("\n")) + "\n"
+    yield held
+
+
+def mark_documents(chunks: Iterable[str], separator: str, tally: Counter[str]) -> Iterator[str]:
+    """Yield a file with END for each `separator`, and at its end, unless it has no characters."""
+    held = last = ""
+    for chunk in chunks:
+        *documents, held = (held + chunk).split(separator)
+        tally["separators"] += len(documents)
+        # What is held may be the beginning of a separator.
+        cut = max(0, len(held) - len(separator) + 1)
+        text = "".join(document + END for document in documents) + held[:cut]
+        held, last = held[cut:], text[-1:] or last
+        yield text
+    is_ended = (held or last)[-1:] in ("", END)
+    yield held if is_ended else held + END
+
+
+def break_at_space(chunks: Iterable[str]) -> Iterator[str]:
+    """Yield the same text in chunks that end with white space, as long as there is some.
+
+    Then each can be put into lower case alone, though a final sigma depends on its whole word.
+    """
+    held = ""
+    for chunk in chunks:
+        held += chunk
+        cut = max(held.rfind(" "), held.rfind("\n")) + 1
+        if not cut and len(held) > FRAME_CHARS:
+            cut = len(held)
+        yield held[:cut]
+        held = held[cut:]
+    yield held
 
 
 def drop_punctuation(content: str) -> str:
     """Return `content` without the characters of Unicode's categories P and S."""
     codes = _code_points(content)
     keep = np.ones(int(codes.max(initial=0)) + 1, dtype=bool)
-    for code in _distinct(codes):
+    for code in np.flatnonzero(np.bincount(codes)).tolist():
         keep[code] = unicodedata.category(chr(code))[0] not in "PS"
-    return codes[keep[codes]].tobytes().decode("utf-32-le", "surrogatepass")
+    return codes[keep[codes]].astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
+
+
+def count_characters(chunks: Iterable[str]) -> np.ndarray:
+    """Return how often each code point occurs, an array with one entry for each of Unicode's."""
+    counts = np.zeros(NUM_CODES, dtype=np.int64)
+    for chunk in chunks:
+        found = np.bincount(_code_points(chunk))
+        counts[: len(found)] += found
+    return counts
 
 
 class Vocab:
@@ -121,7 +188,7 @@ class Vocab:
         self.dtype = np.min_scalar_type(len(codes) - 1)
         self._codes = codes
         # One entry a code point up to the largest: encoding is a single gather.
-        self._id_of_code = np.full(int(codes[-1]) + 2, -1, dtype=np.int32)
+        self._id_of_code = np.full(max(int(codes[-1]) + 2, 256), -1, dtype=np.int32)
         self._id_of_code[codes] = np.arange(len(codes))
 
     @classmethod
@@ -131,48 +198,68 @@ class Vocab:
         Raises:
           UserError: if `content` has fewer than two distinct characters.
         """
-        codes = _distinct(_code_points(content))
-        if len(codes) < 2:
+        return cls.from_counts(count_characters([content]))
+
+    @classmethod
+    def from_counts(cls, counts: np.ndarray, min_count: int = 1) -> "Vocab":
+        """Return the vocabulary of a text of which count_characters has made `counts`.
+
+        Characters but END that occur fewer than `min_count` times are left out, and UNKNOWN takes
+        their place, as encode(unknown='replace') does.
+
+        Raises:
+          UserError: if fewer than two distinct characters are left.
+        """
+        codes = np.flatnonzero(counts)
+        is_rare = (counts[codes] < min_count) & (codes != ord(END))
+        kept = set(codes[~is_rare].tolist()) | ({ord(UNKNOWN)} if is_rare.any() else set())
+        if len(kept) < 2:
+            lower = f", or set config.data.min_count={min_count} lower" if is_rare.any() else ""
             raise UserError(
-                f"the text has {len(codes)} distinct character(s): there is nothing to predict; "
-                "give a text with at least 2"
+                f"the text has {len(kept)} distinct character(s): there is nothing to predict; "
+                f"give a text with at least 2{lower}"
             )
-        return cls([chr(code) for code in codes])
+        return cls([chr(code) for code in sorted(kept)])
 
     def __len__(self) -> int:
         return len(self.characters)
 
-    def encode(self, content: str, unknown: str = "error") -> np.ndarray:
+    def encode(self, content: str, unknown: str = "error", start: int = 0) -> np.ndarray:
         """Return the ids of `content` as an array of the smallest unsigned type that holds V.
 
         Args:
           content: any text.
-          unknown: for characters outside the vocabulary, 'error', 'drop', or 'replace' by a
-            space (by the first character of the vocabulary where it has no space).
+          unknown: for characters outside the vocabulary, 'error', 'drop', or 'replace' by UNKNOWN
+            (where the vocabulary has none, by a space; without one, by its first character).
+          start: the position of `content` in the text that it is a part of, for errors.
 
         Raises:
           UserError: naming the first unknown character and its position, if unknown='error'.
         """
         codes = _code_points(content)
-        ids = self._id_of_code[np.minimum(codes, len(self._id_of_code) - 1)]
-        is_unknown = ids < 0
-        if is_unknown.any():
+        if codes.dtype != np.uint8:
+            codes = np.minimum(codes, len(self._id_of_code) - 1)
+        ids = self._id_of_code.take(codes)
+        if ids.min(initial=0) < 0:
+            is_unknown = ids < 0
             if unknown == "error":
-                position = int(np.argmax(is_unknown))
+                index = int(np.argmax(is_unknown))
                 raise UserError(
-                    f"character {content[position]!r} (U+{ord(content[position]):04X}) at position "
-                    f"{position} is not among the {len(self)} characters of this model; "
+                    f"character {content[index]!r} (U+{ord(content[index]):04X}) at position "
+                    f"{start + index} is not among the {len(self)} characters of this model; "
                     "leave it out, or use --unknown=drop or --unknown=replace"
                 )
             if unknown == "drop":
                 ids = ids[~is_unknown]
             elif unknown == "replace":
-                ids = np.where(
-                    is_unknown, self.characters.index(" ") if " " in self.characters else 0, ids
-                )
+                ids[is_unknown] = self._filler()
             else:
                 raise ValueError(f"unknown={unknown!r}: must be error, drop or replace")
         return ids.astype(self.dtype)
+
+    def _filler(self) -> int:
+        found = [self.characters.index(char) for char in (UNKNOWN, " ") if char in self.characters]
+        return found[0] if found else 0
 
     def decode(self, ids: Any) -> str:
         """Return the text of `ids`, an array of any integer type with axis M."""
@@ -190,101 +277,7 @@ class Vocab:
 
 
 def _code_points(content: str) -> np.ndarray:
+    if content.isascii():
+        return np.frombuffer(content.encode(), dtype=np.uint8)
     # Lone surrogates can't come from a UTF-8 file, but they can from a command line.
     return np.frombuffer(content.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-
-
-def _distinct(codes: np.ndarray) -> list[int]:
-    # A table of flags over all code points takes one pass, where sorting takes many.
-    seen = np.zeros(0x110000, dtype=bool)
-    seen[codes] = True
-    return np.flatnonzero(seen).tolist()
-
-
-def _read_bytes(path: str, remedy: str) -> bytes:
-    try:
-        return epath.Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {remedy}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; {remedy}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from None
-
-
-def _decode(raw: bytes, path: str) -> str:
-    try:
-        # Not by 'utf-8-sig', whose errors count from behind the byte-order mark.
-        return raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 (byte 0x{raw[error.start]:02x} at offset {error.start}); "
-            "convert it, for example with: iconv -f latin1 -t utf-8"
-        ) from None
-
-
-def _python_manual() -> bytes:
-    from pydoc_data.topics import topics  # half a megabyte that most runs don't need
-
-    return "\n".join(topics[key] for key in sorted(topics)).encode()
-
-
-class _DownloadBar:
-    """A rich progress bar with the four names that pooch's downloader calls."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import DownloadColumn, Progress
-
-        columns = (*Progress.get_default_columns(), DownloadColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        self._task = self._progress.add_task("downloading", total=None)
-        self.total = 0
-
-    def update(self, amount: int) -> None:
-        self._progress.start()  # at the first byte, so that a dead address shows no bar
-        self._progress.update(self._task, advance=amount, total=self.total or None)
-
-    def reset(self) -> None:
-        self._progress.reset(self._task)
-
-    def close(self) -> None:
-        self._progress.stop()
-
-
-def _fetch_dracula() -> str:
-    """Return the path of Dracula in the user's cache, downloaded if need be; '' if that fails."""
-    import requests  # comes with pooch, which raises its errors
-
-    cache = Path(os.environ.get("CHARLSTM_CACHE") or pooch.os_cache("charlstm"))
-    target = cache / "pg345.txt"
-    if target.exists():
-        return str(target)
-    reason = ""
-    pooch.get_logger().setLevel("ERROR")
-    for url in DRACULA_URLS:
-        bar = _DownloadBar()
-        try:
-            # Gutenberg mends its books now and then, so the bytes have no lasting hash.
-            pooch.retrieve(
-                url,
-                known_hash=None,
-                fname=target.name,
-                path=cache,
-                downloader=pooch.HTTPDownloader(progressbar=bar, timeout=5),
-            )
-        except (requests.RequestException, OSError, ValueError) as error:
-            reason = f"{type(error).__name__} from {url}"
-            continue
-        finally:
-            bar.close()
-        if b"Dracula" in target.read_bytes()[:2000]:
-            return str(target)
-        target.unlink()  # a captive portal's page, say
-        reason = f"{url} sent something else"
-    logger.warning(
-        "Dracula could not be downloaded (%s): using the manual that Python carries "
-        "(pydoc_data.topics) instead; --config.data.path=FILE takes any text",
-        reason,
-    )
-    return ""

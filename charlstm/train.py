@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,17 +10,26 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from charlstm import cluster
 from charlstm.assess import ShouldStop, StoppedError, make_assessment, stop_if
 from charlstm.checkpoint import Checkpoints, state_shapes
-from charlstm.config import validate
+from charlstm.config import flatten, validate
+from charlstm.corpus import forget_pages
 from charlstm.data import read_steps
-from charlstm.errors import RunError
+from charlstm.devices import (
+    by_rows,
+    local_rows,
+    put_batch,
+    replicated,
+    state_shardings,
+)
+from charlstm.errors import RunError, UserError
 from charlstm.files import sole_writer
 from charlstm.job import Job, prepare, report, steps_ahead
 from charlstm.journal import DivergedError, Journal, Notes
-from charlstm.machine import check_backend, check_memory
+from charlstm.machine import check_backend, check_memory, traced_once
 from charlstm.optim import make_optimizer, make_schedule
-from charlstm.run import write_run
+from charlstm.run import has_run, write_run
 from charlstm.steps import TrainState, init_state, make_train_step, make_train_steps
 
 logger = logging.getLogger(__name__)
@@ -31,7 +40,10 @@ RETREAT_SCALE = 0.5
 
 
 def train(
-    config: ConfigDict, workdir: epath.PathLike, should_stop: ShouldStop = lambda: False
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    should_stop: ShouldStop = lambda: False,
+    profile: bool = False,
 ) -> bool:
     """Train, or go on training, the run in `workdir`; return whether it is finished.
 
@@ -41,25 +53,25 @@ def train(
       workdir: the run folder, made if need be.
       should_stop: asked several times a second, or after every step if it takes longer; once true,
         all is saved and the function returns.
+      profile: write a trace of one call of the compiled steps to profile/ in the run folder.
 
     Raises:
       UserError: for a senseless setting, a text that can't be used, a folder of another run or in
         use by another process.
       RunError: if the run cannot go on or be saved: a full disk, a loss that stays not finite.
     """
-    validate(config)
-    check_backend(config)
+    should_stop = cluster.agree(should_stop)
     workdir = epath.Path(workdir)
-    job = prepare(config, workdir)
-    like = state_shapes(config, job.model)
-    check_memory(config, like)
-    with sole_writer(workdir), failing_writes_told(workdir):
-        write_run(job.run)
+    job, like = cluster.together(partial(make_ready, config, workdir))
+    cluster.check_same(what_must_agree(job))
+    with ExitStack() as stack, failing_writes_told(workdir):
+        cluster.together(partial(open_folder, job, stack))
+        cluster.together(partial(check_shared, workdir))
         with closing(Checkpoints(workdir)) as checkpoints:
             retreats = 0
             while True:
                 try:
-                    return go_on(job, checkpoints, like, retreats, should_stop)
+                    return go_on(job, checkpoints, like, retreats, should_stop, profile)
                 except DivergedError as error:
                     retreats = error.retreats + 1
                     if retreats > MAX_RETREATS:
@@ -76,17 +88,33 @@ def train(
                     )
 
 
+def make_ready(config: ConfigDict, workdir: epath.Path) -> tuple[Job, TrainState]:
+    """Return the job, and the tree, shapes and shardings of its state; nothing is written."""
+    validate(config)
+    check_backend(config)
+    job = prepare(config, workdir)
+    like = state_shapes(config, job.model)
+    check_memory(config, like, job.mesh)
+    shardings = state_shardings(like, job.mesh)
+    return job, jax.tree.map(lambda leaf, place: leaf.update(sharding=place), like, shardings)
+
+
 def go_on(
-    job: Job, checkpoints: Checkpoints, like: TrainState, retreats: int, should_stop: ShouldStop
+    job: Job,
+    checkpoints: Checkpoints,
+    like: TrainState,
+    retreats: int,
+    should_stop: ShouldStop,
+    profile: bool,
 ) -> bool:
     """Train from the newest checkpoint on; return whether the run is finished.
 
     Args:
       job, checkpoints: the run.
-      like: the tree and the shapes of its state.
+      like: the tree, the shapes and the shardings of its state.
       retreats: how often it has gone back in this process; if ever, only a checkpoint will do at
         which loss and gradient were finite.
-      should_stop: as in train.
+      should_stop, profile: as in train.
     """
     config = job.run.config
     is_wanted = (lambda notes: not notes.get("streak")) if retreats else (lambda notes: True)
@@ -95,16 +123,21 @@ def go_on(
     else:
         optimizer = make_optimizer(config, make_schedule(config, job.num_steps))
         make_state = partial(init_state, job.model, optimizer, batch_size=config.batch_size)
-        state, notes = jax.jit(make_state)(jax.random.key(config.seed)), Notes()
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+        state = jax.jit(make_state, out_shardings=shardings)(jax.random.key(config.seed))
+        notes = Notes()
     notes.retreats = max(notes.retreats, retreats)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    report(job, int(state.step), num_params, ", ".join(map(str, jax.devices())))
+    report(job, int(state.step), num_params)
     if state.step >= job.num_steps and not notes.has_unscored_steps:
         logger.info("finished already, at step %d: nothing to do", state.step)
         return True
     schedule = make_schedule(config, job.num_steps, RETREAT_SCALE**notes.retreats)
+    train_steps = compile_train_steps(job, schedule)
+    if profile:
+        train_steps = traced_once(train_steps, job.run.workdir / "profile")
     with Journal(job, checkpoints, int(state.step), notes) as journal:
-        is_finished = run_steps(job, schedule, state, journal, should_stop)
+        is_finished = run_steps(job, train_steps, schedule, state, journal, should_stop)
     # An exit code of success means that the state is there and can be read.
     latest = checkpoints.latest_step()
     if latest is not None:
@@ -114,6 +147,7 @@ def go_on(
 
 def run_steps(
     job: Job,
+    train_steps: Callable[..., Any],
     schedule: Callable[[Any], Any],
     state: TrainState,
     journal: Journal,
@@ -121,9 +155,9 @@ def run_steps(
 ) -> bool:
     """Take the steps that are left, and whatever is due between them; return whether all are."""
     first = step = int(state.step)
-    optimizer = make_optimizer(job.run.config, schedule)
-    train_step = make_train_step(job.model, optimizer)
-    train_steps = jax.jit(make_train_steps(train_step), donate_argnums=0)
+    batch_size = job.batches.batch_size
+    sharding = by_rows(job.mesh, batch_size, axis=1)  # behind the axis of steps
+    rows = local_rows(by_rows(job.mesh, batch_size), batch_size)
     assess = make_assessment(job, should_stop)
     try:
         # Left over from a stop amid an evaluation.
@@ -132,8 +166,9 @@ def run_steps(
         while step < job.num_steps:
             stop_if(should_stop)
             count = min(journal.fitting_count, job.max_count, steps_ahead(job, step))
-            batches = read_steps(job.batches, step, count, job.max_count)
-            state, metrics = train_steps(state, batches, count)
+            batches = read_steps(job.batches, step, count, job.max_count, rows)
+            forget_pages(job.batches.ids_M)
+            state, metrics = train_steps(state, put_batch(batches, sharding, batch_size), count)
             step += count
             journal.push(step, count, metrics)
             if step == job.num_steps or step % job.log_every == 0:
@@ -149,6 +184,37 @@ def run_steps(
         return False
     journal.report_end()
     return True
+
+
+def compile_train_steps(job: Job, schedule: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Return train_steps(state, batches, count) for the job's devices; the state is given away."""
+    train_step = make_train_step(job.model, make_optimizer(job.run.config, schedule))
+    like = state_shapes(job.run.config, job.model)
+    outputs = state_shardings(like, job.mesh), replicated(job.mesh)
+    return jax.jit(make_train_steps(train_step), donate_argnums=0, out_shardings=outputs)
+
+
+def what_must_agree(job: Job) -> dict[str, Any]:
+    """Return what all processes of a run must have alike; the text may lie in different places."""
+    settings = {f"config.{name}": value for name, value in flatten(job.run.config).items()}
+    del settings["config.data.path"]
+    return settings | {"the text": job.run.text["sha256"], **job.run.machine["versions"]}
+
+
+def open_folder(job: Job, stack: ExitStack) -> None:
+    """Lock the run folder until the end of `stack` and write what identifies the run: one does."""
+    if cluster.is_first():
+        stack.enter_context(sole_writer(job.run.workdir))
+        write_run(job.run)
+
+
+def check_shared(workdir: epath.Path) -> None:
+    """Raise UserError if this process does not see the run folder that the first one has made."""
+    if not has_run(workdir):
+        raise UserError(
+            f"{workdir}: process 0 has made it, and this process does not see it; give a --workdir "
+            "that all share, such as a bucket or a network file system"
+        )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ has a full window before it.
 
 import json
 import math
+from typing import Any
 
 import app
 from absl import flags
@@ -29,39 +30,47 @@ def main() -> None:
     import jax
 
     from charlstm.checkpoint import load_model
+    from charlstm.corpus import forget_pages, open_corpus
     from charlstm.data import evaluation_batches, split
     from charlstm.model import zero_carry
+    from charlstm.source import PYTHON_MANUAL
     from charlstm.steps import evaluate, make_eval_step
-    from charlstm.text import PYTHON_MANUAL, load_text
 
     run, model, params = load_model(WORKDIR.value, CHECKPOINT.value)
     data = run.config.data
     if not TEXT.value and not data.val_fraction:
         raise UserError(f"{WORKDIR.value}: this run has no validation part; give --text=FILE")
     source = run.text["source"]
-    text = load_text(
+    text = open_corpus(
+        data,
         # As an absolute path, since the run was perhaps started somewhere else; and Dracula, whose
         # path is "", may have to be downloaded again.
         TEXT.value or (source if data.path and source != PYTHON_MANUAL else ""),
-        lowercase=data.lowercase,
-        strip_punctuation=data.strip_punctuation,
         source=source,
+        vocab=run.vocab if TEXT.value else None,
+        unknown=UNKNOWN.value,
         remedy="give --text=FILE, a UTF-8 text",
     )
     if not TEXT.value and text.sha256 != run.text["sha256"]:
         raise UserError(f"{text.source}: has changed since the run was trained; give --text=FILE")
-    ids_M = run.vocab.encode(text.content, UNKNOWN.value)
+    ids_M = text.ids_M
     if not TEXT.value:
-        ids_M = split(ids_M, data.val_fraction)[1]
+        ids_M = split(ids_M, data.val_fraction, data.max_val_chars)[1]
     batches = evaluation_batches(ids_M, run.config, batch_size=1)
+
+    def read(step: int) -> Any:
+        batch = batches(step)
+        forget_pages(ids_M)
+        return batch
+
     result = evaluate(
         jax.jit(make_eval_step(model)),
         params,
         zero_carry(model, batches.batch_size),
-        map(batches, range(batches.steps_per_epoch)),
+        map(read, range(batches.steps_per_epoch)),
     )
     figures = {
-        "text": TEXT.value or f"the last {data.val_fraction:.0%} of {text.source}",
+        "text": TEXT.value or f"the last {len(ids_M):,} characters of {text.source}",
         "characters": int(result["count"]),
         "nats_per_char": result["loss"],
         "bits_per_char": result["loss"] / math.log(2),

@@ -13,14 +13,11 @@ from etils import epath
 from ml_collections import ConfigDict
 from plan_trial import Estimate, Parts
 
-from charlstm import cost
+from charlstm import cost, devices
 from charlstm.checkpoint import state_shapes
 from charlstm.errors import UserError
 from charlstm.job import Job, prepare
 from charlstm.machine import check_backend, check_memory, memory_bytes
-
-# For its imports, whose time is part of a command's start.
-from charlstm.train import train  # noqa: F401
 
 logger = logging.getLogger("charlstm.launch.plan")
 
@@ -42,7 +39,7 @@ def check(job: Job) -> None:
     """Raise UserError if this machine cannot run `job`, as train.py does."""
     config = job.run.config
     check_backend(config)
-    check_memory(config, state_shapes(config, job.model))
+    check_memory(config, state_shapes(config, job.model), job.mesh)
 
 
 def describe(config: ConfigDict, started: float, seconds: float) -> dict[str, Any]:
@@ -110,11 +107,11 @@ def _seconds_left(seconds: float, fixed: float) -> float:
 def _shaped(config: ConfigDict, seconds: float) -> Job:
     """Return a job whose streams and window suit the text."""
     config = plan_rule.with_streams(config)
-    config.batch_size, config.seq_len = 1, 1
-    text = read(config).run.text
-    shape = plan_rule.choose_shape(
-        seconds, text["training_characters"], jax.default_backend() == "cpu"
-    )
+    smallest = config.copy_and_resolve_references()
+    smallest.batch_size, smallest.seq_len, smallest.mesh.data = 1, 1, 1
+    text = read(smallest).run.text
+    is_cpu = jax.default_backend() == "cpu"
+    shape = plan_rule.choose_shape(seconds, text["training_characters"], is_cpu)
     config.batch_size, config.seq_len = shape
     return read(plan_rule.with_text(config, seconds, text))
 
@@ -183,7 +180,7 @@ def _measured(job: Job, parts: Parts, loading: float) -> dict[str, Any]:
     config = job.run.config
     estimate: Estimate = plan_trial.estimate(job, parts, loading)
     return {
-        "devices": ", ".join(map(str, jax.devices())),
+        "devices": devices.describe(job.mesh),
         "step_seconds": parts.step,
         "chars_per_second": config.batch_size * config.seq_len / parts.step,
         "epoch_seconds": job.batches.steps_per_epoch * parts.step,

@@ -5,8 +5,9 @@ States and files are made in a folder that the caller removes again.
 
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,23 +15,17 @@ import jax
 from etils import epath
 
 from charlstm import cost
-from charlstm.assess import make_assessment
+from charlstm.assess import make_validation, write_sample
 from charlstm.checkpoint import Checkpoints, state_shapes
-from charlstm.data import Batch, read_steps
+from charlstm.data import ALL_ROWS, Batch, Streams, Windows, read_steps
+from charlstm.devices import by_rows, local_rows, on_one_device, put_batch, state_shardings
 from charlstm.job import Job
 from charlstm.journal import CALL_SECONDS, Notes
 from charlstm.log import RunLog
-from charlstm.model import zero_carry
 from charlstm.optim import make_optimizer, make_schedule
 from charlstm.run import write_run
-from charlstm.steps import (
-    TrainState,
-    evaluate,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    make_train_steps,
-)
+from charlstm.steps import TrainState, init_state, make_train_step
+from charlstm.train import compile_train_steps
 
 MAX_BATCHES = 20  # of an evaluation: enough to time one
 
@@ -98,14 +93,14 @@ def rehearse(job: Job, folder: epath.Path, seconds: float) -> Parts:
 def _rehearse(job: Job, folder: epath.Path, seconds: float) -> Parts:
     lap = make_clock()
     folder.mkdir()
-    like = state_shapes(job.run.config, job.model)
+    like = placed_shapes(job)
     write_run(job.run._replace(workdir=folder))
     with closing(Checkpoints(folder)) as checkpoints, closing(RunLog(folder, 0, "")) as log:
         state, train_steps = begin(job)
         start = lap()
         state, step = time_steps(job, state, train_steps, seconds)
-        batch, first_batch = _time_batch(job, state)
-        sample, first_sample = _time_sample(job, state)
+        batch, more_for_batch = _time_batch(job, state)
+        sample, more_for_sample = _time_sample(job, state)
         lap()
         log.write({"step": 0, "seconds": 0.0, "val/bits_per_char": 5.0, "sample": ""})
         log.draw()
@@ -114,8 +109,8 @@ def _rehearse(job: Job, folder: epath.Path, seconds: float) -> Parts:
         save = lap()
         checkpoints.restore(int(state.step), like)
         end = lap()
-    once = first_batch - batch + first_sample - sample
-    return Parts(start, step, batch, sample, draw, save, max(0.0, once), end)
+    once = max(0.0, more_for_batch + more_for_sample)
+    return Parts(start, step, batch, sample, draw, save, once, end)
 
 
 def make_clock() -> Any:
@@ -130,17 +125,37 @@ def make_clock() -> Any:
     return lap
 
 
+def placed_shapes(job: Job, batch_size: int | None = None) -> TrainState:
+    """Return the state's tree with shapes and shardings, for B = `batch_size` rows or the job's."""
+    config = job.run.config
+    if batch_size:
+        config = config.copy_and_resolve_references()
+        config.batch_size = batch_size
+    like = state_shapes(config, job.model)
+    places = state_shardings(like, job.mesh)
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), like, places)
+
+
 def begin(job: Job) -> tuple[TrainState, Any]:
     """Return the state before the first step, and train_steps compiled, as train.py makes them."""
     config = job.run.config
-    optimizer = make_optimizer(config, make_schedule(config, job.num_steps))
+    schedule = make_schedule(config, job.num_steps)
+    optimizer = make_optimizer(config, schedule)
     make_state = partial(init_state, job.model, optimizer, batch_size=config.batch_size)
-    state = jax.jit(make_state)(jax.random.key(config.seed))
-    train_step = make_train_step(job.model, optimizer)
-    train_steps = jax.jit(make_train_steps(train_step), donate_argnums=0)
+    places = jax.tree.map(lambda leaf: leaf.sharding, placed_shapes(job))
+    state = jax.jit(make_state, out_shardings=places)(jax.random.key(config.seed))
+    train_steps = compile_train_steps(job, schedule)
     # A call of no steps compiles for any number of them.
-    state, _ = train_steps(state, read_steps(job.batches, 0, 1, job.max_count), 0)
+    state, _ = train_steps(state, read_batches(job, 0, 1), 0)
     return jax.block_until_ready(state), train_steps
+
+
+def read_batches(job: Job, step: int, count: int) -> Batch:
+    """Return the batches of `count` steps from `step` on, on the job's devices."""
+    batch_size = job.batches.batch_size
+    rows = local_rows(by_rows(job.mesh, batch_size), batch_size)
+    batches = read_steps(job.batches, step, count, job.max_count, rows)
+    return put_batch(batches, by_rows(job.mesh, batch_size, axis=1), batch_size)
 
 
 def time_steps(
@@ -155,64 +170,77 @@ def time_steps(
     step, count = 0, 1
     lap, end = make_clock(), time.perf_counter() + seconds
     while len(calls) < 2 or time.perf_counter() < end:
-        batches = read_steps(job.batches, step, count, job.max_count)
-        state, metrics = train_steps(state, batches, count)
+        state, metrics = train_steps(state, read_batches(job, step, count), count)
         if before:
             before[0]["loss"].tolist()
             calls.append(lap() / before[1])
         before, step = (metrics, count), step + count
         if calls:
             count = max(1, min(int(CALL_SECONDS / calls[-1]), job.max_count))
-    # The first one has waited for a thread or two to wake.
+    # The first one has waited for threads to wake.
     return jax.block_until_ready(state), statistics.median(calls[1:])
 
 
+@dataclass(frozen=True)
+class LastBatches:
+    """The last few of an evaluation's batches; the first ones may be context alone."""
+
+    batches: Streams | Windows
+    steps_per_epoch: int
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.batches.batch_size
+
+    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Batch:
+        """Return one of them."""
+        return self.batches(self.batches.steps_per_epoch - self.steps_per_epoch + step, rows)
+
+
 def _time_batch(job: Job, state: TrainState) -> tuple[float, float]:
-    """Return the seconds that a batch of an evaluation takes, and that the first one took."""
+    """Return the seconds that a batch of an evaluation takes, and that all timed took at first."""
     if job.val_batches is None:
         return 0.0, 0.0
-    eval_step = jax.jit(make_eval_step(job.model))
-    carry = zero_carry(job.model, job.val_batches.batch_size)
-    lap = make_clock()
-    # The last ones, since the first one may be context alone.
-    end = job.val_batches.steps_per_epoch
-    evaluate(eval_step, state.params, carry, [job.val_batches(end - 1)])
-    first = lap()
-    count = min(end, MAX_BATCHES)
-    evaluate(eval_step, state.params, carry, map(job.val_batches, range(end - count, end)))
-    return lap() / count, first
+    few = LastBatches(job.val_batches, min(job.val_batches.steps_per_epoch, MAX_BATCHES))
+    few_job = job._replace(val_batches=few)  # type: ignore[arg-type]
+    validate = make_validation(few_job, should_stop=lambda: False)
+    assert validate
+    first, again = (_seconds_of(partial(validate, state.params)) for _ in range(2))
+    return again / few.steps_per_epoch, first - again
 
 
 def _time_sample(job: Job, state: TrainState) -> tuple[float, float]:
-    """Return the seconds that an evaluation's sample takes, and that the first one took."""
-    assess = make_assessment(job._replace(val_batches=None), should_stop=lambda: False)
+    """Return the seconds that an evaluation's sample takes, and how much more the first one took."""
+    params = on_one_device(state.params)
+    write = partial(write_sample, job, params, 0, lambda: False)
+    first, again = (_seconds_of(write) for _ in range(2))
+    return again, first - again
+
+
+def _seconds_of(call: Callable[[], Any]) -> float:
     lap = make_clock()
-    for step in range(2):
-        assess(state.params, step)
-        seconds = lap()
-        if step == 0:
-            first = seconds
-    return seconds, first
+    call()
+    return lap()
 
 
 def step_bytes(job: Job, batch_size: int) -> int:
-    """Return what a training step of `batch_size` rows holds, by XLA where it tells, or on paper.
+    """Return what a device holds in a step of `batch_size` rows, by XLA if it tells, or on paper.
 
-    It is compiled and not run.
+    The step is compiled and not run.
     """
     config = job.run.config
     optimizer = make_optimizer(config, make_schedule(config, job.num_steps))
-    make_state = partial(init_state, job.model, optimizer, batch_size=batch_size)
-    state = jax.eval_shape(make_state, jax.random.key(0))
+    place = by_rows(job.mesh, batch_size)
     ids, weights, reset = (
-        jax.ShapeDtypeStruct((batch_size, config.seq_len)[:rank], dtype)
+        jax.ShapeDtypeStruct((batch_size, config.seq_len)[:rank], dtype, sharding=place)
         for rank, dtype in ((2, "int32"), (2, "float32"), (1, "bool"))
     )
     train_step = jax.jit(make_train_step(job.model, optimizer), donate_argnums=0)
-    compiled = train_step.lower(state, Batch(ids, ids, weights, reset)).compile()
-    used = compiled.memory_analysis()
+    batch = Batch(ids, ids, weights, reset)
+    used = train_step.lower(placed_shapes(job, batch_size), batch).compile().memory_analysis()
     if used is None:
-        return cost.device_bytes(config, job.model.vocab_size, 1)
+        return cost.device_bytes(config, job.model.vocab_size, job.mesh.size)
     new = used.output_size_in_bytes - used.alias_size_in_bytes
     return used.argument_size_in_bytes + used.temp_size_in_bytes + new
 

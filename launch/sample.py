@@ -2,7 +2,8 @@
 
   python launch/sample.py --workdir=runs/default --prompt='The castle ' --length=1000
 
-The text, after the prompt where one is given, goes to stdout and nothing else does. Several texts
+The text, after the prompt where one is given, goes to stdout and nothing else does. A run that was
+trained on documents begins a new one where no prompt is given, and stops at its end. Several texts
 are parted by a form feed. On a terminal control characters appear as escapes such as \\x1b, unless
 --raw is given. Whatever is not given is as in the run's own config.sample.
 """
@@ -31,7 +32,9 @@ STREAM_CHUNK = 16
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/default", "the run folder")
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
-PROMPT = flags.DEFINE_string("prompt", "", "the text to go on from; none: a place of the book")
+PROMPT = flags.DEFINE_string(
+    "prompt", "", "the text to go on from; none: a new document, or else a place of the book"
+)
 PROMPT_FILE = flags.DEFINE_string("prompt_file", "", "a UTF-8 file that holds the prompt")
 LENGTH = flags.DEFINE_integer("length", None, "how many characters, the prompt not counted")
 TEMPERATURE = flags.DEFINE_float("temperature", None, "0 takes the most probable character")
@@ -43,6 +46,7 @@ METHOD = flags.DEFINE_enum(
     "method", None, ["carry", "window"], "one step a character, or reread a window for each"
 )
 STREAM = flags.DEFINE_boolean("stream", False, "show characters as they are made")
+STOP_AT_END = flags.DEFINE_boolean("stop_at_end", True, "stop where a document ends")
 UNKNOWN = flags.DEFINE_enum(
     "unknown", "error", ["error", "drop", "replace"], "characters of the prompt that are not known"
 )
@@ -79,8 +83,10 @@ def encode_prompts(run: "Run", prompt: str, method: str) -> tuple[list["np.ndarr
     """Return the ids that each text goes on from, and what to print before what is made."""
     import numpy as np
 
+    from charlstm.text import END
+
     if prompt:
-        ids_P = run.vocab.encode(prompt, UNKNOWN.value)
+        ids_P = run.encode(prompt, UNKNOWN.value)
         if len(ids_P) == 0:
             raise UserError("the prompt has no character that the model knows; give another one")
         if method == "window" and len(ids_P) < run.config.seq_len:
@@ -88,10 +94,13 @@ def encode_prompts(run: "Run", prompt: str, method: str) -> tuple[list["np.ndarr
                 f"--method=window needs a prompt of at least {run.config.seq_len} characters, and "
                 f"this one has {len(ids_P)}; give a longer one, or use --method=carry"
             )
-        return [ids_P] * NUM_SAMPLES.value, run.vocab.decode(ids_P)
+        return [ids_P] * NUM_SAMPLES.value, run.decode(ids_P)
+    if run.config.data.document_separator and method == "carry":
+        return [run.vocab.encode(END)] * NUM_SAMPLES.value, ""
     chosen = np.random.default_rng(SEED.value).integers(len(run.prompts), size=NUM_SAMPLES.value)
     for index in chosen:
-        logger.info("from the training text: %r", run.prompts[index])
+        prompt = run.decode(run.vocab.encode(run.prompts[index]))
+        logger.info("from the training text: %r", prompt)
     return [run.vocab.encode(run.prompts[index]) for index in chosen], ""
 
 
@@ -109,21 +118,23 @@ def main() -> None:
     import numpy as np
 
     from charlstm.checkpoint import load_model
-    from charlstm.sample import SIZE, stream
+    from charlstm.sample import SIZE, before_end, stream, until_end
 
     run, model, params = load_model(WORKDIR.value, CHECKPOINT.value)
     settings = run.config.sample.to_dict() | changed
     prompts, opening = encode_prompts(run, prompt, settings["method"])
     settings |= {"seq_len": run.config.seq_len, "chunk": STREAM_CHUNK if STREAM.value else SIZE}
+    end_id = model.end_id if STOP_AT_END.value else None
     pieces = stream(model, params, prompts, jax.random.key(SEED.value), **settings)
+    pieces = until_end(pieces, end_id)
     if STREAM.value:
         sys.stdout.write(shown(opening))
         for ids_1T in pieces:
-            sys.stdout.write(shown(run.vocab.decode(ids_1T[0])))
+            sys.stdout.write(shown(run.decode(before_end(ids_1T[0], end_id))))
             sys.stdout.flush()
     else:
         ids_BL = np.concatenate(list(pieces), axis=1)
-        texts = (shown(opening + run.vocab.decode(ids_L)) for ids_L in ids_BL)
+        texts = (shown(opening + run.decode(before_end(ids_L, end_id))) for ids_L in ids_BL)
         sys.stdout.write("\n\f\n".join(texts))
     sys.stdout.write("\n")
 

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from charlstm.data import Batch
+from charlstm.devices import AXIS, by_rows, replicated, state_shardings
 from charlstm.model import CharLSTM
-from charlstm.steps import TrainState, init_state, make_train_step
+from charlstm.steps import init_state, make_train_step
 
 
 class Case(NamedTuple):
@@ -42,13 +42,6 @@ class Outcome(NamedTuple):
     in_loops: int  # of these, how many are in a loop, and so done many times a step
 
 
-def shardings(mesh: Mesh, state: TrainState) -> tuple[TrainState, Batch]:
-    """Return where a state and a batch lie: the rows of batch and carry are shared out."""
-    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    spread = jax.tree.map(lambda leaf: whole, state)
-    return spread._replace(carry=jax.tree.map(lambda leaf: rows, state.carry)), Batch(*4 * [rows])
-
-
 def random_batch(case: Case) -> Batch:
     """Return the characters that all devices together get."""
     shape = case.batch_size, case.seq_len + 1
@@ -65,20 +58,16 @@ def take_steps(case: Case, num_devices: int, num_steps: int) -> tuple[Outcome, A
         num_layers=case.num_layers,
         dtype=case.dtype,
         dropout_rate=0.1,  # whose masks must be the same on all devices as on one
+        num_shards=num_devices,
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), (AXIS,))
     make_state = partial(init_state, model, optimizer, batch_size=case.batch_size)
-    state = jax.jit(make_state)(jax.random.key(0))
-    of_state, of_batch = shardings(mesh, state)
-    batch = jax.device_put(random_batch(case), of_batch)
-    state = jax.device_put(state, of_state)
-    step = jax.jit(
-        make_train_step(model, optimizer),
-        in_shardings=(of_state, of_batch),
-        out_shardings=(of_state, NamedSharding(mesh, P())),
-        donate_argnums=0,
-    )
+    places = state_shardings(jax.eval_shape(make_state, jax.random.key(0)), mesh)
+    state = jax.jit(make_state, out_shardings=places)(jax.random.key(0))
+    batch = jax.device_put(random_batch(case), by_rows(mesh, case.batch_size))
+    outputs = places, replicated(mesh)
+    step = jax.jit(make_train_step(model, optimizer), donate_argnums=0, out_shardings=outputs)
     compiled = step.lower(state, batch).compile()
     losses, seconds = [], []
     for _ in range(num_steps):

@@ -4,8 +4,14 @@
 
 Without flags: configs/default.py on Dracula, in runs/default. The settings and their meaning are
 in charlstm/config.py. The same command again goes on where it stopped.
+
+Several processes train one run where JAX finds a cluster (Cloud TPU, Slurm, Open MPI, Kubernetes),
+or where each is told:
+
+  python launch/train.py --coordinator=HOST:PORT --num_processes=N --process_id=0 to N-1
 """
 
+import logging
 import os
 import signal
 import sys
@@ -15,9 +21,26 @@ from types import FrameType
 import app
 from absl import flags
 
+from charlstm.errors import UserError
+
 CONFIG = app.define_config()
 flags.adopt_module_key_flags(app)  # so that --help lists --config
 WORKDIR = flags.DEFINE_string("workdir", "", "the run folder; runs/NAME-OF-CONFIG if not given")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT at which process 0 of several awaits the others"
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "how many processes train this run together", lower_bound=1
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "which of the processes this is, from 0", lower_bound=0
+)
+JOIN_TIMEOUT = flags.DEFINE_integer(
+    "join_timeout", 300, "how many seconds to wait for the other processes", lower_bound=1
+)
+PROFILE = flags.DEFINE_boolean(
+    "profile", False, "write a trace of some steps to profile/ in the run folder"
+)
 
 
 class StopSignal:
@@ -41,15 +64,39 @@ class StopSignal:
         return self.number != 0
 
 
+def check_cluster_flags(coordinator: str | None, size: int | None, index: int | None) -> None:
+    """Raise UserError if the flags about processes do not fit together."""
+    if coordinator is None and size is None and index is None:
+        return
+    if coordinator is None or size is None or index is None:
+        raise UserError("--coordinator, --num_processes, --process_id: give all three or none")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator={coordinator}: must be HOST:PORT")
+    if index >= size:
+        raise UserError(f"--process_id={index}: must be below --num_processes={size}")
+
+
 def main() -> int:
     """Train as the flags say; return the exit code."""
     config = app.checked_config(CONFIG)
-    stop = StopSignal()
-    from charlstm.train import train  # JAX takes a second to load, mistakes should not
+    given = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    check_cluster_flags(*given)
+    from charlstm import cluster  # JAX takes a second to load, mistakes should not
 
-    workdir = WORKDIR.value or str(Path("runs") / app.config_name(CONFIG))
-    finished = train(config, workdir, should_stop=stop)
-    return 0 if finished else 128 + stop.number
+    with cluster.joined(*given, JOIN_TIMEOUT.value):
+        stop = StopSignal()
+        from charlstm.train import train
+
+        if cluster.is_shared():
+            # Gloo tells every connection on stdout, where a trainer itself has nothing to tell.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not cluster.is_first():
+            logging.getLogger("charlstm").setLevel(logging.WARNING)  # the first tells it all
+        workdir = WORKDIR.value or str(Path("runs") / app.config_name(CONFIG))
+        finished = train(config, workdir, should_stop=stop, profile=PROFILE.value)
+    # Perhaps the signal came to another process.
+    return 0 if finished else 128 + (stop.number or signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,40 @@
 """Settings that must stand before NumPy, JAX and Keras are imported, and what tests share."""
 
-import os
-
-# As the launchers do: LAPACK's result depends on its threads, and they fight over two cores.
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
-os.environ["KERAS_BACKEND"] = "jax"
-# Two devices, so that shard_map has something to shard; and little optimisation, since compiling
-# takes most of a small test's time (SHIPPED asks for it where a result must be the shipped one).
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-)
-
 import atexit
+import os
 import random
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+# As the launchers do: LAPACK's result depends on its threads, and they fight over two cores.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["KERAS_BACKEND"] = "jax"
+# Little optimisation, since compiling takes most of a small test's time (SHIPPED asks for it where
+# a result must be the shipped one).
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# One compilation for the whole session, the launchers' processes included.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="charlstm-tests-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import jax
 import pytest
 from hypothesis import settings
+
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+# Eight virtual devices for the tests' own process; a launcher would take all that it finds.
+_XLA_FLAGS = os.environ["XLA_FLAGS"]
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+jax.devices()
+os.environ["XLA_FLAGS"] = _XLA_FLAGS
 
 # Time says nothing here: the first example compiles, and the machine is shared.
 settings.register_profile("default", deadline=None)
 settings.register_profile("long", deadline=None, max_examples=2000)
 settings.load_profile("default")
-
-# One compilation for the whole session, the launchers' processes included.
-_CACHE = tempfile.mkdtemp(prefix="charlstm-tests-")
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = {"compiler_options": {"xla_backend_optimization_level": 3}}  # for jax.jit

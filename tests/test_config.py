@@ -96,6 +96,9 @@ SENSELESS = {
     "sample.top_k": [-1],
     "sample.top_p": [0.0, -0.5, 1.1, NAN, INF],
     "sample.method": ["", "beam", "Carry"],
+    "data.min_count": [0, -1],
+    "data.max_val_chars": [-1],
+    "mesh.data": [0, -2, 2**31],
 }
 
 
@@ -116,7 +119,8 @@ def test_a_number_too_large_for_a_float_is_a_number_like_others():
 
 
 def test_every_setting_but_the_path_and_the_switches_has_senseless_values():
-    free = {"data.path", "data.lowercase", "data.strip_punctuation"}
+    free = {"data.path", "data.lowercase", "data.strip_punctuation", "data.document_separator"}
+    free |= {"model.tie_embeddings"}
     assert SENSELESS.keys() | free == flatten(base_config()).keys()
 
 

@@ -39,7 +39,7 @@ POINTS = ["mid_save:10", "after_commit:20", "before_log:40", "after_log:40", "mi
 def last_state(workdir):
     """Return the leaves of the latest state of a run, all that training depends on."""
     run = load_run(epath.Path(workdir))
-    like = state_shapes(run.config, model_from_config(run.config, len(run.vocab)))
+    like = state_shapes(run.config, model_from_config(run.config, run.vocab))
     with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
         state, _ = checkpoints.restore(checkpoints.latest_step(), like)
     return jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))

@@ -21,9 +21,11 @@ MAY_IMPORT = {
     "files": "errors",
     "config": "errors",
     "text": "errors",
+    "source": "errors files",
+    "corpus": "errors files source text",
     "data": "errors text",
     "recurrence": "",
-    "model": "recurrence",
+    "model": "recurrence text",
     "optim": "",
     "steps": "data model",
     "sample": "model",
@@ -31,13 +33,15 @@ MAY_IMPORT = {
     "cost": "",
     "log": "curves errors files",
     "run": "config errors files text",
-    "checkpoint": "errors files model optim run steps",
+    "cluster": "errors",
+    "devices": "data errors steps",
+    "checkpoint": "cluster devices errors files model optim run steps",
     "machine": "errors",
-    "job": "data errors machine model run text",
-    "journal": "checkpoint errors job log steps",
-    "assess": "job log model sample steps",
-    "train": "assess checkpoint config cost curves data errors files job journal log machine model "
-    "optim recurrence run sample steps text",
+    "job": "corpus data devices errors machine model run source",
+    "journal": "checkpoint cluster errors job log steps",
+    "assess": "cluster data devices job log model sample steps",
+    "train": "assess checkpoint cluster config corpus cost curves data devices errors files job "
+    "journal log machine model optim recurrence run sample source steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")

@@ -3,12 +3,14 @@
 Nothing is created or changed by any of them.
 """
 
+import gzip
 import json
 import os
 import shutil
 import subprocess
 
 import pytest
+import zstandard
 from conftest import ROOT
 from launching import WarmLauncher, command_of
 
@@ -77,6 +79,14 @@ COMMAND_LINE = [
     ("train", "--config.optimizer.learning_rate=-1", "must be a number above 0"),
     ("train", "--config.optimizer.name=sgd", "must be adam or adamw or keras_adam"),
     ("train", "--config.optimizer.schedule=step", "must be constant or cosine or linear"),
+    ("train", "--config.data.min_count=0", "config.data.min_count=0: must be a whole number"),
+    ("train", "--config.data.max_val_chars=-1", "max_val_chars=-1: must be a whole number"),
+    ("train", "--config.model.tie_embeddings", "input=one_hot has no embeddings; use"),
+    (
+        "train",
+        "--config.model.recurrence=cudnn --config.data.document_separator=#",
+        "config.model.recurrence=cudnn: cannot begin a document|use fused",
+    ),
     ("train", "--config.optimizer.weight_decay=0.1", "use config.optimizer.name=adamw"),
     ("train", "--config.optimizer.clip_norm=inf", "must be a number of at least 0"),
     ("train", "--config.sample.top_p=0", "above 0 and at most 1"),
@@ -185,6 +195,13 @@ def ready(tmp_path_factory, book, launch):
     (folder / "other.txt").write_text(book[::-1], encoding="utf-8")
     (folder / "folder").mkdir()
     (folder / "empty.txt").write_text("")
+    (folder / "broken.txt.gz").write_text("not compressed at all")
+    (folder / "cut.txt.gz").write_bytes(gzip.compress(book.encode())[:-9])
+    (folder / "cut.zst").write_bytes(zstandard.compress(book.encode())[:-9])
+    os.mkfifo(folder / "pipe")
+    (folder / "several").mkdir()
+    (folder / "several" / "a.txt").write_text(book)
+    (folder / "several" / "b.txt").write_bytes("Käse".encode("latin1"))
     (folder / "blank.txt").write_text(" \n\t\n")
     (folder / "one.txt").write_text("a" * 5000)
     (folder / "latin1.txt").write_bytes("Käse".encode("latin1") * 1000)
@@ -201,8 +218,16 @@ def ready(tmp_path_factory, book, launch):
 
 
 TEXTS = [
-    ("none.txt", "none.txt: no such file; give a UTF-8 text file in config.data.path"),
-    ("folder", "folder: is a folder; give"),
+    ("none.txt", "none.txt: no such file; give UTF-8 text in config.data.path"),
+    ("folder", "folder: no .txt, .txt.gz, .zst in this folder; give"),
+    ("folder/*.txt", "folder/*.txt: no file matches; give"),
+    ("broken.txt.gz", "broken.txt.gz: cannot be decompressed|fetch or compress it again"),
+    ("cut.txt.gz", "cut.txt.gz: cannot be decompressed (it ends too soon)"),
+    ("cut.zst", "cut.zst: cannot be decompressed (it ends too soon)"),
+    ("pipe", "pipe: is no regular file, which can be read twice"),
+    ("several", "several/b.txt: not UTF-8 (byte 0xe4 at offset 1)"),
+    ("book.txt --config.data.document_separator=###", "document_separator='###': is nowhere in"),
+    ("book.txt --config.data.min_count=999999", "1 distinct character(s)|min_count=999999 lower"),
     ("empty.txt", "empty.txt: the text is empty; give"),
     ("blank.txt", "blank.txt: the text is empty; give"),
     ("one.txt", "the text has 1 distinct character(s)|give a text with at least 2"),
@@ -233,6 +258,7 @@ OTHERS = [
     ("--config.optimizer.schedule=linear", "schedule is 'cosine' there and 'linear' here"),
     ("--config.optimizer.learning_rate=0.5", "learning_rate is 0.008 there and 0.5 here"),
     ("--config.data.lowercase", "data.lowercase is False there and True here"),
+    ("--config.data.min_count=2", "data.min_count is 1 there and 2 here"),
     ("--config.data.path=other.txt", "other.txt: has changed since|or is not its text|SHA-256"),
 ]
 
@@ -252,7 +278,11 @@ READING = [
     ("sample", "--workdir=runs/full --prompt=so --method=window", "at least 32 characters|carry"),
     ("evaluate", "--workdir=nowhere", "nowhere: no run there"),
     ("evaluate", "--workdir=runs/full --text=none.txt", "none.txt: no such file; give --text=FILE"),
-    ("evaluate", "--workdir=runs/full --text=folder", "folder: is a folder; give --text=FILE"),
+    (
+        "evaluate",
+        "--workdir=runs/full --text=folder",
+        "folder: no .txt, .txt.gz, .zst in this folder; give --text=FILE",
+    ),
     ("evaluate", "--workdir=runs/full --text=latin1.txt", "latin1.txt: not UTF-8"),
     ("evaluate", "--workdir=runs/full --text=euro.txt", "'€' (U+20AC) at position 3"),
     ("evaluate", "--workdir=runs/full --text=letter.txt", "a text of 1 character(s) is too short"),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lstm_numpy import lstm
 
 from charlstm.model import CharLSTM, predict, zero_carry
 
@@ -115,6 +116,59 @@ def test_fused_and_flax_have_one_parameter_tree_and_equal_logits(input, num_laye
     params, ids_BT, carry = draw_params(fused), draw_ids(), draw_carry(fused)
     found, wanted = (compiled_predict(m, params)(ids_BT, carry) for m in (fused, flax))
     assert_trees_close(found, wanted)
+
+
+END_ID = 4
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="{0[0]}-{0[1]}-{0[2]}".format)
+def with_documents(request):
+    """Return a model of each kind for which END_ID ends a document, and its predict."""
+    input, num_layers, recurrence = request.param
+    model = make_model(input, num_layers, recurrence, end_id=END_ID)
+    return SimpleNamespace(model=model, predict=compiled_predict(model, draw_params(model)))
+
+
+def test_a_document_is_read_as_if_nothing_stood_before_it(with_documents):
+    model = with_documents.model
+    ids_BT = other_ids(np.full((B, T), END_ID, np.int32)) + draw_ids() % 2
+    assert not np.any(ids_BT == END_ID)
+    for row, time in enumerate((0, 2, T - 1)):
+        ids_BT[row, time] = END_ID
+    logits_BTV, last = with_documents.predict(ids_BT, draw_carry(model))
+    plain = make_model(model.input, model.num_layers, model.recurrence)
+    predict_plain = compiled_predict(plain, draw_params(model))
+    for row, time in enumerate((0, 2, T - 1)):
+        # From END on, by a model without documents and from an empty carry.
+        alone, alone_last = predict_plain(ids_BT[row : row + 1, time:], zero_carry(plain, 1))
+        found_last = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], last)
+        assert_trees_close((logits_BTV[row : row + 1, time:], found_last), (alone, alone_last))
+        # And before it, what was handed in counts.
+        before = predict_plain(ids_BT, draw_carry(model))[0]
+        assert_trees_close(logits_BTV[row, :time], before[row, :time])
+        assert np.abs(before[row, time:] - logits_BTV[row, time:]).max() > 1e-3
+
+
+def test_tied_logits_are_the_product_with_the_vectors_of_the_input():
+    model = make_model("embed", tie_embeddings=True)
+    params, ids_BT, carry = draw_params(model), draw_ids(), draw_carry(model)
+    assert params.keys() == {"embed", "lstm_0", "dense", "bias"}
+    table_VE = np.float64(params["embed"]["embedding"])
+    assert table_VE.shape == (V, 5)
+    c_h = jax.tree.map(np.float64, carry[0])
+    lstm_params = jax.tree.map(np.float64, params["lstm_0"])
+    _, hidden_TBH = lstm(lstm_params, c_h, table_VE[ids_BT.T])
+    dense = jax.tree.map(np.float64, params["dense"])
+    wanted_TBV = (hidden_TBH @ dense["kernel"] + dense["bias"]) @ table_VE.T + params["bias"]
+    logits_BTV, _ = compiled_predict(model, params)(ids_BT, carry)
+    assert logits_BTV.dtype == jnp.float32
+    np.testing.assert_allclose(logits_BTV, wanted_TBV.swapaxes(0, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("input", ["one_hot", "scaled"])
+def test_only_embeddings_can_be_tied(input):
+    with pytest.raises(ValueError, match=f"tie_embeddings=True: input='{input}' has none"):
+        draw_params(make_model(input, tie_embeddings=True))
 
 
 def test_fused_and_flax_draw_the_same_initial_parameters():

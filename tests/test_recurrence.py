@@ -1,5 +1,6 @@
 """Promise 1: the scanned Flax cell, its fast twin and a NumPy LSTM agree, forward and gradient."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -190,6 +191,68 @@ def test_two_half_windows_with_the_carry_handed_on_equal_one(name, kind):
     assert_close((last_carry, np.concatenate([first_TBH, second_TBH])), whole, 1e-6)
 
 
+# Where a row begins anew: never, at once, in the middle, twice in a row, at the end.
+STARTS_BT = [(), (0,), (3,), (0, 4, 5), (T - 1,)]
+
+
+def numpy_with_starts(params, carry, inputs_TBE, gradients):
+    """Return what lstm and lstm_gradient do for rows that begin anew: each piece is run alone."""
+    (dc_BH, dh_BH), hidden_grad_TBH = gradients
+    params_grad = jax.tree.map(np.zeros_like, params)
+    last, first_grad = np.zeros((2, *carry[0].shape)), np.zeros((2, *carry[0].shape))
+    hidden_TBH, inputs_grad_TBE = np.zeros_like(hidden_grad_TBH), np.zeros_like(inputs_TBE)
+    for row, starts in enumerate(STARTS_BT):
+        bounds = sorted({0, *starts, T})
+        for begin, end in itertools.pairwise(bounds):
+            piece = slice(begin, end), slice(row, row + 1)
+            is_begun, is_last = begin in starts, end == T
+            state = tuple(leaf[row : row + 1] * (not is_begun) for leaf in carry)
+            state_grad = tuple(leaf[row : row + 1] * is_last for leaf in (dc_BH, dh_BH))
+            assert is_begun or begin == 0
+            arguments = params, state, inputs_TBE[piece]
+            state, hidden_TBH[piece] = lstm(*arguments)
+            grads = lstm_gradient(*arguments, state_grad, hidden_grad_TBH[piece])
+            params_grad = jax.tree.map(np.add, params_grad, grads[0])
+            inputs_grad_TBE[piece] = grads[2]
+            if is_last:
+                last[:, row] = np.concatenate(state)
+            if not is_begun:
+                first_grad[:, row] = np.concatenate(grads[1])
+    return (tuple(last), hidden_TBH), (params_grad, tuple(first_grad), inputs_grad_TBE)
+
+
+@each_dtype
+@each_kind
+@each_twin
+def test_a_row_that_begins_anew_is_run_and_differentiated_as_if_alone(
+    name, kind, dtype, monkeypatch
+):
+    b = len(STARTS_BT)
+    (params, carry, inputs), gradients = draw_case(22, b=b)
+    if kind == "ids":
+        inputs = draw_ids(22, b=b)
+    keep_TB = np.ones((T, b), bool)
+    for row, starts in enumerate(STARTS_BT):
+        keep_TB[list(starts), row] = False
+    monkeypatch.setitem(LSTMS, name, partial(LSTMS[name], keep_TB=keep_TB))
+    with enable_x64(dtype == "float64"):
+        found = value_and_gradients(name, (params, carry, inputs), gradients, dtype)
+        inputs_TBE = np.eye(E)[inputs] if kind == "ids" else inputs
+        value, slopes = numpy_with_starts(params, carry, inputs_TBE, gradients)
+        assert_close(found, (value, slopes[: len(found[1])]), RELATIVE[dtype])
+
+
+def test_without_a_mask_the_program_has_no_trace_of_one():
+    params, carry, inputs_TBE = singles(draw_case(23)[0])
+
+    def program(keep_TB):
+        loss = lambda *arguments: fused_lstm(*arguments, keep_TB=keep_TB)[1].sum()  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss))(params, carry, inputs_TBE))
+
+    assert "select_n" in program(np.ones((T, B), bool))
+    assert "select_n" not in program(None)
+
+
 def fused_loss(params, carry, inputs, gradients):
     """Return a scalar that all results enter, each entry with its own weight."""
     return dot(fused_lstm(params, carry, inputs), gradients)
@@ -257,6 +320,11 @@ def test_what_cudnn_is_given_means_the_same_lstm(kind, cudnn_on_cpu):
 def test_cudnn_says_what_it_needs(dtype, message):
     with pytest.raises(ValueError, match=message):
         cudnn_lstm(*singles(draw_case(21)[0]), dtype=dtype)
+
+
+def test_cudnn_refuses_rows_that_begin_anew(cudnn_on_cpu):
+    with pytest.raises(ValueError, match="begins anew"):
+        cudnn_lstm(*singles(draw_case(21)[0]), keep_TB=np.ones((T, B), bool))
 
 
 @each_kind

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from charlstm import sample
 from charlstm.model import CharLSTM, predict, zero_carry
-from charlstm.sample import draw_uniforms, keep_probable, make_sampler, pick, sample_step, stream
+from charlstm.sample import (
+    before_end,
+    draw_uniforms,
+    keep_probable,
+    make_sampler,
+    pick,
+    sample_step,
+    stream,
+    until_end,
+)
 from charlstm.text import Vocab
 
 # All different, so that no two axes can be mixed up unnoticed: prompts, window, text, vocabulary.
@@ -497,3 +506,22 @@ def test_the_fewest_and_most_probable_characters_are_kept(logits_BV, top_k, top_
         wanted = kept_by_oracle(weights_V, top_k, top_p)
         np.testing.assert_array_equal(np.flatnonzero(kept_V), np.sort(wanted))
         np.testing.assert_array_equal(kept_V[wanted], weights_V[wanted])
+
+
+END_ID = 4
+
+
+def test_a_text_stops_before_the_first_end():
+    assert before_end(np.array([1, 4, 2, 4]), END_ID).tolist() == [1]
+    assert before_end(np.array([4, 1]), END_ID).tolist() == []
+    assert before_end(np.array([1, 2]), END_ID).tolist() == [1, 2]
+    assert before_end(np.array([4, 1]), None).tolist() == [4, 1]
+
+
+def test_texts_are_made_until_each_has_come_to_its_end():
+    pieces = [np.array(piece) for piece in ([[1, 1], [1, 4]], [[1, 1], [1, 1]], [[4, 1], [1, 1]])]
+    for count, end_id in ((3, END_ID), (4, None), (1, 1)):
+        source = iter([*pieces, np.array([[2, 2], [2, 2]])])
+        assert len(list(until_end(source, end_id))) == count
+        # And no piece is made that nobody sees.
+        assert len(list(source)) == 4 - count

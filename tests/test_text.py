@@ -6,15 +6,19 @@ import os
 import threading
 import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import charlstm.text
+import charlstm.source
+from charlstm.config import base_config
+from charlstm.corpus import open_corpus
 from charlstm.errors import UserError
-from charlstm.text import PYTHON_MANUAL, Vocab, cut_gutenberg, drop_punctuation, load_text
+from charlstm.source import PYTHON_MANUAL
+from charlstm.text import Vocab, cut_gutenberg, drop_punctuation
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DRACULA = ROOT.parent / "shared" / "corpora" / "pg345.txt"
@@ -26,6 +30,23 @@ FEW_TEXT = st.text(st.sampled_from("abz .\u00e9\U0001f600"), max_size=30)
 NEW_START = "*** START OF THE PROJECT GUTENBERG EBOOK DRACULA ***"
 NEW_END = "*** END OF THE PROJECT GUTENBERG EBOOK DRACULA ***"
 BOOK = "CHAPTER I\n\n  3 May. Bistritz.\n\n* * * * *\n\nAnd so on to the end of it.\n"
+
+
+class Loaded(NamedTuple):
+    """A text as it is read: its characters and its origin."""
+
+    content: str
+    source: str
+    sha256: str
+    num_bytes: int
+    num_cut: int
+
+
+def load_text(path="", source="", **settings) -> Loaded:
+    data = base_config().data
+    data.update(settings)
+    ids_M, vocab, *origin = open_corpus(data, path, source=source)
+    return Loaded(vocab.decode(ids_M), *origin)
 
 
 def message_of(error) -> str:
@@ -214,7 +235,7 @@ FRAMES = {
 def test_gutenbergs_frame_is_cut_off(frame):
     before, after = FRAMES[frame]
     content = f"{before}\n\n{BOOK}\n\n{after}"
-    assert cut_gutenberg(content) == (BOOK, len(content) - len(BOOK))
+    assert "".join(cut_gutenberg([content])) == BOOK
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
@@ -236,7 +257,7 @@ def test_a_frame_is_found_whatever_the_line_ends(tmp_path, newline):
     ],
 )
 def test_a_text_without_a_frame_is_not_changed(content):
-    assert cut_gutenberg(content) == (content, 0)
+    assert "".join(cut_gutenberg([content])) == content
 
 
 def test_a_frame_with_nothing_inside_is_an_empty_text(tmp_path):
@@ -295,7 +316,8 @@ def test_a_text_of_no_use_is_one_line_with_its_path(tmp_path, raw, options, reas
     ("name", "reason"),
     [
         ("missing.txt", "no such file"),
-        ("folder", "is a folder"),
+        ("folder", "no .txt, .txt.gz, .zst in this folder"),
+        ("folder/*.txt", "no file matches"),
         ("file.txt/inside", "cannot be read"),
         ("n" * 300, "cannot be read"),
     ],
@@ -332,7 +354,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     # Nothing listens on port 9.
-    monkeypatch.setattr(charlstm.text, "DRACULA_URLS", ("http://127.0.0.1:9/x",))
+    monkeypatch.setattr(charlstm.source, "DRACULA_URLS", ("http://127.0.0.1:9/x",))
     # The launchers turn this off for the rest of the process.
     monkeypatch.setattr(logging.getLogger("charlstm"), "propagate", True)
     return folder
@@ -360,7 +382,7 @@ def serve(monkeypatch):
         servers.append((server, thread))
         thread.start()
         urls = [f"http://127.0.0.1:{server.server_port}/{index}" for index in range(len(pages))]
-        monkeypatch.setattr(charlstm.text, "DRACULA_URLS", tuple(urls))
+        monkeypatch.setattr(charlstm.source, "DRACULA_URLS", tuple(urls))
 
     yield start
     for server, thread in servers:

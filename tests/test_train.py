@@ -19,7 +19,7 @@ from charlstm.errors import RunError, UserError
 from charlstm.files import sole_writer
 from charlstm.log import read_records
 from charlstm.model import model_from_config, zero_carry
-from charlstm.run import SCHEMA, load_run, write_run
+from charlstm.run import SCHEMA, _checksum, load_run, write_run
 from charlstm.steps import TrainState, evaluate, make_eval_step
 from charlstm.train import train
 
@@ -39,6 +39,7 @@ def small_config(book_path, **changes):
         "model.hidden_size": 16,
         "optimizer.warmup_steps": 4,
         "sample.length": 30,
+        "mesh.data": 1,
     }
     config.update_from_flattened_dict(settings | changes)
     return config
@@ -249,8 +250,8 @@ def poison(monkeypatch, is_poisoned):
     """Make the loss NaN at the steps that is_poisoned(step) chooses."""
     clean = Streams.__call__
 
-    def poisoned(self, steps):
-        batch = clean(self, steps)
+    def poisoned(self, steps, rows):
+        batch = clean(self, steps, rows)
         if np.ndim(steps) == 0:
             return batch  # an evaluation's
         factors = [np.nan if is_poisoned(step) else 1 for step in steps.tolist()]
@@ -263,7 +264,7 @@ def poison(monkeypatch, is_poisoned):
 def states_of(workdir):
     """Return (state, notes) of every checkpoint of a run by its step."""
     run = load_run(epath.Path(workdir))
-    like = state_shapes(run.config, model_from_config(run.config, len(run.vocab)))
+    like = state_shapes(run.config, model_from_config(run.config, run.vocab))
     with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
         steps = steps_in(run.workdir / "checkpoints")
         return {step: checkpoints.restore(step, like) for step in steps}
@@ -436,12 +437,29 @@ def test_a_run_folder_of_every_earlier_schema_still_reads_as_it_was(name, tmp_pa
     np.testing.assert_allclose(result["loss"], record["val/loss"], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("schema", "limit"), [(2, 0), (3, 2_000_000)])
+@pytest.mark.parametrize("characters", [1_999_999, 2_000_001])
+def test_a_validation_part_from_before_it_had_a_limit_stays_whole(
+    schema, limit, characters, tmp_path
+):
+    shutil.copytree(FIXTURES / "run_schema_2", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    about = json.loads(path.read_text())
+    del about["checksum"]
+    about["schema"], about["text"]["validation_characters"] = schema, characters
+    path.write_text(json.dumps(about | {"checksum": _checksum(about)}))
+    config = load_run(epath.Path(tmp_path / "run")).config
+    assert config.data.max_val_chars == (limit if characters > 2_000_000 else 2_000_000)
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()))
 def test_a_run_of_every_earlier_schema_can_go_on(name, tmp_path, book_path):
     shutil.copytree(FIXTURES / name, tmp_path / name)
     config = load_run(epath.Path(tmp_path / name)).config
     config.unlock()
-    config.update_from_flattened_dict({"data.path": str(book_path), "num_steps": 44})
+    config.update_from_flattened_dict(
+        {"data.path": str(book_path), "num_steps": 44, "mesh.data": 1}
+    )
     before = timeless(tmp_path / name)
     assert train(config, tmp_path / name)
     assert json.loads((tmp_path / name / "config.json").read_text())["schema"] == SCHEMA

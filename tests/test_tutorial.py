@@ -16,6 +16,7 @@ from charlstm.model import model_from_config, predict, zero_carry
 from charlstm.optim import make_optimizer, make_schedule
 from charlstm.sample import make_sampler
 from charlstm.steps import init_state, make_train_step
+from charlstm.text import Vocab
 
 keras = pytest.importorskip("keras")
 # Keras's own, with a newer NumPy than it was written for.
@@ -55,6 +56,11 @@ def vocab_size(ids_M):
     return int(ids_M.max()) + 1
 
 
+@pytest.fixture(scope="module")
+def vocab(vocab_size):
+    return Vocab([chr(code) for code in range(vocab_size)])
+
+
 @pytest.fixture
 def keras_model(config, vocab_size):
     """Return the tutorial's model without its dropout, compiled as there."""
@@ -86,21 +92,21 @@ def params_of(keras_model):
     return jax.tree.map(jnp.array, tree)
 
 
-def test_logits_equal_those_of_keras(config, ids_M, vocab_size, keras_model):
+def test_logits_equal_those_of_keras(config, ids_M, vocab_size, vocab, keras_model):
     # Initial biases are 0 and initial logits nearly so: weights as they are would hide mistakes.
     rng = np.random.default_rng(1)
     keras_model.set_weights([w + rng.normal(0, 0.1, w.shape) for w in keras_model.get_weights()])
     inputs_BT = training_batches(ids_M, config)(0).inputs_BT[:8]
     probs_BV = keras_model.predict_on_batch(keras_inputs(inputs_BT, vocab_size))
-    model = model_from_config(config, vocab_size)
+    model = model_from_config(config, vocab)
     logits_BTV, _ = predict(model, params_of(keras_model), inputs_BT, zero_carry(model, 8))
     found_BV = jax.nn.log_softmax(logits_BTV[:, -1])
     assert np.all(np.ptp(found_BV, axis=0) > 0.01)
     np.testing.assert_allclose(found_BV, np.log(probs_BV), atol=1e-5)
 
 
-def test_losses_follow_those_of_keras(config, ids_M, vocab_size, keras_model):
-    model = model_from_config(config, vocab_size)
+def test_losses_follow_those_of_keras(config, ids_M, vocab_size, vocab, keras_model):
+    model = model_from_config(config, vocab)
     optimizer = make_optimizer(config, make_schedule(config, NUM_STEPS))
     state = init_state(model, optimizer, jax.random.key(0), config.batch_size)
     params = params_of(keras_model)
@@ -146,7 +152,7 @@ def test_adam_moves_weights_as_the_adam_of_keras_does(config):
     np.testing.assert_allclose(weights_N, wanted_N, atol=1e-5)
 
 
-def test_greedy_text_equals_that_of_keras(config, ids_M, vocab_size, keras_model):
+def test_greedy_text_equals_that_of_keras(config, ids_M, vocab_size, vocab, keras_model):
     # Initial weights repeat one character for ever; a strong input makes the text vary.
     kernel_EG, *others, dense_HV, dense_V = keras_model.get_weights()
     keras_model.set_weights([100 * kernel_EG, *others, 10 * dense_HV, dense_V])
@@ -162,7 +168,7 @@ def test_greedy_text_equals_that_of_keras(config, ids_M, vocab_size, keras_model
         assert first - second > 1e-3
     assert len(set(wanted)) >= 3
 
-    model = model_from_config(config, vocab_size)
+    model = model_from_config(config, vocab)
     sampler = make_sampler(model, 200, method=config.sample.method, seq_len=config.seq_len)
     found_1L = jax.jit(sampler, **SHIPPED)(
         params_of(keras_model),
@@ -174,9 +180,11 @@ def test_greedy_text_equals_that_of_keras(config, ids_M, vocab_size, keras_model
 
 
 @pytest.mark.parametrize("whose", ["ours", "keras"])
-def test_initial_weights_have_the_distributions_of_keras(config, vocab_size, keras_model, whose):
+def test_initial_weights_have_the_distributions_of_keras(
+    config, vocab_size, vocab, keras_model, whose
+):
     if whose == "ours":
-        model = model_from_config(config, vocab_size)
+        model = model_from_config(config, vocab)
         params = init_state(model, optax.sgd(1.0), jax.random.key(0), 2).params
     else:
         params = params_of(keras_model)  # these checks describe Keras, then

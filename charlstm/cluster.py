@@ -1,0 +1,277 @@
+"""Several processes as one run. JAX's own runtime connects them; here they agree and part.
+
+Every function is to be called by all processes alike. Where there is one process, they do nothing.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax._src import distributed
+from jax.experimental.multihost_utils import process_allgather
+
+from charlstm.errors import RunError, UserError, one_line
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# A process that has been silent for so long is taken for dead.
+HEARTBEAT_SECONDS = 20
+# How often each asks who is there.
+WATCH_SECONDS = 3.0
+# How long a process waits for the others when it is done, and when it has failed: with them, or
+# alone, in which case they wait for it.
+DONE_SECONDS = 60.0
+FAILED_SECONDS = 3.0
+
+
+@contextmanager
+def joined(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
+) -> Iterator[None]:
+    """Be one of the processes of a cluster within the block, if one is named or JAX finds one.
+
+    Without arguments jax.distributed looks for one: Cloud TPU, Slurm, Open MPI, Kubernetes.
+
+    Args:
+      coordinator: HOST:PORT at which process 0 listens.
+      num_processes, process_id: how many there are, and which this is, from 0.
+      timeout: how many seconds to wait for the others.
+
+    Raises:
+      UserError: if the arguments do not fit together.
+    """
+    who = "this process" if process_id is None else f"process {process_id}"
+    where = f"--coordinator={coordinator}" if coordinator else "the cluster"
+    remedy = (
+        "start all of them, process 0 on the coordinator's host, with the same --coordinator and "
+        "--num_processes, and a --process_id of its own for each; the port must be free there"
+    )
+    # Where a process is missing the runtime aborts, with pages of its own; this comes before.
+    waited = f"{where}: {who} has waited {timeout} s for all processes to meet; {remedy}"
+    alarm = threading.Timer(timeout, end_at_once, [waited])
+    alarm.daemon = True
+    alarm.start()
+    try:
+        with stderr_of_python(), aborts_told(f"{where}: {who} could not join; {remedy}"):
+            found = _initialize(coordinator, num_processes, process_id, timeout + 60)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{where}: {who} could not join ({one_line(error)}); {remedy}") from error
+    finally:
+        alarm.cancel()
+    if not found or not is_shared():
+        yield
+        return
+    watch = Watch()
+    with aborts_told(watch.farewell(0)):
+        watch.start()
+        try:
+            yield
+        except UserError as error:
+            if isinstance(error.__cause__, jax.errors.JaxRuntimeError):
+                watch.await_verdict()
+            watch.leave(FAILED_SECONDS)
+            raise
+        except jax.errors.JaxRuntimeError:
+            watch.await_verdict()
+            raise
+        watch.leave(DONE_SECONDS)
+
+
+def _initialize(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
+) -> bool:
+    """Join a cluster; return whether there is one."""
+    # The watch ends a process that has lost another, and launchers catch signals themselves.
+    jax.config.update("jax_enable_recoverability", True)
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except ValueError as error:
+        # The one that tells that JAX has found no cluster; others tell of a broken one.
+        if "coordinator_address should be defined" not in str(error):
+            raise
+        return False
+    return True
+
+
+def is_shared() -> bool:
+    """Return whether several processes train the run."""
+    return jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Return whether this process is the one that writes logs, samples and pictures."""
+    return jax.process_index() == 0
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """Return what `work` gives here, once it is done everywhere; if it fails on one, all fail.
+
+    Raises:
+      UserError: that of `work`, or one that names the process on which it failed.
+    """
+    error: UserError | None = None
+    try:
+        result = work()
+    except UserError as failure:
+        error = failure
+    failed = gather(0 if error is None else error.exit_code)
+    if error is not None:
+        raise error
+    if failed.any():
+        which, code = int(np.argmax(failed > 0)), int(failed.max())
+        message = f"process {which} of {len(failed)} could not go on: its own message says why"
+        raise RunError(message) if code == RunError.exit_code else UserError(message)
+    return result
+
+
+def agree(should_stop: Callable[[], bool]) -> Callable[[], bool]:
+    """Return a should_stop that is true on all processes once `should_stop` is on one of them."""
+    if not is_shared():
+        return should_stop
+    return lambda: bool(gather(int(should_stop())).any())
+
+
+def least(value: int) -> int:
+    """Return the least of the `value` of all processes."""
+    return int(gather(value).min())
+
+
+def check_same(settings: dict[str, Any]) -> None:
+    """Raise UserError, naming them, if `settings` are not the same on all processes."""
+    lengths = gather(len(settings))
+    if len(set(lengths.tolist())) > 1:
+        raise UserError("the processes run different versions of charlstm; install one on all")
+    sums = [zlib.crc32(f"{name}={value!r}".encode()) for name, value in settings.items()]
+    all_sums = gather(sums)
+    differing = [
+        name for name, column in zip(settings, all_sums.T, strict=True) if len(set(column)) > 1
+    ]
+    if differing:
+        others = [
+            str(index) for index, row in enumerate(all_sums) if not np.array_equal(row, all_sums[0])
+        ]
+        raise UserError(
+            f"{', '.join(differing)}: not the same on process 0 and on {', '.join(others)}; give "
+            "all processes the same flags, files and versions"
+        )
+
+
+def gather(value: Any) -> np.ndarray:
+    """Return the numbers of all processes, process by process; they are of 32 bits, unsigned."""
+    return process_allgather(np.asarray(value, np.uint32))
+
+
+def client() -> Any:
+    """Return this process's line to the others, of which JAX makes nothing public."""
+    return distributed.global_state.client
+
+
+class Watch:
+    """A thread that ends this process, with one line, when another one has gone.
+
+    Without it a process would wait for ever in a sum to which another no longer adds.
+    """
+
+    def __init__(self) -> None:
+        self._everybody = list(range(jax.process_count()))
+        self._is_over = threading.Event()
+
+    def start(self) -> None:
+        """Watch the processes that are there now."""
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def leave(self, seconds: float) -> None:
+        """Part from the others once all have come here, or not all have in so many seconds."""
+        self._is_over.set()
+        with suppress(jax.errors.JaxRuntimeError):
+            client().wait_at_barrier("leave", int(seconds * 1000))
+            # The first one holds the line of the others, who would abort without it.
+            while is_first() and len(client().get_live_nodes(self._everybody)) > 1:
+                time.sleep(0.1)
+        jax.distributed.shutdown()
+
+    def await_verdict(self) -> None:
+        """Wait for so long that the watch would have ended this process, had another one gone."""
+        time.sleep(HEARTBEAT_SECONDS + 2 * WATCH_SECONDS)
+
+    def farewell(self, *gone: int) -> str:
+        """Return the line that names the processes that have gone."""
+        names = ", ".join(map(str, gone))
+        return (
+            f"process {names} of {len(self._everybody)} has gone or does not answer: process "
+            f"{jax.process_index()} ends, too; give all the same command again, which goes on from "
+            "the last checkpoint"
+        )
+
+    def _run(self) -> None:
+        met = client().get_live_nodes(self._everybody)
+        while not self._is_over.wait(WATCH_SECONDS):
+            try:
+                there = client().get_live_nodes(self._everybody)
+                # One that was started anew has another number, and knows nothing of this run.
+                gone = [index for index in self._everybody if there.get(index) != met.get(index)]
+            except jax.errors.JaxRuntimeError:
+                gone = [0]  # which holds the line
+            if gone and not self._is_over.is_set():
+                end_at_once(self.farewell(*gone))
+
+
+@contextmanager
+def aborts_told(message: str) -> Iterator[None]:
+    """Tell `message` if the runtime aborts the process within the block, as where process 0 dies.
+
+    JAX hands on no hook for it, and Python's own signal handlers come too late.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    signal_type = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.argtypes, set_handler.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    handler = signal_type(lambda number: end_at_once(message))
+    before = set_handler(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        set_handler(signal.SIGABRT, before)
+
+
+@contextmanager
+def stderr_of_python() -> Iterator[None]:
+    """Keep what is not written by Python, such as the runtime's stack traces, off stderr."""
+    before, raw = sys.stderr, os.dup(2)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 2)
+    os.close(silence)
+    with os.fdopen(os.dup(raw), "w", encoding="utf-8") as sys.stderr:
+        try:
+            yield
+        finally:
+            os.dup2(raw, 2)
+            os.close(raw)
+            sys.stderr = before
+
+
+def end_at_once(message: str) -> None:
+    """Tell `message` and end the process, whatever its other threads wait for."""
+    logger.error(message)
+    os._exit(RunError.exit_code)
