@@ -25,7 +25,7 @@ DEBUG = flags.DEFINE_boolean("debug", False, "show where in the code a mistake w
 _CONFIG_FLAG = re.compile(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", re.DOTALL)
 
 
-def define_config() -> flags.FlagHolder:
+def define_config(default: Path = DEFAULT_CONFIG) -> flags.FlagHolder:
     """Define --config and --config.KEY=VALUE, once the command line's are known to be sound."""
     try:
         sys.argv = _normalise(sys.argv)
@@ -33,7 +33,7 @@ def define_config() -> flags.FlagHolder:
         sys.exit(_fail(error))
     return config_flags.DEFINE_config_file(
         "config",
-        default=str(DEFAULT_CONFIG),
+        default=str(default),
         help_string="a file of configs/ or its name; --config.KEY=VALUE changes one setting",
         lock_config=True,
     )

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "steps": "data model",
     "sample": "model",
     "curves": "",
+    "cost": "",
     "log": "curves errors files",
     "run": "config errors files text",
     "cluster": "errors",
@@ -39,8 +40,8 @@ MAY_IMPORT = {
     "job": "corpus data devices errors machine model run source",
     "journal": "checkpoint cluster errors job log steps",
     "assess": "cluster data devices job log model sample steps",
-    "train": "assess checkpoint cluster config corpus curves data devices errors files job journal "
-    "log machine model optim recurrence run sample source steps text",
+    "train": "assess checkpoint cluster config corpus cost curves data devices errors files job "
+    "journal log machine model optim recurrence run sample source steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")

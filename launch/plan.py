@@ -1,0 +1,108 @@
+"""Tell what a run takes before it is made: memory, operations, time; or which settings fit a time.
+
+  python launch/plan.py [--config=NAME] [--config.KEY=VALUE ...] [--minutes=M] [--chips=v5e:256]
+
+Takes what train.py takes, trains nothing and writes into no run folder. What it measures, it
+measures in half a minute by doing each part of a run briefly. --minutes proposes width, streams,
+window, steps, dropout and learning rate for the best text in that time, start-up and evaluations
+included, as a command for train.py; its rule is in launch/plan_rule.py. --chips puts a step on
+accelerators on paper, by the formulae of charlstm/cost.py; with --seconds=0 nothing is measured:
+
+  python launch/plan.py --config=tpu --chips=v5e:16 --seconds=0
+"""
+
+import json
+import logging
+import math
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import app
+from absl import flags
+
+from charlstm import cost
+from charlstm.errors import UserError, printable
+
+logger = logging.getLogger("charlstm.launch.plan")
+
+CONFIG = app.define_config()
+flags.adopt_module_key_flags(app)  # so that --help lists --config
+MINUTES = flags.DEFINE_float("minutes", None, "propose settings for a command of so many minutes")
+CHIPS = flags.DEFINE_string(
+    "chips", "", f"NAME:NUMBER of chips to put on paper; names: {', '.join(cost.CHIPS)}"
+)
+SECONDS = flags.DEFINE_float(
+    "seconds", 6.0, "how long to time steps; 0: count on paper only", lower_bound=0.0
+)
+JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
+
+
+def parse_chips(word: str, batch_size: int) -> tuple[cost.Chip, int] | None:
+    """Return the chip and the number that a word such as v5e:256 names, None for none."""
+    if not word:
+        return None
+    name, _, number = word.partition(":")
+    if name not in cost.CHIPS or not re.fullmatch(r"[1-9]\d{0,5}", number):
+        raise UserError(
+            f"--chips={word}: must be NAME:NUMBER, such as v5e:256; names: {', '.join(cost.CHIPS)}"
+        )
+    if int(number) > batch_size:
+        raise UserError(
+            f"--chips={word}: config.batch_size={batch_size} has no row for each of them; "
+            "raise it, or name fewer chips"
+        )
+    return cost.CHIPS[name], int(number)
+
+
+def check_minutes(minutes: float | None, seconds: float) -> None:
+    """Raise UserError for a time that is none, or is not to be timed."""
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UserError(f"--minutes={minutes}: must be a number above 0")
+    if minutes and not seconds:
+        raise UserError("--seconds=0: --minutes has to time steps; leave --seconds out")
+
+
+def command_for(settings: dict[str, Any]) -> str:
+    """Return the command of train.py for `settings`, beside the flags that were given here."""
+    words = ["python", "launch/train.py"]
+    for word in sys.argv[1:]:
+        name, _, value = word.partition("=")
+        if name == "--config":
+            is_ours = Path(value).parent == app.DEFAULT_CONFIG.parent
+            words.append(f"--config={Path(value).stem if is_ours else value}")
+        elif name.startswith("--config.") and name.removeprefix("--config.") not in settings:
+            words.append(word)
+    words += [f"--config.{key}={value}" for key, value in settings.items()]
+    return shlex.join(words)
+
+
+def main() -> int:
+    """Plan as the flags say."""
+    config = app.checked_config(CONFIG)
+    chips = parse_chips(CHIPS.value, config.batch_size)
+    check_minutes(MINUTES.value, SECONDS.value)
+    # So far one thread has worked without a pause, so that its time tells when it began.
+    started = time.perf_counter() - time.process_time()
+    import plan_make
+
+    settings: dict[str, Any] = {}
+    if MINUTES.value:
+        about, settings = plan_make.propose(config, 60 * MINUTES.value, started, SECONDS.value)
+        about["command"] = command_for(settings)
+    else:
+        about = plan_make.describe(config, started, SECONDS.value)
+    if chips:
+        about["on paper"] = plan_make.on_paper(config, about["vocabulary"], *chips)
+    if JSON.value:
+        print(json.dumps(about, allow_nan=False))
+    else:
+        print(printable(plan_make.table(about)))
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

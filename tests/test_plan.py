@@ -1,0 +1,191 @@
+import json
+import math
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+from launching import run_command
+
+from charlstm.config import base_config, validate
+
+sys.path.insert(0, str(ROOT / "launch"))
+
+import plan_rule
+import plan_trial
+from plan_trial import Parts
+
+QUICK = ["--seconds=0.1", "--config.data.path=book.txt"]
+
+
+def plan(book_path, *flags):
+    return run_command("plan", *flags, *QUICK, cwd=book_path.parent)
+
+
+# --- the launcher ---
+
+
+def test_a_plan_tells_what_a_run_takes_and_writes_nothing(book_path):
+    result = plan(book_path, "--config=tiny", "--json", "--chips=v5e:4")
+    assert result.returncode == 0, result.stderr
+    about = json.loads(result.stdout)
+    assert list(book_path.parent.iterdir()) == [book_path]
+    assert about["steps"] == 200
+    assert about["steps_per_epoch"] == math.ceil(5399 / 8 / 32)
+    assert about["training_flops_per_char"] == 3 * about["forward_flops_per_char"]
+    spent = about["command_seconds"]
+    assert spent["total"] == pytest.approx(sum(spent.values()) - spent["total"])
+    assert spent["steps"] == pytest.approx(200 * about["step_seconds"])
+    assert about["largest_batch"] > 1000
+    paper = about["on paper"]
+    assert paper["fits"]
+    assert paper["step_seconds"] >= max(paper["seconds"].values())
+
+
+def test_a_config_for_a_pod_is_counted_on_paper(book_path):
+    flags = ["--config=tpu", "--chips=v5e:16", "--seconds=0", "--config.data.path=book.txt"]
+    text = book_path.read_text(encoding="utf-8")
+    book_path.write_text(text * 110, encoding="utf-8")
+    result = run_command("plan", *flags, cwd=book_path.parent)
+    assert result.returncode == 0, result.stderr
+    assert "16 x v5e on paper" in result.stdout
+    assert "the whole command" not in result.stdout
+
+
+def test_a_proposal_is_a_command_that_train_takes(book_path):
+    result = plan(book_path, "--minutes=0.3", "--config.seed=7")
+    assert result.returncode == 0, result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith(
+        "try: python launch/train.py --config.seed=7 --config.data.path=book.txt"
+    )
+    words = shlex.split(last.removeprefix("try: "))[2:]
+    assert list(book_path.parent.iterdir()) == [book_path]
+    # Twenty times over a text of 5,400 characters takes far less than 0.3 minutes.
+    steps = next(word for word in words if word.startswith("--config.num_steps="))
+    assert steps == f"--config.num_steps={20 * math.ceil(5399 / 16 / 50)}"
+    run = run_command("train", *words, "--config.num_steps=1", cwd=book_path.parent)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_time_in_which_nothing_can_be_trained_is_one_line(book_path):
+    result = plan(book_path, "--minutes=0.001")
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if "error" in line]
+    assert "--minutes=0.001: all but the steps takes" in line
+    assert "give at least" in line
+
+
+# --- the estimate ---
+
+
+@pytest.fixture
+def job(book_path):
+    from plan_make import read
+
+    config = base_config()
+    config.update({"num_steps": 205, "batch_size": 8, "seq_len": 32, "eval_every_steps": 100})
+    config.data.path = str(book_path)
+    config.model.hidden_size = 64
+    return read(config)
+
+
+def test_an_estimate_counts_each_part_as_often_as_train_does_it(job):
+    parts = Parts(
+        start=1.0, step=0.1, batch=0.01, sample=0.5, draw=0.2, save=0.3, once=2.0, end=0.4
+    )
+    spent = plan_trial.estimate(job, parts, loading=5.0)
+    # Evaluations at 100, 200 and the end, each of which saves.
+    each = job.val_batches.steps_per_epoch * 0.01 + 0.7
+    assert spent.start == 6.0
+    assert spent.steps == pytest.approx(20.5)
+    assert spent.evaluations == pytest.approx(2.0 + 3 * each)
+    assert spent.checkpoints == pytest.approx(3 * 0.3 + 0.4)
+
+
+def test_the_largest_batch_is_the_last_one_that_fits(job):
+    memory = 200 * 2**20
+    small, large = ((rows, plan_trial.step_bytes(job, rows)) for rows in (64, 256))
+    rows = plan_trial.largest_batch(small, large, memory)
+    assert 256 < rows < 10_000
+    assert 0.98 < plan_trial.step_bytes(job, rows) / memory < 1.02
+
+
+def test_where_not_one_row_fits_the_largest_batch_is_none():
+    assert plan_trial.largest_batch((16, 1000), (64, 2000), 100) == 0
+
+
+# --- the rule ---
+
+
+@pytest.mark.parametrize("num_chars", [2, 3, 60, 1000, 10**9])
+@pytest.mark.parametrize("seconds", [12, 120, 36_000])
+def test_any_text_has_a_window_for_each_stream(num_chars, seconds):
+    batch_size, seq_len = plan_rule.choose_shape(seconds, num_chars, is_cpu=True)
+    assert batch_size >= 1
+    assert seq_len >= 1
+    assert batch_size * seq_len + 1 <= num_chars
+
+
+def width(seconds, num_chars=10**9, vocab_size=96, flops=5e10):
+    return plan_rule.widest(base_config(), vocab_size, num_chars, seconds, flops)
+
+
+def test_more_time_is_for_wider_models():
+    widths = [width(seconds) for seconds in (12, 60, 120, 600, 3600, 36_000)]
+    places = [plan_rule.WIDTHS.index(found) for found in widths]
+    assert places == sorted(places)
+    assert len(set(places)) > 4
+
+
+def test_a_short_text_is_for_a_narrow_model_however_long_the_time_is():
+    assert width(36_000, num_chars=10_000) == plan_rule.WIDTHS[0]
+    assert width(36_000, num_chars=761_330) < width(36_000)
+
+
+def test_thousands_of_characters_become_vectors():
+    text = {"validation_characters": 100, "vocabulary": 5000}
+    config = plan_rule.with_text(base_config(), 120, text)
+    assert config.model.input == "embed"
+    assert config.data.max_val_chars == base_config().data.max_val_chars
+    validate(config)
+
+
+def test_a_large_text_is_not_validated_for_most_of_the_time():
+    text = {"validation_characters": 10**8, "vocabulary": 96}
+    config = plan_rule.with_text(base_config(), 600, text)
+    assert config.data.max_val_chars == 300_000
+    config.data.max_val_chars = 50
+    assert plan_rule.with_text(config, 600, text).data.max_val_chars == 50
+
+
+@pytest.mark.parametrize(
+    ("epochs", "dropout"), [(0.5, 0.0), (1, 0.05), (3.7, 0.15), (10.5, 0.4), (100, 0.5)]
+)
+def test_a_text_that_is_read_often_is_dropped_out_more(epochs, dropout):
+    assert plan_rule.with_rates(base_config(), epochs).model.dropout_rate == dropout
+
+
+@pytest.mark.parametrize(("hidden_size", "rate"), [(64, 8e-3), (320, 8e-3), (512, 4e-3)])
+def test_a_wider_model_has_a_lower_rate(hidden_size, rate):
+    config = plan_rule.with_width(base_config(), (hidden_size, 1))
+    assert plan_rule.with_rates(config, 1).optimizer.learning_rate == pytest.approx(rate, rel=0.02)
+
+
+@pytest.mark.parametrize(("seconds", "each", "number"), [(120, 1, 5), (120, 4, 3), (12, 60, 1)])
+def test_evaluations_leave_the_time_to_training(seconds, each, number):
+    assert plan_rule.choose_evaluations(seconds, each) == number
+
+
+def test_the_last_evaluation_is_at_the_end():
+    config = plan_rule.with_length(base_config(), 1001, 5)
+    assert math.ceil(1001 / config.eval_every_steps) == 5
+
+
+def test_settings_told_are_the_rules_own_and_what_else_has_changed():
+    given = base_config()
+    told = plan_rule.settings_of(plan_rule.with_streams(given), given)
+    assert told.keys() == plan_rule.ALWAYS
+    given.data.order, given.data.loss_on = "windows", "last"
+    told = plan_rule.settings_of(plan_rule.with_streams(given), given)
+    assert told["data.order"] == "streams"
