@@ -51,7 +51,7 @@ def run(main: Callable[[], int | None]) -> None:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     # Whatever the locale is: a text's characters are Unicode's.
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # JAX and Orbax tell much that is not about the run, and of a failed save in pages.
     logging.set_verbosity(logging.FATAL)
     warnings.filterwarnings("ignore", message=r"coroutine .* was never awaited")
