@@ -193,6 +193,8 @@ def _memory(job: Job) -> dict[str, Any]:
     rows = job.run.config.batch_size
     small, large = ((n, plan_trial.step_bytes(job, n)) for n in (rows, FACTOR * rows))
     there = memory_bytes()
+    if jax.default_backend() == "cpu":
+        there /= len(job.mesh.local_devices)  # which share the machine's
     return {
         "compiled_step_bytes": small[1],
         "memory_bytes": there,

@@ -86,6 +86,7 @@ def job(book_path):
     config = base_config()
     config.update({"num_steps": 205, "batch_size": 8, "seq_len": 32, "eval_every_steps": 100})
     config.data.path = str(book_path)
+    config.mesh.data = 1
     config.model.hidden_size = 64
     return read(config)
 
