@@ -199,7 +199,7 @@ class LastBatches:
 
 
 def _time_batch(job: Job, state: TrainState) -> tuple[float, float]:
-    """Return the seconds that a batch of an evaluation takes, and how much more all took at first."""
+    """Return the seconds of an evaluation's batch, and how many more all took at first."""
     if job.val_batches is None:
         return 0.0, 0.0
     few = LastBatches(job.val_batches, min(job.val_batches.steps_per_epoch, MAX_BATCHES))
@@ -211,7 +211,7 @@ def _time_batch(job: Job, state: TrainState) -> tuple[float, float]:
 
 
 def _time_sample(job: Job, state: TrainState) -> tuple[float, float]:
-    """Return the seconds that a sample takes, and how much more the first one took."""
+    """Return the seconds of a sample, and how many more the first one took."""
     params = on_one_device(state.params)
     write = partial(write_sample, job, params, 0, lambda: False)
     first, again = (_seconds_of(write) for _ in range(2))
