@@ -3,7 +3,6 @@
 import logging
 import math
 import tempfile
-import time
 from typing import Any
 
 import jax
@@ -42,40 +41,35 @@ def check(job: Job) -> None:
     check_memory(config, state_shapes(config, job.model), job.mesh)
 
 
-def describe(config: ConfigDict, started: float, seconds: float) -> dict[str, Any]:
-    """Return what a run of `config` takes.
-
-    Args:
-      config: the run's.
-      started: when this process began, by time.perf_counter().
-      seconds: how long to time steps; 0: only count.
-    """
+def describe(config: ConfigDict, seconds: float) -> dict[str, Any]:
+    """Return what a run of `config` takes; steps are timed for `seconds`, nothing is if it is 0."""
+    lap = plan_trial.make_clock()
     job = read(config)
     if not seconds:
         return _count(job)
     check(job)
-    loading = time.perf_counter() - started
+    loading = lap() + plan_trial.time_process()
     parts = _rehearse(job, seconds)
     return _count(job) | _measured(job, parts, loading) | _memory(job)
 
 
 def propose(
-    config: ConfigDict, seconds: float, started: float, timing: float
+    config: ConfigDict, seconds: float, timing: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what a run of the settings proposed for `seconds` takes, and these settings.
 
     Args:
       config: all other settings, and the text.
       seconds: what the whole command may take.
-      started: when this process began, by time.perf_counter().
       timing: how many seconds to time steps.
 
     Raises:
       UserError: if the time is too short for a command that trains at all.
     """
+    lap = plan_trial.make_clock()
     job = _shaped(config, seconds)
     check(job)
-    loading = time.perf_counter() - started
+    loading = lap() + plan_trial.time_process()
     job = _with_width(job, _seconds_left(seconds, loading))
     parts = _rehearse(job, timing)
     evaluation = plan_trial.evaluation_seconds(job, parts) + parts.save

@@ -4,6 +4,8 @@ States and files are made in a folder that the caller removes again.
 """
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -86,7 +88,9 @@ def rehearse(job: Job, folder: epath.Path, seconds: float) -> Parts:
     jax.clear_caches()
     warm = _rehearse(job, folder / "warm", seconds)
     # Not all that is slow the first time is compilation: Matplotlib and Orbax begin slowly.
-    late = max(0.0, cold.draw - warm.draw) + max(0.0, cold.save - warm.save)
+    late = sum(
+        max(0.0, getattr(cold, name) - getattr(warm, name)) for name in ("draw", "save", "end")
+    )
     return warm._replace(once=warm.once + late)
 
 
@@ -123,6 +127,14 @@ def make_clock() -> Any:
         return then - before
 
     return lap
+
+
+def time_process() -> float:
+    """Return the seconds in which a process starts, loads what train.py loads, and ends."""
+    modules = "charlstm.train", "ml_collections.config_flags", "tensorboardX.event_file_writer"
+    program = f"import {', '.join(modules)}"
+    run = partial(subprocess.run, [sys.executable, "-c", program], check=True)
+    return min(_seconds_of(run) for _ in range(2))
 
 
 def placed_shapes(job: Job, batch_size: int | None = None) -> TrainState:
