@@ -3,7 +3,6 @@
 States and files are made in a folder that the caller removes again.
 """
 
-import statistics
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from charlstm.run import write_run
 from charlstm.steps import TrainState, init_state, make_train_step
 from charlstm.train import compile_train_steps
 
-MAX_BATCHES = 20  # of an evaluation: enough to time one
+MAX_BATCHES = 60  # of an evaluation: enough to time one
 
 
 class Parts(NamedTuple):
@@ -131,8 +130,9 @@ def make_clock() -> Any:
 
 def time_process() -> float:
     """Return the seconds in which a process starts, loads what train.py loads, and ends."""
-    modules = "charlstm.train", "ml_collections.config_flags", "tensorboardX.event_file_writer"
-    program = f"import {', '.join(modules)}"
+    modules = "jax, charlstm.train, ml_collections.config_flags, tensorboardX.event_file_writer"
+    # Once it has run something, JAX takes its time to end.
+    program = f"import {modules}; jax.jit(lambda x: x)(0.0).block_until_ready()"
     run = partial(subprocess.run, [sys.executable, "-c", program], check=True)
     return min(_seconds_of(run) for _ in range(2))
 
@@ -173,11 +173,12 @@ def read_batches(job: Job, step: int, count: int) -> Batch:
 def time_steps(
     job: Job, state: TrainState, train_steps: Any, seconds: float
 ) -> tuple[TrainState, float]:
-    """Return the state after about `seconds` of steps, and the median seconds of a step.
+    """Return the state after about `seconds` of steps, and the mean seconds of a step.
 
     In calls such as train.py makes, and like it reading what a call gave while the next one runs.
+    The mean and no median, since a run, too, meets whatever slows the machine now and then.
     """
-    calls: list[float] = []
+    calls: list[tuple[float, int]] = []
     before: tuple[Any, int] | None = None
     step, count = 0, 1
     lap, end = make_clock(), time.perf_counter() + seconds
@@ -185,12 +186,13 @@ def time_steps(
         state, metrics = train_steps(state, read_batches(job, step, count), count)
         if before:
             before[0]["loss"].tolist()
-            calls.append(lap() / before[1])
+            calls.append((lap(), before[1]))
         before, step = (metrics, count), step + count
         if calls:
-            count = max(1, min(int(CALL_SECONDS / calls[-1]), job.max_count))
-    # The first one has waited for threads to wake.
-    return jax.block_until_ready(state), statistics.median(calls[1:])
+            count = max(1, min(int(CALL_SECONDS * calls[-1][1] / calls[-1][0]), job.max_count))
+    # But for the first one, which has waited for threads to wake.
+    spent, steps = (sum(column) for column in zip(*calls[1:], strict=True))
+    return jax.block_until_ready(state), spent / steps
 
 
 @dataclass(frozen=True)
