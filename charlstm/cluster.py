@@ -42,7 +42,8 @@ def joined(
 ) -> Iterator[None]:
     """Be one of the processes of a cluster within the block, if one is named or JAX finds one.
 
-    Without arguments jax.distributed looks for one: Cloud TPU, Slurm, Open MPI, Kubernetes.
+    Without arguments jax.distributed looks for one: Cloud TPU, Slurm, Open MPI, Kubernetes. With 1
+    for `num_processes` this process stays alone.
 
     Args:
       coordinator: HOST:PORT at which process 0 listens.
@@ -52,11 +53,15 @@ def joined(
     Raises:
       UserError: if the arguments do not fit together.
     """
+    if num_processes == 1:
+        yield
+        return
     who = "this process" if process_id is None else f"process {process_id}"
     where = f"--coordinator={coordinator}" if coordinator else "the cluster"
     remedy = (
         "start all of them, process 0 on the coordinator's host, with the same --coordinator and "
-        "--num_processes, and a --process_id of its own for each; the port must be free there"
+        "--num_processes, and a --process_id of its own for each; the port must be free there; "
+        "--num_processes=1 trains alone"
     )
     # Where a process is missing the runtime aborts, with pages of its own; this comes before.
     waited = f"{where}: {who} has waited {timeout} s for all processes to meet; {remedy}"
@@ -78,13 +83,12 @@ def joined(
         watch.start()
         try:
             yield
-        except UserError as error:
-            if isinstance(error.__cause__, jax.errors.JaxRuntimeError):
+        except Exception as error:
+            # Of the runtime's types, where another process has gone amid a sum of all.
+            cause = error.__cause__ if isinstance(error, UserError) else error
+            if isinstance(cause, ValueError | RuntimeError):
                 watch.await_verdict()
             watch.leave(FAILED_SECONDS)
-            raise
-        except jax.errors.JaxRuntimeError:
-            watch.await_verdict()
             raise
         watch.leave(DONE_SECONDS)
 
@@ -202,7 +206,7 @@ class Watch:
     def leave(self, seconds: float) -> None:
         """Part from the others once all have come here, or not all have in so many seconds."""
         self._is_over.set()
-        with suppress(jax.errors.JaxRuntimeError):
+        with suppress(Exception):  # of types that are not documented
             client().wait_at_barrier("leave", int(seconds * 1000))
             # The first one holds the line of the others, who would abort without it.
             while is_first() and len(client().get_live_nodes(self._everybody)) > 1:
@@ -229,7 +233,7 @@ class Watch:
                 there = client().get_live_nodes(self._everybody)
                 # One that was started anew has another number, and knows nothing of this run.
                 gone = [index for index in self._everybody if there.get(index) != met.get(index)]
-            except jax.errors.JaxRuntimeError:
+            except Exception:  # of types that are not documented
                 gone = [0]  # which holds the line
             if gone and not self._is_over.is_set():
                 end_at_once(self.farewell(*gone))

@@ -30,7 +30,7 @@ COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT at which process 0 of several awaits the others"
 )
 NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "how many processes train this run together", lower_bound=1
+    "num_processes", None, "how many processes train this run together; 1: alone", lower_bound=1
 )
 PROCESS_ID = flags.DEFINE_integer(
     "process_id", None, "which of the processes this is, from 0", lower_bound=0
@@ -66,7 +66,7 @@ class StopSignal:
 
 def check_cluster_flags(coordinator: str | None, size: int | None, index: int | None) -> None:
     """Raise UserError if the flags about processes do not fit together."""
-    if coordinator is None and size is None and index is None:
+    if coordinator is None and index is None and size in (None, 1):
         return
     if coordinator is None or size is None or index is None:
         raise UserError("--coordinator, --num_processes, --process_id: give all three or none")
@@ -92,7 +92,7 @@ def main() -> int:
             # Gloo tells every connection on stdout, where a trainer itself has nothing to tell.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not cluster.is_first():
-            logging.getLogger("charlstm").setLevel(logging.WARNING)  # the first tells it all
+            logging.getLogger("charlstm").setLevel(logging.ERROR)  # the first tells it all
         workdir = WORKDIR.value or str(Path("runs") / app.config_name(CONFIG))
         finished = train(config, workdir, should_stop=stop, profile=PROFILE.value)
     # Perhaps the signal came to another process.

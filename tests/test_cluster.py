@@ -28,27 +28,45 @@ FLAGS = [
 ]
 
 
+def by_flags(port, size, index):
+    where = f"--coordinator=127.0.0.1:{port}", f"--num_processes={size}", f"--process_id={index}"
+    return where, {}
+
+
+def by_slurm(port, size, index):
+    """What srun sets, all on this machine."""
+    names = {"NTASKS": size, "PROCID": index, "LOCALID": index, "STEP_NODELIST": "localhost"}
+    surroundings = {f"SLURM_{name}": str(value) for name, value in names.items()}
+    return [], surroundings | {"SLURM_JOB_ID": "1", "JAX_COORDINATOR_PORT": str(port)}
+
+
+def by_open_mpi(port, size, index):
+    """What mpirun sets, all on this machine."""
+    names = {"SIZE": size, "RANK": index, "LOCAL_RANK": index}
+    surroundings = {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in names.items()}
+    uri = "4096.0;tcp://127.0.0.1:1"
+    return [], surroundings | {"OMPI_MCA_orte_hnp_uri": uri, "JAX_COORDINATOR_PORT": str(port)}
+
+
 class Processes:
     """The processes of one run of launch/train.py."""
 
-    def __init__(self, folder, flags, size=2, num_devices=1, flags_of_last=()):
+    def __init__(self, folder, flags, size=2, num_devices=1, flags_of_last=(), place=by_flags):
+        """Start them; place(port, size, index) tells one by flags or environment where it is."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        self.folder = folder
         count = f"--xla_force_host_platform_device_count={num_devices}"
         environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}"}
         self.errors = [folder / f"stderr-{index}" for index in range(size)]
         self.processes = []
         for index, path in enumerate(self.errors):
             own = flags_of_last if index == size - 1 else []
-            where = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={size}"]
-            command = command_of("train", *flags, *where, f"--process_id={index}", *own)
-            with open(path, "w") as stderr:
-                self.processes.append(
-                    subprocess.Popen(
-                        command, cwd=folder, env=environment, stdout=stderr, stderr=stderr
-                    )
-                )
+            where, surroundings = place(port, size, index)
+            command = command_of("train", *flags, *where, *own)
+            options = {"cwd": folder, "env": environment | surroundings}
+            with open(path, "w") as out:
+                process = subprocess.Popen(command, stdout=out, stderr=out, **options)
+            self.processes.append(process)
 
     def wait(self, seconds=120):
         """Wait for all to end; return their exit codes."""
@@ -126,7 +144,7 @@ def test_a_signal_to_one_and_the_death_of_either_lose_nothing(reference):
     assert not [noise for noise in NOISE if noise in run.said(0) + run.said(1)]
 
     for victim in (1, 0):
-        run = Processes(folder, [*flags, "--config.log_every_steps=1"])
+        run = Processes(folder, [*flags, "--config.checkpoint_every_steps=1"])
         run.wait_for_step(workdir, int(saved) + 5 * (2 - victim))
         begin = time.monotonic()
         run.processes[victim].kill()
@@ -139,6 +157,24 @@ def test_a_signal_to_one_and_the_death_of_either_lose_nothing(reference):
 
     train_on((folder / "book.txt").read_text(), folder, *flags)  # one process goes on
     assert_same_run(workdir, reference)
+
+
+@pytest.mark.parametrize("place", [by_slurm, by_open_mpi])
+def test_a_cluster_is_found_by_its_surroundings(place, reference):
+    # They have met if they find that they were told different things.
+    flags = {"flags_of_last": ["--config.seed=1"], "place": place}
+    run = Processes(reference.parent, [*FLAGS, "--workdir=found"], **flags)
+    assert run.wait() == [2, 2], run.said(0)
+    assert "config.seed: not the same on process 0 and on 1" in run.said(0)
+
+
+def test_a_process_can_stay_alone_in_a_cluster(reference):
+    def alone(port, size, index):
+        return ["--num_processes=1"], by_slurm(port, size + 1, index)[1]
+
+    flags = [*FLAGS, "--workdir=alone", "--config.num_steps=1", "--join_timeout=2"]
+    run = Processes(reference.parent, flags, size=1, place=alone)
+    assert run.wait() == [0], run.said(0)
 
 
 MISTAKES = [

@@ -20,7 +20,7 @@ import zstandard
 from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from launching import run_command
+from launching import WarmLauncher
 
 import charlstm.corpus
 import charlstm.text
@@ -243,6 +243,13 @@ def test_a_compressed_file_that_is_not_whole_is_one_line(tmp_path, ending, damag
     with pytest.raises(UserError, match=rf"a{ending}: cannot be decompressed \(.*again") as error:
         read(tmp_path / f"a{ending}")
     assert "\n" not in str(error.value)
+
+
+def test_a_link_to_nowhere_in_a_folder_is_one_line_with_its_path(folder):
+    (folder / "b.txt").unlink()
+    (folder / "b.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"books/b.txt: no such file; give"):
+        read(folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
@@ -504,26 +511,37 @@ def test_pages_that_were_read_can_be_let_go_of_and_read_again(cache, tmp_path):
 # --- documents, from the command line to the end ---
 
 
-def test_a_run_on_documents_writes_one_and_stops(tmp_path):
+@pytest.fixture
+def launch(tmp_path):
+    """Return launch(launcher, *flags) -> (stdout, stderr) of a success in tmp_path."""
+    warm = WarmLauncher("charlstm.train", "charlstm.log")
+
+    def launch(launcher, *flags):
+        answer = warm(launcher, *flags, cwd=tmp_path)
+        assert answer.returncode == 0, answer.stderr
+        return answer.stdout, answer.stderr
+
+    yield launch
+    warm.close()
+
+
+def test_a_run_on_documents_writes_one_and_stops(tmp_path, launch):
     (tmp_path / "stories").mkdir()
     story = "Once upon a time.\n"
     for name in "abc":
         (tmp_path / "stories" / f"{name}.txt").write_text("<|end|>".join([story] * 100))
     flags = ["--config=tiny", "--config.num_steps=150", "--config.data.path=stories"]
     flags += ["--config.data.document_separator=<|end|>", "--config.optimizer.learning_rate=0.02"]
-    answer = run_command("train", *flags, cwd=tmp_path)
-    assert answer.returncode == 0, answer.stderr
+    _, told = launch("train", *flags)
     samples = (tmp_path / "runs/tiny/samples.txt").read_text()
     assert "<|end|>" in samples
-    assert END not in samples + answer.stderr
+    assert END not in samples + told
     vocab = json.loads((tmp_path / "runs/tiny/vocab.json").read_text())
     assert vocab == sorted({*story, END})
 
     def sample(*flags):
         words = ("--workdir=runs/tiny", "--length=600", "--temperature=0", *flags)
-        answer = run_command("sample", *words, cwd=tmp_path)
-        assert answer.returncode == 0, answer.stderr
-        return answer.stdout
+        return launch("sample", *words)[0]
 
     assert sample() == sample("--stream") == story + "\n"
     assert sample("--prompt=Once up", "--num_samples=2") == f"{story}\n\f\n{story}\n"
@@ -534,5 +552,8 @@ def test_a_run_on_documents_writes_one_and_stops(tmp_path):
     assert len(endless) > 600
     assert END not in endless
     (tmp_path / "new.txt").write_text(story)
-    figures = run_command("evaluate", "--workdir=runs/tiny", "--text=new.txt", cwd=tmp_path)
-    assert re.search(rf"characters +{len(story)}\n", figures.stdout)  # its END is one, too
+    figures, _ = launch("evaluate", "--workdir=runs/tiny", "--text=new.txt")
+    assert re.search(rf"characters +{len(story)}\n", figures)  # its END is one, too
+    figures, _ = launch("evaluate", "--workdir=runs/tiny")
+    assert f"the last {round(0.1 * 300 * len(story + END)):,} characters of" in figures
+    assert f"{tmp_path}/stories\n" in figures
