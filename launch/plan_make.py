@@ -76,7 +76,13 @@ def propose(
     num_evaluations = plan_rule.choose_evaluations(seconds, evaluation)
     fixed = loading + parts.start + parts.once + parts.end + num_evaluations * evaluation
     num_steps = max(1, int(_seconds_left(seconds, fixed) / parts.step))
-    num_steps = min(num_steps, plan_rule.MAX_EPOCHS * job.batches.steps_per_epoch)
+    most_steps = plan_rule.MAX_EPOCHS * job.batches.steps_per_epoch
+    if num_steps > most_steps:
+        logger.info(
+            "the text is short for so much time: by its end it would be read more than %d times",
+            plan_rule.MAX_EPOCHS,
+        )
+    num_steps = min(num_steps, most_steps)
     job = with_config(job, plan_rule.with_length(job.run.config, num_steps, num_evaluations))
     plan_trial.begin(job)  # so that train.py finds it compiled
     about = _count(job) | _measured(job, parts, loading) | _memory(job)
