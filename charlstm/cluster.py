@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax._src import distributed
 from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from charlstm.errors import RunError, UserError, one_line
 
@@ -81,6 +82,7 @@ def joined(
     watch = Watch()
     with aborts_told(watch.farewell(0)):
         watch.start()
+        connect()
         try:
             yield
         except Exception as error:
@@ -114,6 +116,21 @@ def _initialize(
             raise
         return False
     return True
+
+
+def connect() -> None:
+    """Let all devices of all processes find each other now.
+
+    On CPUs the first sum over them has to begin everywhere within 30 seconds, and one process may
+    have a text to prepare or a program to compile that another finds done.
+    """
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    sharding = NamedSharding(mesh, PartitionSpec("all"))
+    ones = np.ones(jax.local_device_count(), np.int32)
+    array = jax.make_array_from_process_local_data(sharding, ones)
+    total = jax.jit(jax.numpy.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(array)
+    assert int(total) == jax.device_count()
+    gather(0)
 
 
 def is_shared() -> bool:

@@ -4,7 +4,8 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -109,6 +110,7 @@ class Journal:
         self._pending: tuple[int, int, Metrics] | None = None
         self._seconds_per_step = math.inf
         self._pushed = 0.0
+        self._lap_chars = 0.0  # not since_log's, which a process before this one may have counted
         self._lap_start = time.monotonic()
         self._start = self._lap_start - notes.seconds
 
@@ -140,7 +142,7 @@ class Journal:
         self._read()
         mean, self.notes.since_log = self.notes.since_log, Mean()
         record = self._stamp(step) | {
-            "chars_per_second": mean.count / self._lap(),
+            "chars_per_second": self._end_lap(),
             # The optimizer does not count steps that were left out.
             "learning_rate": float(schedule(step - 1 - self.notes.skipped)),
             "skipped_steps": self.notes.skipped,
@@ -176,7 +178,16 @@ class Journal:
         if "sample" in record:
             logger.info("a sample at step %d:\n%s\n", step, record["sample"])
         self.save(state, loss)
-        self._lap()
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Leave the time that the block takes out of the characters a second."""
+        self._read()  # the steps before it have come to their end
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._lap_start += time.monotonic() - begin
 
     def save(self, state: TrainState, loss: float | None = None) -> None:
         """Save a checkpoint, once the metrics of all its steps are known."""
@@ -212,6 +223,7 @@ class Journal:
             self.notes.grad_norm = grad_norm
             self.notes.since_log.add(loss, num_chars)
             self.notes.since_eval.add(loss, num_chars)
+            self._lap_chars += num_chars
         return count
 
     def _count_skipped(self, step: int, loss: float, grad_norm: float) -> None:
@@ -229,7 +241,9 @@ class Journal:
     def _seconds(self) -> float:
         return time.monotonic() - self._start
 
-    def _lap(self) -> float:
+    def _end_lap(self) -> float:
+        """Return the characters a second since the last call, pauses apart."""
         now = time.monotonic()
-        lap, self._lap_start = now - self._lap_start, now
-        return lap
+        speed = self._lap_chars / (now - self._lap_start)
+        self._lap_start, self._lap_chars = now, 0.0
+        return speed

@@ -162,7 +162,8 @@ def run_steps(
     try:
         # Left over from a stop amid an evaluation.
         if job.is_evaluated(step) and journal.notes.has_unscored_steps:
-            journal.log_evaluation(state, assess(state.params, step))
+            with journal.pausing():
+                journal.log_evaluation(state, assess(state.params, step))
         while step < job.num_steps:
             stop_if(should_stop)
             count = min(journal.fitting_count, job.max_count, steps_ahead(job, step))
@@ -174,7 +175,8 @@ def run_steps(
             if step == job.num_steps or step % job.log_every == 0:
                 journal.log_training(step, schedule)
             if job.is_evaluated(step):
-                journal.log_evaluation(state, assess(state.params, step))
+                with journal.pausing():
+                    journal.log_evaluation(state, assess(state.params, step))
             elif step % job.save_every == 0:
                 journal.save(state)
     except StoppedError:

@@ -7,6 +7,7 @@ from test_train import small_config
 from charlstm.checkpoint import Checkpoints
 from charlstm.job import prepare
 from charlstm.journal import Journal, Notes
+from charlstm.log import read_records
 from charlstm.steps import evaluate
 
 
@@ -59,6 +60,31 @@ def test_a_call_takes_as_many_steps_as_fit_into_a_quarter_of_a_second(
     checkpoints.close()
     # Nothing known; then 0.1 s for the first step; then 0.25 s for the five after it.
     assert fitting == [1, 2, 5]
+
+
+def test_characters_a_second_leave_out_pauses_and_what_was_before_a_resume(
+    book_path, tmp_path, monkeypatch
+):
+    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now, time=lambda: 0.0)
+    monkeypatch.setattr("charlstm.journal.time", clock)
+    before = Notes()
+    before.since_log.add(1.0, 1000)
+    checkpoints = Checkpoints(job.run.workdir)
+    with Journal(job, checkpoints, 0, before) as journal:
+        journal.push(1, 1, metrics_on_device("a", []))  # of one character
+        clock.now += 2
+        with journal.pausing():
+            clock.now += 50
+        journal.push(4, 3, metrics_on_device("b", []))
+        clock.now += 6
+        journal.log_training(4, lambda step: 0.1)
+        journal.push(5, 1, metrics_on_device("c", []))
+        clock.now += 4
+        journal.log_training(5, lambda step: 0.1)
+    checkpoints.close()
+    records = read_records(job.run.workdir / "metrics.jsonl")
+    assert [record["chars_per_second"] for record in records] == [4 / 8, 1 / 4]
 
 
 def test_evaluation_totals_are_read_one_batch_late():
