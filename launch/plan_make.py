@@ -134,7 +134,8 @@ def _with_width(job: Job, seconds: float) -> Job:
     # The rate of a width that was not timed last differs little from that of its neighbour.
     config = plan_rule.with_width(job.run.config, width)
     chars_read = seconds * flops / cost.flops_per_char(config, vocab_size)
-    return with_config(job, plan_rule.with_rates(config, chars_read / num_chars))
+    num_epochs = min(plan_rule.MAX_EPOCHS, chars_read / num_chars)
+    return with_config(job, plan_rule.with_rates(config, num_epochs))
 
 
 def with_config(job: Job, config: ConfigDict) -> Job:
