@@ -181,7 +181,8 @@ def _normalise(argv: list[str]) -> list[str]:
         negated, key, value = match.groups()
         if key is None:
             value = next(words, "") if value is None else value
-            normal.append(f"--config={_config_path(value)}")
+            # In front of the settings, which change what it gives.
+            normal.insert(1, f"--config={_config_path(value)}")
             continue
         check_key(key)
         default = flatten(base_config())[key]

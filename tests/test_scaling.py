@@ -31,6 +31,7 @@ def scaled(counts, rows_each=None, dtype="float32"):
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow  # test_devices.py has the like of it
 def test_eight_devices_give_what_one_does():
     one, eight = scaled([1, 8])
     assert one["all_reduces"] == 0
