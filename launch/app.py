@@ -171,7 +171,8 @@ def _normalise(argv: list[str]) -> list[str]:
 
     config_flags answers a mistyped key or a missing file with pages of traceback, or late.
     """
-    normal = []
+    files: list[str] = []  # these come first, since settings change what they give
+    normal: list[str] = []
     words = iter(argv)
     for word in words:
         match = _CONFIG_FLAG.fullmatch(word)
@@ -181,8 +182,7 @@ def _normalise(argv: list[str]) -> list[str]:
         negated, key, value = match.groups()
         if key is None:
             value = next(words, "") if value is None else value
-            # In front of the settings, which change what it gives.
-            normal.insert(1, f"--config={_config_path(value)}")
+            files.append(f"--config={_config_path(value)}")
             continue
         check_key(key)
         default = flatten(base_config())[key]
@@ -192,7 +192,7 @@ def _normalise(argv: list[str]) -> list[str]:
             value = next(words, "")
         _check_type(key, value, type(default))
         normal.append(f"--config.{key}={value}")
-    return normal
+    return [*normal[:1], *files, *normal[1:]]
 
 
 def _check_type(key: str, value: str, wanted: type) -> None:
