@@ -171,7 +171,7 @@ def _normalise(argv: list[str]) -> list[str]:
 
     config_flags answers a mistyped key or a missing file with pages of traceback, or late.
     """
-    files: list[str] = []  # these come first, since settings change what they give
+    files: list[str] = []  # the last comes first, since settings change what it gives
     normal: list[str] = []
     words = iter(argv)
     for word in words:
@@ -192,7 +192,7 @@ def _normalise(argv: list[str]) -> list[str]:
             value = next(words, "")
         _check_type(key, value, type(default))
         normal.append(f"--config.{key}={value}")
-    return [*normal[:1], *files, *normal[1:]]
+    return [*normal[:1], *files[-1:], *normal[1:]]
 
 
 def _check_type(key: str, value: str, wanted: type) -> None:
