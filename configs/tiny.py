@@ -17,6 +17,9 @@ def get_config() -> ConfigDict:
     config.eval_every_steps = 100
     config.log_every_steps = 20
     config.model.hidden_size = 64
+    # A few seconds memorise nothing.
+    config.model.dropout_rate = 0.1
+    config.optimizer.learning_rate = 8e-3
     config.optimizer.warmup_steps = 20
     config.sample.length = 200
     return config

@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.data.loss_on = "last"
 
     config.model.input = "scaled"
+    config.model.hidden_size = 256
     config.model.dropout_rate = 0.2
 
     # Keras's defaults for Adam.
