@@ -113,6 +113,8 @@ COMMAND_LINE = [
     ("sample", "--prompt_file=none.txt", "--prompt_file=none.txt|give a UTF-8 file"),
     ("sample", "--prompt_file=latin1.txt", "--prompt_file=latin1.txt|give a UTF-8 file"),
     ("evaluate", "--jsn", "jsn|json"),
+    ("evaluate", "--window=0", "window|0"),
+    ("evaluate", "--window=99999", "window|99999"),
     ("bench", "--what=stepp", "--what=stepp: must be of step"),
     ("bench", "--shapes=32x50", "--shapes=32x50: must be BxTxH"),
     ("plan", "--minutes=0", "--minutes=0.0: must be a number above 0"),
