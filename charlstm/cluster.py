@@ -70,7 +70,7 @@ def joined(
     alarm.daemon = True
     alarm.start()
     try:
-        with stderr_of_python(), aborts_told(f"{where}: {who} could not join; {remedy}"):
+        with only_python_writes("stderr"), aborts_told(f"{where}: {who} could not join; {remedy}"):
             found = _initialize(coordinator, num_processes, process_id, timeout + 60)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{where}: {who} could not join ({one_line(error)}); {remedy}") from error
@@ -80,7 +80,8 @@ def joined(
         yield
         return
     watch = Watch()
-    with aborts_told(watch.farewell(0)):
+    # Gloo tells of each connection on stdout.
+    with aborts_told(watch.farewell(0)), only_python_writes("stdout"):
         watch.start()
         connect()
         try:
@@ -99,9 +100,8 @@ def _initialize(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
 ) -> bool:
     """Join a cluster; return whether there is one."""
-    # The watch ends a process that has lost another, and launchers catch signals themselves.
+    # Otherwise the runtime would abort a process that has lost another, before the watch tells.
     jax.config.update("jax_enable_recoverability", True)
-    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -277,19 +277,21 @@ def aborts_told(message: str) -> Iterator[None]:
 
 
 @contextmanager
-def stderr_of_python() -> Iterator[None]:
-    """Keep what is not written by Python, such as the runtime's stack traces, off stderr."""
-    before, raw = sys.stderr, os.dup(2)
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 2)
-    os.close(silence)
-    with os.fdopen(os.dup(raw), "w", encoding="utf-8") as sys.stderr:
-        try:
-            yield
-        finally:
-            os.dup2(raw, 2)
-            os.close(raw)
-            sys.stderr = before
+def only_python_writes(name: str) -> Iterator[None]:
+    """Keep what libraries in C++ tell off stdout or stderr, by its `name` in sys."""
+    before = getattr(sys, name)
+    number = {"stdout": 1, "stderr": 2}[name]
+    ours, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+    setattr(sys, name, os.fdopen(os.dup(ours), "w", encoding="utf-8", buffering=1))
+    try:
+        yield
+    finally:
+        getattr(sys, name).close()
+        setattr(sys, name, before)
+        os.dup2(ours, number)
+        os.close(ours)
 
 
 def end_at_once(message: str) -> None:

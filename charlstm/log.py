@@ -148,13 +148,14 @@ class TrainingBar:
     """A progress bar with loss, bits per character, speed and time left; nothing off a terminal."""
 
     def __init__(self, num_steps: int, step: int, is_hidden: bool = False):
+        self._is_shown = CONSOLE.is_terminal and not is_hidden
         self._progress = Progress(
             BarColumn(bar_width=10),  # so that a line of 80 columns has room for the figures
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
             console=CONSOLE,
-            disable=is_hidden or not CONSOLE.is_terminal,
+            disable=not self._is_shown,
             refresh_per_second=4,
         )
         self._task = self._progress.add_task("", total=num_steps, completed=step, figures="")
@@ -165,7 +166,8 @@ class TrainingBar:
 
     def stop(self) -> None:
         """Leave the bar as it stands."""
-        self._progress.stop()
+        if self._is_shown:  # rich ends one that is not by an empty line
+            self._progress.stop()
 
     def advance(self, count: int) -> None:
         """Count `count` steps."""

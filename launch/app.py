@@ -51,7 +51,7 @@ def run(main: Callable[[], int | None]) -> None:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     # Whatever the locale is: a text's characters are Unicode's.
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # JAX and Orbax tell much that is not about the run, and of a failed save in pages.
     logging.set_verbosity(logging.FATAL)
     warnings.filterwarnings("ignore", message=r"coroutine .* was never awaited")
@@ -171,7 +171,8 @@ def _normalise(argv: list[str]) -> list[str]:
 
     config_flags answers a mistyped key or a missing file with pages of traceback, or late.
     """
-    normal = []
+    files: list[str] = []  # the last comes first, since settings change what it gives
+    normal: list[str] = []
     words = iter(argv)
     for word in words:
         match = _CONFIG_FLAG.fullmatch(word)
@@ -181,7 +182,7 @@ def _normalise(argv: list[str]) -> list[str]:
         negated, key, value = match.groups()
         if key is None:
             value = next(words, "") if value is None else value
-            normal.append(f"--config={_config_path(value)}")
+            files.append(f"--config={_config_path(value)}")
             continue
         check_key(key)
         default = flatten(base_config())[key]
@@ -191,7 +192,7 @@ def _normalise(argv: list[str]) -> list[str]:
             value = next(words, "")
         _check_type(key, value, type(default))
         normal.append(f"--config.{key}={value}")
-    return normal
+    return [*normal[:1], *files[-1:], *normal[1:]]
 
 
 def _check_type(key: str, value: str, wanted: type) -> None:

@@ -17,7 +17,6 @@ import math
 import re
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +84,14 @@ def main() -> int:
     config = app.checked_config(CONFIG)
     chips = parse_chips(CHIPS.value, config.batch_size)
     check_minutes(MINUTES.value, SECONDS.value)
-    # So far one thread has worked without a pause, so that its time tells when it began.
-    started = time.perf_counter() - time.process_time()
     import plan_make
 
     settings: dict[str, Any] = {}
     if MINUTES.value:
-        about, settings = plan_make.propose(config, 60 * MINUTES.value, started, SECONDS.value)
+        about, settings = plan_make.propose(config, 60 * MINUTES.value, SECONDS.value)
         about["command"] = command_for(settings)
     else:
-        about = plan_make.describe(config, started, SECONDS.value)
+        about = plan_make.describe(config, SECONDS.value)
     if chips:
         about["on paper"] = plan_make.on_paper(config, about["vocabulary"], *chips)
     if JSON.value:

@@ -3,7 +3,6 @@
 import logging
 import math
 import tempfile
-import time
 from typing import Any
 
 import jax
@@ -42,47 +41,48 @@ def check(job: Job) -> None:
     check_memory(config, state_shapes(config, job.model), job.mesh)
 
 
-def describe(config: ConfigDict, started: float, seconds: float) -> dict[str, Any]:
-    """Return what a run of `config` takes.
-
-    Args:
-      config: the run's.
-      started: when this process began, by time.perf_counter().
-      seconds: how long to time steps; 0: only count.
-    """
+def describe(config: ConfigDict, seconds: float) -> dict[str, Any]:
+    """Return what a run of `config` takes; steps are timed for `seconds`, nothing is if it is 0."""
+    lap = plan_trial.make_clock()
     job = read(config)
     if not seconds:
         return _count(job)
     check(job)
-    loading = time.perf_counter() - started
+    loading = lap() + plan_trial.time_process()
     parts = _rehearse(job, seconds)
     return _count(job) | _measured(job, parts, loading) | _memory(job)
 
 
 def propose(
-    config: ConfigDict, seconds: float, started: float, timing: float
+    config: ConfigDict, seconds: float, timing: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what a run of the settings proposed for `seconds` takes, and these settings.
 
     Args:
       config: all other settings, and the text.
       seconds: what the whole command may take.
-      started: when this process began, by time.perf_counter().
       timing: how many seconds to time steps.
 
     Raises:
       UserError: if the time is too short for a command that trains at all.
     """
+    lap = plan_trial.make_clock()
     job = _shaped(config, seconds)
     check(job)
-    loading = time.perf_counter() - started
+    loading = lap() + plan_trial.time_process()
     job = _with_width(job, _seconds_left(seconds, loading))
     parts = _rehearse(job, timing)
     evaluation = plan_trial.evaluation_seconds(job, parts) + parts.save
     num_evaluations = plan_rule.choose_evaluations(seconds, evaluation)
     fixed = loading + parts.start + parts.once + parts.end + num_evaluations * evaluation
     num_steps = max(1, int(_seconds_left(seconds, fixed) / parts.step))
-    num_steps = min(num_steps, plan_rule.MAX_EPOCHS * job.batches.steps_per_epoch)
+    most_steps = plan_rule.MAX_EPOCHS * job.batches.steps_per_epoch
+    if num_steps > most_steps:
+        logger.info(
+            "the text is short for so much time: by its end it would be read more than %d times",
+            plan_rule.MAX_EPOCHS,
+        )
+    num_steps = min(num_steps, most_steps)
     job = with_config(job, plan_rule.with_length(job.run.config, num_steps, num_evaluations))
     plan_trial.begin(job)  # so that train.py finds it compiled
     about = _count(job) | _measured(job, parts, loading) | _memory(job)
@@ -134,7 +134,8 @@ def _with_width(job: Job, seconds: float) -> Job:
     # The rate of a width that was not timed last differs little from that of its neighbour.
     config = plan_rule.with_width(job.run.config, width)
     chars_read = seconds * flops / cost.flops_per_char(config, vocab_size)
-    return with_config(job, plan_rule.with_rates(config, chars_read / num_chars))
+    num_epochs = min(plan_rule.MAX_EPOCHS, chars_read / num_chars)
+    return with_config(job, plan_rule.with_rates(config, num_epochs))
 
 
 def with_config(job: Job, config: ConfigDict) -> Job:
@@ -193,6 +194,8 @@ def _memory(job: Job) -> dict[str, Any]:
     rows = job.run.config.batch_size
     small, large = ((n, plan_trial.step_bytes(job, n)) for n in (rows, FACTOR * rows))
     there = memory_bytes()
+    if jax.default_backend() == "cpu":
+        there /= len(job.mesh.local_devices)  # which share the machine's
     return {
         "compiled_step_bytes": small[1],
         "memory_bytes": there,

@@ -3,7 +3,8 @@
 States and files are made in a folder that the caller removes again.
 """
 
-import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -27,7 +28,7 @@ from charlstm.run import write_run
 from charlstm.steps import TrainState, init_state, make_train_step
 from charlstm.train import compile_train_steps
 
-MAX_BATCHES = 20  # of an evaluation: enough to time one
+MAX_BATCHES = 60  # of an evaluation: enough to time one
 
 
 class Parts(NamedTuple):
@@ -86,7 +87,9 @@ def rehearse(job: Job, folder: epath.Path, seconds: float) -> Parts:
     jax.clear_caches()
     warm = _rehearse(job, folder / "warm", seconds)
     # Not all that is slow the first time is compilation: Matplotlib and Orbax begin slowly.
-    late = max(0.0, cold.draw - warm.draw) + max(0.0, cold.save - warm.save)
+    late = sum(
+        max(0.0, getattr(cold, name) - getattr(warm, name)) for name in ("draw", "save", "end")
+    )
     return warm._replace(once=warm.once + late)
 
 
@@ -125,6 +128,15 @@ def make_clock() -> Any:
     return lap
 
 
+def time_process() -> float:
+    """Return the seconds in which a process starts, loads what train.py loads, and ends."""
+    modules = "jax, charlstm.train, ml_collections.config_flags, tensorboardX.event_file_writer"
+    # Once it has run something, JAX takes its time to end.
+    program = f"import {modules}; jax.jit(lambda x: x)(0.0).block_until_ready()"
+    run = partial(subprocess.run, [sys.executable, "-c", program], check=True)
+    return min(_seconds_of(run) for _ in range(2))
+
+
 def placed_shapes(job: Job, batch_size: int | None = None) -> TrainState:
     """Return the state's tree with shapes and shardings, for B = `batch_size` rows or the job's."""
     config = job.run.config
@@ -161,11 +173,12 @@ def read_batches(job: Job, step: int, count: int) -> Batch:
 def time_steps(
     job: Job, state: TrainState, train_steps: Any, seconds: float
 ) -> tuple[TrainState, float]:
-    """Return the state after about `seconds` of steps, and the median seconds of a step.
+    """Return the state after about `seconds` of steps, and the mean seconds of a step.
 
     In calls such as train.py makes, and like it reading what a call gave while the next one runs.
+    The mean and no median, since a run, too, meets whatever slows the machine now and then.
     """
-    calls: list[float] = []
+    calls: list[tuple[float, int]] = []
     before: tuple[Any, int] | None = None
     step, count = 0, 1
     lap, end = make_clock(), time.perf_counter() + seconds
@@ -173,12 +186,13 @@ def time_steps(
         state, metrics = train_steps(state, read_batches(job, step, count), count)
         if before:
             before[0]["loss"].tolist()
-            calls.append(lap() / before[1])
+            calls.append((lap(), before[1]))
         before, step = (metrics, count), step + count
         if calls:
-            count = max(1, min(int(CALL_SECONDS / calls[-1]), job.max_count))
-    # The first one has waited for threads to wake.
-    return jax.block_until_ready(state), statistics.median(calls[1:])
+            count = max(1, min(int(CALL_SECONDS * calls[-1][1] / calls[-1][0]), job.max_count))
+    # But for the first one, which has waited for threads to wake.
+    spent, steps = (sum(column) for column in zip(*calls[1:], strict=True))
+    return jax.block_until_ready(state), spent / steps
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,7 @@ class LastBatches:
 
 
 def _time_batch(job: Job, state: TrainState) -> tuple[float, float]:
-    """Return the seconds that a batch of an evaluation takes, and that all timed took at first."""
+    """Return the seconds of an evaluation's batch, and how many more all took at first."""
     if job.val_batches is None:
         return 0.0, 0.0
     few = LastBatches(job.val_batches, min(job.val_batches.steps_per_epoch, MAX_BATCHES))
@@ -211,7 +225,7 @@ def _time_batch(job: Job, state: TrainState) -> tuple[float, float]:
 
 
 def _time_sample(job: Job, state: TrainState) -> tuple[float, float]:
-    """Return the seconds that an evaluation's sample takes, and how much more the first one took."""
+    """Return the seconds of a sample, and how many more the first one took."""
     params = on_one_device(state.params)
     write = partial(write_sample, job, params, 0, lambda: False)
     first, again = (_seconds_of(write) for _ in range(2))

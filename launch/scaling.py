@@ -83,7 +83,7 @@ def main() -> None:
     text = json.dumps(report, indent=1, allow_nan=False)
     (out / "scaling.json").write_text(text + "\n", encoding="utf-8")
     about = f"{config.model.num_layers} x {config.model.hidden_size}, T = {config.seq_len}"
-    (out / "scaling.png").write_bytes(scaling_picture.draw(report, f"{about}, TPU {chip.name}"))
+    (out / "scaling.png").write_bytes(scaling_picture.draw(report, f"{about}, {chip.name}"))
     logger.info("all figures: %s", out / "scaling.json")
 
 

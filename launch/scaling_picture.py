@@ -20,7 +20,7 @@ COLOURS = {
 WORDS = {
     "products": "scan: products",
     "memory": "scan: kernel and state from memory",
-    "latency": "scan: turns, at 5 us",
+    "latency": "scan: turns of the loop (assumed)",
     "outside": "products outside of the scan",
     "update": "Adam",
     "all_reduce": "all-reduce",

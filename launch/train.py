@@ -88,9 +88,6 @@ def main() -> int:
         stop = StopSignal()
         from charlstm.train import train
 
-        if cluster.is_shared():
-            # Gloo tells every connection on stdout, where a trainer itself has nothing to tell.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not cluster.is_first():
             logging.getLogger("charlstm").setLevel(logging.ERROR)  # the first tells it all
         workdir = WORKDIR.value or str(Path("runs") / app.config_name(CONFIG))

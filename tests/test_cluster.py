@@ -172,9 +172,11 @@ def test_a_process_can_stay_alone_in_a_cluster(reference):
     def alone(port, size, index):
         return ["--num_processes=1"], by_slurm(port, size + 1, index)[1]
 
-    flags = [*FLAGS, "--workdir=alone", "--config.num_steps=1", "--join_timeout=2"]
+    # It has not waited for the other if it finds that there is no text.
+    flags = [*FLAGS, "--join_timeout=3", "--config.data.path=none.txt"]
     run = Processes(reference.parent, flags, size=1, place=alone)
-    assert run.wait() == [0], run.said(0)
+    assert run.wait() == [2]
+    assert "none.txt: no such file" in run.said(0)
 
 
 MISTAKES = [

@@ -39,6 +39,12 @@ def sample(folder, *flags):
     return result
 
 
+def test_the_place_of_config_on_the_command_line_does_not_matter(tmp_path):
+    flags = ["--config.num_steps=0", "--config=tutorial", "--config=tiny"]
+    answer = warm_launcher()("train", *flags, "--config.data.path=none.txt", cwd=tmp_path)
+    assert "none.txt: no such file" in answer.stderr
+
+
 def test_training_tells_what_it_reads_does_and_how_to_go_on(trained, book):
     _, result = trained
     assert result.stdout == ""

@@ -31,10 +31,12 @@ def scaled(counts, rows_each=None, dtype="float32"):
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow  # test_devices.py has the like of it
 def test_eight_devices_give_what_one_does():
     one, eight = scaled([1, 8])
     assert one["all_reduces"] == 0
     assert eight["all_reduces"] > 0
+    assert eight["in_loops"] == 0
     assert eight["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert eight["difference"] < 1e-5
     assert one["losses"][-1] < one["losses"][0]
