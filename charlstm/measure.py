@@ -16,7 +16,8 @@ from charlstm.steps import reset_rows
 MAX_BLOCKS = 30
 MIN_BLOCK_CHARS = 100  # less than a paragraph is not independent of the next one
 
-ScoreStep = Callable[[Any, Carry, Batch], tuple[Carry, tuple[jax.Array, jax.Array]]]
+# (params, state, batch) -> (state, (nats_BT, correct_BT)): the state is a carry, or has one in it.
+ScoreStep = Callable[[Any, Any, Batch], tuple[Any, tuple[jax.Array, jax.Array]]]
 
 
 class Reading(NamedTuple):
@@ -54,12 +55,12 @@ def make_score_step(model: CharLSTM) -> ScoreStep:
 
 
 def scores(
-    score_step: ScoreStep, params: Any, carry: Carry, batches: Iterable[Batch]
+    score_step: ScoreStep, params: Any, state: Any, batches: Iterable[Batch]
 ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
-    """Yield (batch, nats_BT, correct_BT) of each batch, the carry handed on."""
+    """Yield (batch, nats_BT, correct_BT) of each batch, the state handed on."""
     pending: Any = None
     for batch in batches:
-        carry, scored = score_step(params, carry, batch)
+        state, scored = score_step(params, state, batch)
         if pending:  # one batch late, so that the device never waits for the host
             yield (pending[0], *map(np.asarray, pending[1]))
         pending = batch, scored

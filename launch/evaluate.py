@@ -1,6 +1,6 @@
 """Measure how well a trained run predicts a text, and what to compare that with.
 
-  python launch/evaluate.py --workdir=runs/default [--text=FILE] [--json]
+  python launch/evaluate.py --workdir=runs/default [--text=FILE] [--dynamic] [--json]
 
 Without --text: the validation part of the run's own text. Two standards, since published figures
 follow either:
@@ -11,6 +11,8 @@ carried  The whole text in order, in one go, the carry handed on. Every characte
 cold     Windows of --window characters side by side, each read from an empty carry, as code in the
          manner of nanoGPT reports. Every character but the text's first counts once, the first of
          each window after the one character that the last window ended with.
+dynamic  With --dynamic also as carried, but the model goes on learning: it predicts 20 characters,
+         then learns from them (charlstm/dynamic.py).
 
 The standard error of the bits per character is that over up to 30 blocks of the text. The baselines
 learn from the run's training part and predict the same text: a guess among all characters, their
@@ -21,6 +23,7 @@ warning says so. --nobaselines leaves them out.
 
 import json
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import app
@@ -47,6 +50,8 @@ UNKNOWN = flags.DEFINE_enum(
 WINDOW = flags.DEFINE_integer(
     "window", 256, "the length of cold windows", lower_bound=1, upper_bound=2**16
 )
+DYNAMIC = flags.DEFINE_boolean("dynamic", False, "also let the model learn while it reads")
+DYNAMIC_RATE = flags.DEFINE_float("dynamic_rate", None, "how fast; none: as found on Dracula")
 BASELINES = flags.DEFINE_boolean("baselines", True, "compare with n-grams and compressors")
 JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
 
@@ -119,8 +124,43 @@ def measure_both(run: "Run", model: Any, params: Any, ids_M: "np.ndarray") -> di
     return carried | {"cold": {"window": WINDOW.value} | cold}
 
 
+def measure_dynamic(
+    run: "Run", model: Any, params: Any, ids_M: "np.ndarray", static_loss: float
+) -> dict[str, Any]:
+    """Return the figures of a held-out text of which the model learns while it reads."""
+    import jax
+
+    from charlstm import dynamic
+    from charlstm.data import Streams
+    from charlstm.measure import figures, read, scores
+    from charlstm.model import zero_carry
+
+    rate = dynamic.RATE if DYNAMIC_RATE.value is None else DYNAMIC_RATE.value
+    anchor = dynamic.make_anchor(model, params, [run.vocab.encode(text) for text in run.prompts])
+    reader = dynamic.Reader(params, zero_carry(model, 1))
+    batches = Streams(ids_M, 1, dynamic.WINDOW)
+    steps = map(batches, range(batches.steps_per_epoch))
+    scored = scores(jax.jit(dynamic.make_dynamic_step(model, rate)), anchor, reader, steps)
+    reading = read(scored, len(ids_M) - 1, run.vocab.utf8_bytes())
+    if not reading.loss < static_loss + math.log(len(run.vocab)):
+        raise UserError(
+            f"--dynamic_rate={rate}: the model has unlearnt all it knew; give a lower one"
+        )
+    return {"rate": rate, "window": dynamic.WINDOW} | figures(reading)
+
+
+def check_flags() -> None:
+    """Raise UserError for flags that make no sense."""
+    rate = DYNAMIC_RATE.value
+    if rate is not None and not 0 < rate < math.inf:
+        raise UserError(f"--dynamic_rate={rate}: must be a number above 0")
+    if rate is not None and not DYNAMIC.value:
+        raise UserError(f"--dynamic_rate={rate}: is for --dynamic, which is not given")
+
+
 def main() -> None:
     """Evaluate as the flags say and print the figures on stdout."""
+    check_flags()
     from evaluate_report import measure_baselines, table
 
     from charlstm.checkpoint import load_model
@@ -128,8 +168,16 @@ def main() -> None:
     run, model, params = load_model(WORKDIR.value, CHECKPOINT.value)
     if not TEXT.value and not run.config.data.val_fraction:
         raise UserError(f"{WORKDIR.value}: this run has no validation part; give --text=FILE")
+    if DYNAMIC.value and run.config.data.order == "windows":
+        raise UserError(
+            f"{WORKDIR.value}: was trained on windows, and --dynamic reads on and on; "
+            "give a run of config.data.order=streams"
+        )
     train_M, ids_M, name = open_parts(run)
     figures = {"text": name} | measure_both(run, model, params, ids_M)
+    if DYNAMIC.value:
+        loss = figures["nats_per_char"]
+        figures["dynamic"] = measure_dynamic(run, model, params, ids_M, loss)
     if BASELINES.value and train_M is not None:
         figures["baselines"] = measure_baselines(train_M, ids_M, run.vocab)
     if JSON.value:

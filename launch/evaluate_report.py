@@ -72,6 +72,8 @@ def table(figures: dict[str, Any], train_size: int, held_out_size: int) -> Itera
     yield ""
     yield _row("", COLUMNS)
     yield _row("carried", _shown(figures))
+    if "dynamic" in figures:
+        yield _row("dynamic", _shown(figures["dynamic"]))
     yield _row(f"cold, windows of {figures['cold']['window']}", _shown(figures["cold"]))
     if not (found := figures.get("baselines")):
         return

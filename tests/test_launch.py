@@ -168,6 +168,29 @@ def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(tra
     assert other.stderr == ""
 
 
+def test_learning_while_reading_is_told_beside_reading(trained):
+    folder, _ = trained
+    flags = ("--workdir=runs/tiny", "--dynamic", "--nobaselines")
+    figures = json.loads(warm_launcher()("evaluate", *flags, "--json", cwd=folder).stdout)
+    dynamic = figures["dynamic"]
+    assert dynamic["characters"] == figures["characters"]
+    assert 0 < figures["bits_per_char"] - dynamic["bits_per_char"] < 1
+    shown = warm_launcher()("evaluate", *flags, cwd=folder).stdout
+    assert re.search(rf"\ndynamic +{dynamic['bits_per_char']:.4f} ", shown)
+
+
+def test_a_text_read_first_changes_what_is_written_and_nothing_in_the_run(trained):
+    folder, _ = trained
+    (folder / "more.txt").write_text("blood and blood and " * 200, encoding="utf-8")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
+    flags = ("--prompt=upon ", "--length=60", "--temperature=0")
+    plain = sample(folder, *flags)
+    adapted = sample(folder, *flags, "--adapt_to=more.txt")
+    assert adapted.stdout.count("blood and") > plain.stdout.count("blood and")
+    assert "reading 4,000 characters of more.txt" in adapted.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
+
+
 def test_another_text_is_evaluated_without_baselines_where_the_runs_own_has_gone(trained, book):
     folder, _ = trained
     (folder / "new.txt").write_text(book[:300], encoding="utf-8")
