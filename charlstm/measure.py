@@ -16,6 +16,9 @@ from charlstm.steps import reset_rows
 MAX_BLOCKS = 30
 MIN_BLOCK_CHARS = 100  # less than a paragraph is not independent of the next one
 
+# From half to twice, in steps of 9 %, between which a parabola tells more.
+TEMPERATURES_R = 2.0 ** (np.arange(-8, 9) / 8)
+
 # (params, state, batch) -> (state, (nats_BT, correct_BT)): the state is a carry, or has one in it.
 ScoreStep = Callable[[Any, Any, Batch], tuple[Any, tuple[jax.Array, jax.Array]]]
 
@@ -119,3 +122,56 @@ def figures(reading: Reading) -> dict[str, Any]:
         "perplexity": math.exp(reading.loss),
         "accuracy": reading.correct / reading.num_chars,
     }
+
+
+def make_heated_step(
+    model: CharLSTM,
+) -> Callable[[Any, Carry, Batch, jax.Array], tuple[Carry, jax.Array]]:
+    """Return heated_step(params, carry, batch, temperatures_R) -> (carry, nats_R), a pure function.
+
+    The nats are the sum over the batch of softmax(logits / temperature), for each temperature.
+    """
+
+    def heated_step(params: Any, carry: Carry, batch: Batch, temperatures_R: jax.Array) -> Any:
+        carry = reset_rows(carry, batch.reset_B)
+        logits_BTV, carry = predict(model, params, batch.inputs_BT, carry)
+
+        def nats(temperature: jax.Array) -> jax.Array:
+            nats_BT = optax.softmax_cross_entropy_with_integer_labels(
+                logits_BTV / temperature, batch.targets_BT
+            )
+            return jnp.sum(nats_BT * batch.weights_BT)
+
+        # One after the other: side by side they would need R times the memory.
+        return carry, jax.lax.map(nats, temperatures_R)
+
+    return heated_step
+
+
+def heated_losses(
+    heated_step: Callable[..., Any],
+    params: Any,
+    carry: Carry,
+    batches: Iterable[Batch],
+    temperatures_R: Any,
+) -> np.ndarray:
+    """Return the nats per character of a text at each temperature."""
+    nats_R, count = np.zeros(len(temperatures_R)), 0.0
+    for batch in batches:
+        carry, heated_R = heated_step(params, carry, batch, np.float32(temperatures_R))
+        nats_R += np.asarray(heated_R, np.float64)
+        count += float(np.sum(batch.weights_BT))
+    return nats_R / count
+
+
+def best_temperature(losses_R: np.ndarray) -> float:
+    """Return where the losses at TEMPERATURES_R are lowest, by a parabola over the logarithm.
+
+    Where the lowest is the first or the last, that one.
+    """
+    least = int(np.argmin(losses_R))
+    if least in (0, len(losses_R) - 1):
+        return float(TEMPERATURES_R[least])
+    below, here, above = losses_R[least - 1 : least + 2]
+    shift = (below - above) / (below - 2 * here + above) / 2
+    return float(TEMPERATURES_R[least] * (TEMPERATURES_R[1] / TEMPERATURES_R[0]) ** shift)

@@ -3,7 +3,7 @@
   python launch/evaluate.py --workdir=runs/default [--text=FILE] [--dynamic] [--json]
 
 Without --text: the validation part of the run's own text. Two standards, since published figures
-follow either:
+follow either, and a third that asks for more:
 
 carried  The whole text in order, in one go, the carry handed on. Every character but the first
          counts once; for a run trained on windows, every character that has a full window before
@@ -11,14 +11,15 @@ carried  The whole text in order, in one go, the carry handed on. Every characte
 cold     Windows of --window characters side by side, each read from an empty carry, as code in the
          manner of nanoGPT reports. Every character but the text's first counts once, the first of
          each window after the one character that the last window ended with.
-dynamic  With --dynamic also as carried, but the model goes on learning: it predicts 20 characters,
-         then learns from them (charlstm/dynamic.py).
+dynamic  With --dynamic. As carried, but the model goes on learning: it predicts 20 characters, then
+         learns from them (charlstm/dynamic.py).
 
 The standard error of the bits per character is that over up to 30 blocks of the text. The baselines
 learn from the run's training part and predict the same text: a guess among all characters, their
 frequencies, interpolated 5- and 7-grams (Kneser-Ney), and how many bits the text adds to the
 compressed training part. With --text they need the run's own text, too; where it can't be had, a
-warning says so. --nobaselines leaves them out.
+warning says so. --nobaselines leaves them out. With --temperature a softmax temperature is fitted
+on the first half of the text, and what it is worth measured on the second.
 """
 
 import json
@@ -52,6 +53,7 @@ WINDOW = flags.DEFINE_integer(
 )
 DYNAMIC = flags.DEFINE_boolean("dynamic", False, "also let the model learn while it reads")
 DYNAMIC_RATE = flags.DEFINE_float("dynamic_rate", None, "how fast; none: as found on Dracula")
+TEMPERATURE = flags.DEFINE_boolean("temperature", False, "also fit a softmax temperature")
 BASELINES = flags.DEFINE_boolean("baselines", True, "compare with n-grams and compressors")
 JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
 
@@ -106,21 +108,23 @@ def measure_both(run: "Run", model: Any, params: Any, ids_M: "np.ndarray") -> di
 
     score_step, bytes_V = jax.jit(make_score_step(model)), run.vocab.utf8_bytes()
 
-    def measure(batches: Any, batch_size: int, num_chars: int) -> dict[str, Any]:
-        scored = scores(score_step, params, zero_carry(model, batch_size), batches)
-        return figures(read(scored, num_chars, bytes_V))
-
-    def steps() -> Any:
-        for step in range(batches.steps_per_epoch):
-            yield batches(step)
+    def forgetting(batches: Any) -> Any:
+        for batch in batches:
+            yield batch
             forget_pages(ids_M)
+
+    def measure(batches: Any, batch_size: int, num_chars: int) -> dict[str, Any]:
+        empty = zero_carry(model, batch_size)
+        scored = scores(score_step, params, empty, forgetting(batches))
+        return figures(read(scored, num_chars, bytes_V))
 
     batches, last = evaluation_batches(ids_M, run.config, batch_size=1), len(ids_M) - 1
     num_counted = batches.num_windows if isinstance(batches, Windows) else last
     window = min(WINDOW.value, last)  # a longer one would read the same
     batch_size = min(max(1, COLD_CHARS // window), -(-last // window))
     cold = measure(cold_batches(ids_M, window, batch_size), batch_size, last)
-    carried = measure(steps(), batches.batch_size, num_counted)
+    steps = map(batches, range(batches.steps_per_epoch))
+    carried = measure(steps, batches.batch_size, num_counted)
     return carried | {"cold": {"window": WINDOW.value} | cold}
 
 
@@ -147,6 +151,27 @@ def measure_dynamic(
             f"--dynamic_rate={rate}: the model has unlearnt all it knew; give a lower one"
         )
     return {"rate": rate, "window": dynamic.WINDOW} | figures(reading)
+
+
+def measure_temperature(run: "Run", model: Any, params: Any, ids_M: "np.ndarray") -> dict[str, Any]:
+    """Return the temperature that fits the first half of a text best, and figures of the second."""
+    import jax
+
+    from charlstm.data import evaluation_batches
+    from charlstm.measure import TEMPERATURES_R, best_temperature, heated_losses, make_heated_step
+    from charlstm.model import zero_carry
+
+    heated_step, half = jax.jit(make_heated_step(model)), len(ids_M) // 2
+
+    def losses(part_M: "np.ndarray", temperatures_R: Any) -> "np.ndarray":
+        batches = evaluation_batches(part_M, run.config)
+        steps = map(batches, range(batches.steps_per_epoch))
+        empty = zero_carry(model, batches.batch_size)
+        return heated_losses(heated_step, params, empty, steps, temperatures_R)
+
+    fitted = best_temperature(losses(ids_M[:half], TEMPERATURES_R))
+    plain, heated = losses(ids_M[half:], [1.0, fitted]) / math.log(2)
+    return {"fitted": fitted, "bits_per_char": heated, "bits_per_char_at_1": plain}
 
 
 def check_flags() -> None:
@@ -178,6 +203,8 @@ def main() -> None:
     if DYNAMIC.value:
         loss = figures["nats_per_char"]
         figures["dynamic"] = measure_dynamic(run, model, params, ids_M, loss)
+    if TEMPERATURE.value:
+        figures["temperature"] = measure_temperature(run, model, params, ids_M)
     if BASELINES.value and train_M is not None:
         figures["baselines"] = measure_baselines(train_M, ids_M, run.vocab)
     if JSON.value:

@@ -75,6 +75,13 @@ def table(figures: dict[str, Any], train_size: int, held_out_size: int) -> Itera
     if "dynamic" in figures:
         yield _row("dynamic", _shown(figures["dynamic"]))
     yield _row(f"cold, windows of {figures['cold']['window']}", _shown(figures["cold"]))
+    if heat := figures.get("temperature"):
+        yield ""
+        yield (
+            f"A softmax temperature of {heat['fitted']:.3f}, fitted on the first half, gives the "
+            f"second {heat['bits_per_char']:.4f} bits/char instead of "
+            f"{heat['bits_per_char_at_1']:.4f}."
+        )
     if not (found := figures.get("baselines")):
         return
     for name, value in found["bits_per_char"].items():

@@ -170,12 +170,17 @@ def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(tra
 
 def test_learning_while_reading_is_told_beside_reading(trained):
     folder, _ = trained
-    flags = ("--workdir=runs/tiny", "--dynamic", "--nobaselines")
+    flags = ("--workdir=runs/tiny", "--dynamic", "--temperature", "--nobaselines")
     figures = json.loads(warm_launcher()("evaluate", *flags, "--json", cwd=folder).stdout)
     dynamic = figures["dynamic"]
     assert dynamic["characters"] == figures["characters"]
     assert 0 < figures["bits_per_char"] - dynamic["bits_per_char"] < 1
+    heat = figures["temperature"]
+    assert 0.5 < heat["fitted"] < 2
+    assert abs(heat["bits_per_char"] - heat["bits_per_char_at_1"]) < 0.2
+    assert abs(heat["bits_per_char_at_1"] - figures["bits_per_char"]) < 0.2
     shown = warm_launcher()("evaluate", *flags, cwd=folder).stdout
+    assert f"temperature of {heat['fitted']:.3f}, fitted on the first half" in shown
     assert re.search(rf"\ndynamic +{dynamic['bits_per_char']:.4f} ", shown)
 
 

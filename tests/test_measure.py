@@ -11,8 +11,12 @@ from charlstm import CharLSTM, Vocab, init_state, zero_carry
 from charlstm.data import Batch, Streams, Windows, cold_batches
 from charlstm.measure import (
     MAX_BLOCKS,
+    TEMPERATURES_R,
     Reading,
+    best_temperature,
     figures,
+    heated_losses,
+    make_heated_step,
     make_score_step,
     read,
     scores,
@@ -137,6 +141,27 @@ def test_figures_worked_out_by_hand():
             "accuracy": 0.25,
         }
     )
+
+
+def test_losses_at_a_temperature_are_those_of_weights_divided_by_it(trained):
+    model, params, ids_M, eval_step, _ = trained
+    batches = Streams(ids_M, 4, 50)
+    steps, empty = range(batches.steps_per_epoch), zero_carry(model, 4)
+    found = heated_losses(
+        jax.jit(make_heated_step(model)), params, empty, map(batches, steps), [0.7, 1.0, 1.6]
+    )
+    for temperature, loss in zip((0.7, 1.0, 1.6), found, strict=True):
+        dense = jax.tree.map(lambda leaf, by=temperature: leaf / by, params["dense"])
+        wanted = evaluate(eval_step, params | {"dense": dense}, empty, map(batches, steps))
+        assert loss == pytest.approx(wanted["loss"], rel=1e-5)
+
+
+def test_the_best_temperature_is_the_lowest_point_of_a_parabola():
+    for lowest in (0.6, 1.0, 1.07, 1.9):
+        losses_R = 2 + 0.3 * np.log(TEMPERATURES_R / lowest) ** 2
+        assert best_temperature(losses_R) == pytest.approx(lowest)
+    assert best_temperature(TEMPERATURES_R) == 0.5
+    assert best_temperature(-TEMPERATURES_R) == 2.0
 
 
 def test_the_bytes_of_characters_are_those_of_python():
