@@ -28,9 +28,10 @@ def measure_baselines(train_M: np.ndarray, ids_M: np.ndarray, vocab: Vocab) -> d
     }
     for order in baselines.ORDERS:
         bits[f"{order}-gram"] = baselines.kneser_ney_bits(train_M, ids_M, size, order)
-    train, held_out = vocab.decode(train_M), vocab.decode(ids_M)
-    for name, compress in baselines.COMPRESSORS.items():
-        bits[name] = baselines.compressed_bits(compress, train, held_out)
+    if len(ids_M) >= baselines.MIN_COMPRESSED_CHARS:
+        train, held_out = vocab.decode(train_M), vocab.decode(ids_M)
+        for name, compress in baselines.COMPRESSORS.items():
+            bits[name] = baselines.compressed_bits(compress, train, held_out)
     return {
         "training_characters": len(train_M),
         "held_out_characters": len(ids_M),
@@ -93,6 +94,8 @@ def table(figures: dict[str, Any], train_size: int, held_out_size: int) -> Itera
             f"{train_size:,}, and predict the first {found['held_out_characters']:,} of "
             f"{held_out_size:,}."
         )
+    if found["held_out_characters"] < baselines.MIN_COMPRESSED_CHARS:
+        yield "No compressors: a text so short tells nothing of them."
     yield verdict(figures["bits_per_char"], found["bits_per_char"])
 
 

@@ -9,6 +9,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from launching import WarmLauncher, command_of, run_command, train_on
@@ -227,6 +228,19 @@ def test_the_verdict_names_what_a_model_is_better_than(monkeypatch):
     )
 
 
+def test_compressors_are_for_texts_long_enough_to_tell(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    from evaluate_report import measure_baselines
+
+    from charlstm import Vocab
+
+    vocab, ids_M = Vocab("ab"), np.arange(2000) % 2
+    for size, wanted in ((499, False), (500, True)):
+        found = measure_baselines(ids_M, ids_M[:size], vocab)["bits_per_char"]
+        assert ("gzip -9" in found) == wanted
+        assert "5-gram" in found
+
+
 def test_the_table_says_where_baselines_have_seen_less(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "launch")
     import evaluate_report
@@ -237,6 +251,7 @@ def test_the_table_says_where_baselines_have_seen_less(monkeypatch):
     figures["cold"] = row | {"window": 8}
     whole = list(evaluate_report.table(figures, 10, 5))
     cut = list(evaluate_report.table(figures, 1000, 5))
+    assert "No compressors: a text so short tells nothing of them." in whole
     assert [line for line in cut if line not in whole] == [
         "The baselines learn from the last 10 characters of 1,000, and predict the first 5 of 5."
     ]
