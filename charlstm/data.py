@@ -1,5 +1,6 @@
 """Batches as a pure function of the step: nothing to save for a resume, any step replayed alone."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -257,3 +258,21 @@ def evaluation_batches(
     return Streams(
         ids_M, min(batch_size or config.batch_size, most), config.seq_len, context=config.seq_len
     )
+
+
+def cold_batches(ids_M: np.ndarray, seq_len: int, batch_size: int) -> Iterator[Batch]:
+    """Yield a text as windows of T characters side by side, each read from an empty carry.
+
+    Every character but the first is a target exactly once, the first of a window after a single
+    character. The places after the end have weight 0, so that all batches have one shape.
+    """
+    last = len(ids_M) - 1
+    for begin in range(0, last, batch_size * seq_len):
+        position_BT = np.arange(begin, begin + batch_size * seq_len).reshape(batch_size, seq_len)
+        safe_BT = np.minimum(position_BT, last - 1)
+        yield Batch(
+            inputs_BT=ids_M[safe_BT].astype(np.int32),
+            targets_BT=ids_M[safe_BT + 1].astype(np.int32),
+            weights_BT=(position_BT < last).astype(np.float32),
+            reset_B=np.ones(batch_size, dtype=bool),
+        )

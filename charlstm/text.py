@@ -266,6 +266,10 @@ class Vocab:
         codes = self._codes[np.asarray(ids)].astype("<u4")
         return codes.tobytes().decode("utf-32-le", "surrogatepass")
 
+    def utf8_bytes(self) -> np.ndarray:
+        """Return bytes_V, how many bytes each character takes in UTF-8."""
+        return 1 + np.searchsorted([0x80, 0x800, 0x10000], self._codes, side="right")
+
     def to_json(self) -> str:
         """Return the characters as a JSON list, id by id."""
         return json.dumps(self.characters, ensure_ascii=True)

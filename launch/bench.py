@@ -1,13 +1,15 @@
 """Measure this package, side by side with its Flax twin and, where installed, torch and Keras.
 
-  python launch/bench.py [--what=step,growth,generate,evaluate,startup,loop] [--quick]
+  python launch/bench.py [--what=step,growth,generate,evaluate,startup,loop,entropy] [--quick]
 
 Every contender has a process of its own and their repeats alternate, so that all of them see the
 same machine; the ratios are medians over rounds. The limit is what the matrix products of a step
 take at the rate of one large product measured in the same rounds. Tables go to stdout, all figures
 to DIR/bench.json, and how cost grows with each size to DIR/bench.png. The peers come with
-pip install -e '.[peers]'. --quick takes a minute and leaves out growth and startup; its figures
-are rough, and its processes do one section after another, so that peak memory is of all of them.
+pip install -e '.[peers]'. entropy, which --entropy asks for alone, trains on texts whose entropy
+rate is known and tells how near a model comes to it. --quick takes a minute and leaves out growth,
+startup and entropy; its figures are rough, and its processes do one section after another, so that
+peak memory is of all of them.
 """
 
 import datetime
@@ -32,12 +34,13 @@ from charlstm.errors import UserError
 
 logger = logging.getLogger("charlstm.launch.bench")
 
-SECTIONS = ("step", "growth", "generate", "evaluate", "startup", "loop")
-LONG_SECTIONS = ("growth", "startup")
+SECTIONS = ("step", "growth", "generate", "evaluate", "startup", "loop", "entropy")
+LONG_SECTIONS = ("growth", "startup", "entropy")
 PEERS = ("torch", "keras")
 INSTALL = "pip install -e '.[peers]'"
 
 WHAT = flags.DEFINE_list("what", None, f"what to measure, of {', '.join(SECTIONS)}; none: all")
+ENTROPY = flags.DEFINE_boolean("entropy", False, "the same as --what=entropy")
 SHAPES = flags.DEFINE_list("shapes", None, "BxTxH of each training step to measure")
 BASE = flags.DEFINE_string("base", None, "BxTxH of all other sections; generate takes H only")
 TEXTS = flags.DEFINE_list("texts", None, "how many texts to write at once")
@@ -81,6 +84,10 @@ def parse_count(flag: str, word: str) -> int:
 
 def parse_sections() -> list[str]:
     """Return what to measure, in the order in which it is."""
+    if ENTROPY.value and WHAT.value is not None:
+        raise UserError(f"--what={','.join(WHAT.value)} and --entropy: give one of them")
+    if ENTROPY.value:
+        return ["entropy"]
     if WHAT.value is None:
         left_out = LONG_SECTIONS if QUICK_FLAG.value else ()
         return [name for name in SECTIONS if name not in left_out]

@@ -165,6 +165,27 @@ def show_figures(console: Console, title: str, rows: Mapping[str, str]) -> None:
     console.print()
 
 
+def show_entropy(console: Console, learnt: Sequence[Mapping[str, Any]]) -> None:
+    """Print how far from the entropy rate of each source a model is."""
+    console.print("Held-out bits per character and the entropy rate, known exactly", style="bold")
+    table = Table(box=box.ASCII2)
+    table.add_column("source")
+    for name in ("V", "entropy rate", "model", "above it", "characters read", "seconds"):
+        table.add_column(name, justify="right")
+    for row in learnt:
+        table.add_row(
+            row["source"],
+            str(row["vocab_size"]),
+            f"{row['entropy_rate']:.4f}",
+            f"{row['bits_per_char']:.4f}",
+            f"{row['excess']:.2%}",
+            f"{row['characters_read']:,}",
+            f"{row['seconds']:.0f}",
+        )
+    console.print(table)
+    console.print()
+
+
 def milliseconds(seconds: float) -> str:
     """Return `seconds` in ms with about three digits."""
     value = 1e3 * seconds

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import bench_report
 from bench_case import Case
+from bench_entropy import known_sources, learn
 from bench_race import Command, Timing, Worker, race, run_training, start_workers
 from rich.console import Console
 
@@ -38,6 +39,7 @@ class Settings(NamedTuple):
     factors: tuple[float, ...]  # by which 'growth' multiplies B, T, H and V
     max_layers: int
     growth_peers: tuple[str, ...]
+    small_sources: bool  # of 'entropy'
 
 
 FULL = Settings(
@@ -56,6 +58,7 @@ FULL = Settings(
     factors=(1 / 8, 1 / 4, 1 / 2, 1, 2, 4),
     max_layers=4,
     growth_peers=("torch",),
+    small_sources=False,
 )
 QUICK = FULL._replace(
     shapes=((16, 50, 128),),
@@ -71,6 +74,7 @@ QUICK = FULL._replace(
     factors=(1 / 4, 1),
     max_layers=2,
     growth_peers=(),
+    small_sources=True,
 )
 
 
@@ -170,6 +174,15 @@ class Bench:
         about = f"around {describe(base)}, on {self._about}"
         self.picture = bench_report.draw_growth(races, base, about)
         return races
+
+    def entropy(self) -> list[dict[str, Any]]:
+        """Measure how near a model comes to the entropy rate of texts of which it is known."""
+        learnt = []
+        for source, recipe in known_sources(self._settings.small_sources):
+            logger.info("entropy: %s, %d steps", source.name, recipe.num_steps)
+            learnt.append(learn(source, recipe))
+        bench_report.show_entropy(self._console, learnt)
+        return learnt
 
     def _case(self, shape: Shape) -> Case:
         return Case("train", *shape, self._settings.vocab_size, self._settings.num_layers)

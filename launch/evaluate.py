@@ -1,20 +1,46 @@
-"""Measure how well a trained run predicts a text.
+"""Measure how well a trained run predicts a text, and what to compare that with.
 
-  python launch/evaluate.py --workdir=runs/default [--text=FILE] [--json]
+  python launch/evaluate.py --workdir=runs/default [--text=FILE] [--dynamic] [--json]
 
-Without --text: the validation part of the run's own text. Every character but the first counts
-once, read in one go with the carry handed on; for a run trained on windows, every character that
-has a full window before it.
+Without --text: the validation part of the run's own text. Two standards, since published figures
+follow either, and a third that asks for more:
+
+carried  The whole text in order, in one go, the carry handed on. Every character but the first
+         counts once; for a run trained on windows, every character that has a full window before
+         it.
+cold     Windows of --window characters side by side, each read from an empty carry, as code in the
+         manner of nanoGPT reports. Every character but the text's first counts once, the first of
+         each window after the one character that the last window ended with.
+dynamic  With --dynamic. As carried, but the model goes on learning: it predicts 20 characters, then
+         learns from them (charlstm/dynamic.py).
+
+The standard error of the bits per character is that over up to 30 blocks of the text. The baselines
+learn from the run's training part and predict the same text: a guess among all characters, their
+frequencies, interpolated 5- and 7-grams (Kneser-Ney), and how many bits the text adds to the
+compressed training part. With --text they need the run's own text, too; where it can't be had, a
+warning says so. --nobaselines leaves them out. With --temperature a softmax temperature is fitted
+on the first half of the text, and what it is worth measured on the second.
 """
 
 import json
+import logging
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import app
 from absl import flags
 
 from charlstm.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from charlstm.corpus import Corpus
+    from charlstm.run import Run
+
+logger = logging.getLogger("charlstm.launch.evaluate")
+
+COLD_CHARS = 2**13  # that cold windows are read at once: few enough to be in the cache
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/default", "the run folder")
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
@@ -22,66 +48,170 @@ TEXT = flags.DEFINE_string("text", "", "a UTF-8 text; none: the run's validation
 UNKNOWN = flags.DEFINE_enum(
     "unknown", "error", ["error", "drop", "replace"], "characters of --text that are not known"
 )
+WINDOW = flags.DEFINE_integer(
+    "window", 256, "the length of cold windows", lower_bound=1, upper_bound=2**16
+)
+DYNAMIC = flags.DEFINE_boolean("dynamic", False, "also let the model learn while it reads")
+DYNAMIC_RATE = flags.DEFINE_float("dynamic_rate", None, "how fast; none: as found on Dracula")
+TEMPERATURE = flags.DEFINE_boolean("temperature", False, "also fit a softmax temperature")
+BASELINES = flags.DEFINE_boolean("baselines", True, "compare with n-grams and compressors")
 JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
+
+
+def open_own(run: "Run", path: str) -> "Corpus":
+    """Return the text that `run` was trained on, from `path`, '' for one that has none."""
+    from charlstm.corpus import open_corpus
+
+    source, remedy = run.text["source"], "give --text=FILE, a UTF-8 text"
+    text = open_corpus(run.config.data, path, source=source, remedy=remedy)
+    if text.sha256 != run.text["sha256"]:
+        raise UserError(f"{text.source}: has changed since the run was trained; give --text=FILE")
+    return text
+
+
+def open_parts(run: "Run") -> tuple["np.ndarray | None", "np.ndarray", str]:
+    """Return the training part (None if it can't be had), the held-out text, and its name."""
+    from charlstm.corpus import open_corpus
+    from charlstm.data import split
+    from charlstm.source import PYTHON_MANUAL
+
+    data, source = run.config.data, run.text["source"]
+    # As an absolute path, since the run was perhaps started somewhere else.
+    path = source if source != PYTHON_MANUAL else ""
+    if not TEXT.value:
+        # Dracula, whose path is "", may have to be downloaded again.
+        own = open_own(run, path if data.path else "")
+        train_M, ids_M = split(own.ids_M, data.val_fraction, data.max_val_chars)
+        return train_M, ids_M, f"the last {len(ids_M):,} characters of {own.source}"
+    remedy = "give --text=FILE, a UTF-8 text"
+    text = open_corpus(data, TEXT.value, vocab=run.vocab, unknown=UNKNOWN.value, remedy=remedy)
+    if not BASELINES.value:
+        return None, text.ids_M, TEXT.value
+    try:
+        own = open_own(run, path)
+    except UserError as error:
+        problem = str(error).split(";")[0]
+        logger.warning("no baselines, which need the run's own text: %s", problem)
+        return None, text.ids_M, TEXT.value
+    train_M, _ = split(own.ids_M, data.val_fraction, data.max_val_chars)
+    return train_M, text.ids_M, TEXT.value
+
+
+def measure_both(run: "Run", model: Any, params: Any, ids_M: "np.ndarray") -> dict[str, Any]:
+    """Return the figures of a held-out text, those of cold windows as 'cold'."""
+    import jax
+
+    from charlstm.corpus import forget_pages
+    from charlstm.data import Windows, cold_batches, evaluation_batches
+    from charlstm.measure import figures, make_score_step, read, scores
+    from charlstm.model import zero_carry
+
+    score_step, bytes_V = jax.jit(make_score_step(model)), run.vocab.utf8_bytes()
+
+    def forgetting(batches: Any) -> Any:
+        for batch in batches:
+            yield batch
+            forget_pages(ids_M)
+
+    def measure(batches: Any, batch_size: int, num_chars: int) -> dict[str, Any]:
+        empty = zero_carry(model, batch_size)
+        scored = scores(score_step, params, empty, forgetting(batches))
+        return figures(read(scored, num_chars, bytes_V))
+
+    batches, last = evaluation_batches(ids_M, run.config, batch_size=1), len(ids_M) - 1
+    num_counted = batches.num_windows if isinstance(batches, Windows) else last
+    window = min(WINDOW.value, last)  # a longer one would read the same
+    batch_size = min(max(1, COLD_CHARS // window), -(-last // window))
+    cold = measure(cold_batches(ids_M, window, batch_size), batch_size, last)
+    steps = map(batches, range(batches.steps_per_epoch))
+    carried = measure(steps, batches.batch_size, num_counted)
+    return carried | {"cold": {"window": WINDOW.value} | cold}
+
+
+def measure_dynamic(
+    run: "Run", model: Any, params: Any, ids_M: "np.ndarray", static_loss: float
+) -> dict[str, Any]:
+    """Return the figures of a held-out text of which the model learns while it reads."""
+    import jax
+
+    from charlstm import dynamic
+    from charlstm.data import Streams
+    from charlstm.measure import figures, read, scores
+    from charlstm.model import zero_carry
+
+    rate = dynamic.RATE if DYNAMIC_RATE.value is None else DYNAMIC_RATE.value
+    anchor = dynamic.make_anchor(model, params, [run.vocab.encode(text) for text in run.prompts])
+    reader = dynamic.Reader(params, zero_carry(model, 1))
+    batches = Streams(ids_M, 1, dynamic.WINDOW)
+    steps = map(batches, range(batches.steps_per_epoch))
+    scored = scores(jax.jit(dynamic.make_dynamic_step(model, rate)), anchor, reader, steps)
+    reading = read(scored, len(ids_M) - 1, run.vocab.utf8_bytes())
+    if not reading.loss < static_loss + math.log(len(run.vocab)):
+        raise UserError(
+            f"--dynamic_rate={rate}: the model has unlearnt all it knew; give a lower one"
+        )
+    return {"rate": rate, "window": dynamic.WINDOW} | figures(reading)
+
+
+def measure_temperature(run: "Run", model: Any, params: Any, ids_M: "np.ndarray") -> dict[str, Any]:
+    """Return the temperature that fits the first half of a text best, and figures of the second."""
+    import jax
+
+    from charlstm.data import evaluation_batches
+    from charlstm.measure import TEMPERATURES_R, best_temperature, heated_losses, make_heated_step
+    from charlstm.model import zero_carry
+
+    heated_step, half = jax.jit(make_heated_step(model)), len(ids_M) // 2
+
+    def losses(part_M: "np.ndarray", temperatures_R: Any) -> "np.ndarray":
+        batches = evaluation_batches(part_M, run.config)
+        steps = map(batches, range(batches.steps_per_epoch))
+        empty = zero_carry(model, batches.batch_size)
+        return heated_losses(heated_step, params, empty, steps, temperatures_R)
+
+    fitted = best_temperature(losses(ids_M[:half], TEMPERATURES_R))
+    plain, heated = losses(ids_M[half:], [1.0, fitted]) / math.log(2)
+    return {"fitted": fitted, "bits_per_char": heated, "bits_per_char_at_1": plain}
+
+
+def check_flags() -> None:
+    """Raise UserError for flags that make no sense."""
+    rate = DYNAMIC_RATE.value
+    if rate is not None and not 0 < rate < math.inf:
+        raise UserError(f"--dynamic_rate={rate}: must be a number above 0")
+    if rate is not None and not DYNAMIC.value:
+        raise UserError(f"--dynamic_rate={rate}: is for --dynamic, which is not given")
 
 
 def main() -> None:
     """Evaluate as the flags say and print the figures on stdout."""
-    import jax
+    check_flags()
+    from evaluate_report import measure_baselines, table
 
     from charlstm.checkpoint import load_model
-    from charlstm.corpus import forget_pages, open_corpus
-    from charlstm.data import evaluation_batches, split
-    from charlstm.model import zero_carry
-    from charlstm.source import PYTHON_MANUAL
-    from charlstm.steps import evaluate, make_eval_step
 
     run, model, params = load_model(WORKDIR.value, CHECKPOINT.value)
-    data = run.config.data
-    if not TEXT.value and not data.val_fraction:
+    if not TEXT.value and not run.config.data.val_fraction:
         raise UserError(f"{WORKDIR.value}: this run has no validation part; give --text=FILE")
-    source = run.text["source"]
-    text = open_corpus(
-        data,
-        # As an absolute path, since the run was perhaps started somewhere else; and Dracula, whose
-        # path is "", may have to be downloaded again.
-        TEXT.value or (source if data.path and source != PYTHON_MANUAL else ""),
-        source=source,
-        vocab=run.vocab if TEXT.value else None,
-        unknown=UNKNOWN.value,
-        remedy="give --text=FILE, a UTF-8 text",
-    )
-    if not TEXT.value and text.sha256 != run.text["sha256"]:
-        raise UserError(f"{text.source}: has changed since the run was trained; give --text=FILE")
-    ids_M = text.ids_M
-    if not TEXT.value:
-        ids_M = split(ids_M, data.val_fraction, data.max_val_chars)[1]
-    batches = evaluation_batches(ids_M, run.config, batch_size=1)
-
-    def read(step: int) -> Any:
-        batch = batches(step)
-        forget_pages(ids_M)
-        return batch
-
-    result = evaluate(
-        jax.jit(make_eval_step(model)),
-        params,
-        zero_carry(model, batches.batch_size),
-        map(read, range(batches.steps_per_epoch)),
-    )
-    figures = {
-        "text": TEXT.value or f"the last {len(ids_M):,} characters of {text.source}",
-        "characters": int(result["count"]),
-        "nats_per_char": result["loss"],
-        "bits_per_char": result["loss"] / math.log(2),
-        "perplexity": math.exp(result["loss"]),
-        "accuracy": result["accuracy"],
-    }
+    if DYNAMIC.value and run.config.data.order == "windows":
+        raise UserError(
+            f"{WORKDIR.value}: was trained on windows, and --dynamic reads on and on; "
+            "give a run of config.data.order=streams"
+        )
+    train_M, ids_M, name = open_parts(run)
+    figures = {"text": name} | measure_both(run, model, params, ids_M)
+    if DYNAMIC.value:
+        loss = figures["nats_per_char"]
+        figures["dynamic"] = measure_dynamic(run, model, params, ids_M, loss)
+    if TEMPERATURE.value:
+        figures["temperature"] = measure_temperature(run, model, params, ids_M)
+    if BASELINES.value and train_M is not None:
+        figures["baselines"] = measure_baselines(train_M, ids_M, run.vocab)
     if JSON.value:
         print(json.dumps(figures))
         return
-    for name, value in figures.items():
-        print(f"{name:14} {value:.4f}" if isinstance(value, float) else f"{name:14} {value}")
+    num_train = 0 if train_M is None else len(train_M)
+    print("\n".join(table(figures, num_train, len(ids_M))))
 
 
 if __name__ == "__main__":

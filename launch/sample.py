@@ -2,6 +2,9 @@
 
   python launch/sample.py --workdir=runs/default --prompt='The castle ' --length=1000
 
+With --adapt_to=FILE the model first reads that text and learns from it, and writes as it then is;
+the run folder stays as it was.
+
 The text, after the prompt where one is given, goes to stdout and nothing else does. A run that was
 trained on documents begins a new one where no prompt is given, and stops at its end. Several texts
 are parted by a form feed. On a terminal control characters appear as escapes such as \\x1b, unless
@@ -45,10 +48,14 @@ SEED = flags.DEFINE_integer("seed", 0, "the same seed gives the same text", lowe
 METHOD = flags.DEFINE_enum(
     "method", None, ["carry", "window"], "one step a character, or reread a window for each"
 )
+ADAPT_TO = flags.DEFINE_string("adapt_to", "", "a UTF-8 text to read, and learn from, first")
 STREAM = flags.DEFINE_boolean("stream", False, "show characters as they are made")
 STOP_AT_END = flags.DEFINE_boolean("stop_at_end", True, "stop where a document ends")
 UNKNOWN = flags.DEFINE_enum(
-    "unknown", "error", ["error", "drop", "replace"], "characters of the prompt that are not known"
+    "unknown",
+    "error",
+    ["error", "drop", "replace"],
+    "characters of the prompt, or of --adapt_to, that are not known",
 )
 
 RAW = flags.DEFINE_boolean("raw", False, "let control characters reach a terminal as they are")
@@ -104,6 +111,27 @@ def encode_prompts(run: "Run", prompt: str, method: str) -> tuple[list["np.ndarr
     return [run.vocab.encode(run.prompts[index]) for index in chosen], ""
 
 
+def adapted(run: "Run", model: Any, params: Any) -> Any:
+    """Return the params of a model that has read --adapt_to, and learnt from it: see dynamic.py."""
+    from charlstm.corpus import open_corpus
+    from charlstm.dynamic import adapt, make_anchor
+
+    text = open_corpus(
+        run.config.data,
+        ADAPT_TO.value,
+        vocab=run.vocab,
+        unknown=UNKNOWN.value,
+        remedy="give --adapt_to=FILE, a UTF-8 text",
+    )
+    if len(text.ids_M) < 2:
+        raise UserError(
+            f"--adapt_to={ADAPT_TO.value}: one character is nothing to learn from; give more"
+        )
+    logger.info("reading %s characters of %s", f"{len(text.ids_M):,}", ADAPT_TO.value)
+    anchor = make_anchor(model, params, [run.vocab.encode(prompt) for prompt in run.prompts])
+    return adapt(model, anchor, text.ids_M)
+
+
 def shown(text: str) -> str:
     """Return `text` as it may go to stdout: a terminal would obey its control characters."""
     return printable(text) if sys.stdout.isatty() and not RAW.value else text
@@ -122,6 +150,8 @@ def main() -> None:
 
     run, model, params = load_model(WORKDIR.value, CHECKPOINT.value)
     settings = run.config.sample.to_dict() | changed
+    if ADAPT_TO.value:
+        params = adapted(run, model, params)
     prompts, opening = encode_prompts(run, prompt, settings["method"])
     settings |= {"seq_len": run.config.seq_len, "chunk": STREAM_CHUNK if STREAM.value else SIZE}
     end_id = model.end_id if STOP_AT_END.value else None

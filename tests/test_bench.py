@@ -117,6 +117,14 @@ def test_the_table_has_every_contender_and_what_it_was_given():
     assert "V=5, N=1; medians of 3" in text
 
 
+def test_the_table_of_known_sources_has_the_limit_and_the_distance():
+    row = {"source": "coins", "vocab_size": 2, "entropy_rate": 1.0, "bits_per_char": 1.0123}
+    row |= {"excess": 0.0123, "characters_read": 5000, "seconds": 3.2}
+    lines = printed(bench_report.show_entropy, [row]).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert ["", "coins", "2", "1.0000", "1.0123", "1.23%", "5,000", "3", ""] in rows
+
+
 def test_only_training_steps_have_a_limit():
     timings = {name: timing for name, timing in TIMINGS.items() if name != "matmul"}
     races = [bench_report.summarise(timings, CASE._replace(task="generate"))]
@@ -200,6 +208,7 @@ MISTAKES = [
     ("--base=small", "--base=small: must be BxTxH"),
     ("--texts=1,many", "--texts=many: must be whole numbers"),
     ("--what=stepp", "--what=stepp: must be of step, growth"),
+    ("--what=step --entropy", "--what=step and --entropy: give one of them"),
     ("--peers=mxnet", "--peers=mxnet: must be auto, none, or of torch, keras"),
     ("--repeats=0", "repeats"),
 ]
@@ -207,7 +216,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("flag", "message"), MISTAKES)
 def test_a_mistake_is_one_line_that_helps(flag, message, tmp_path):
-    result = bench(flag, cwd=tmp_path)
+    result = bench(*flag.split(), cwd=tmp_path)
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -240,6 +249,15 @@ def test_a_section_of_a_tiny_run(tmp_path):
     ours, twin = (race["results"][name] for name in ("charlstm", "flax"))
     assert ours["value"] == pytest.approx(twin["value"], abs=1e-4)
     assert ours["value"] == pytest.approx(math.log(5), abs=0.2)
+
+
+@pytest.mark.slow
+def test_entropy_alone(tmp_path):
+    result = bench("--quick", "--entropy", "--peers=none", "--out=out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out/bench.json").read_text())
+    assert [learnt["excess"] < 0.02 for learnt in report["entropy"]] == [True, True]
+    assert "step" not in report
 
 
 @pytest.mark.slow

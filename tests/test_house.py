@@ -29,6 +29,9 @@ MAY_IMPORT = {
     "optim": "",
     "steps": "data model",
     "sample": "model",
+    "measure": "data model steps",
+    "dynamic": "data errors model steps",
+    "baselines": "",
     "curves": "",
     "cost": "",
     "log": "curves errors files",
@@ -40,8 +43,9 @@ MAY_IMPORT = {
     "job": "corpus data devices errors machine model run source",
     "journal": "checkpoint cluster errors job log steps",
     "assess": "cluster data devices job log model sample steps",
-    "train": "assess checkpoint cluster config corpus cost curves data devices errors files job "
-    "journal log machine model optim recurrence run sample source steps text",
+    "train": "assess baselines checkpoint cluster config corpus cost curves data devices dynamic "
+    "errors files job journal log machine measure model optim recurrence run sample source steps "
+    "text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")

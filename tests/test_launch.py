@@ -1,6 +1,7 @@
 import ast
 import atexit
 import json
+import math
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from launching import WarmLauncher, command_of, run_command, train_on
@@ -149,10 +151,111 @@ def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(tra
     best = json.loads((folder / "runs/tiny/metrics.jsonl").read_text().splitlines()[-1])
     # The run reads its validation part as several streams, evaluate.py as one.
     assert abs(figures["bits_per_char"] - best["val/bits_per_char"]) < 0.02
+    assert figures["cold"]["window"] == 256
+    assert figures["cold"]["characters"] == figures["characters"]
+    assert 0.9 < figures["cold"]["bits_per_char"] / figures["bits_per_char"] < 1.2
+    found = figures["baselines"]
+    assert found["training_characters"] == len(book) - len(book) // 10
+    assert found["bits_per_char"]["uniform"] == math.log2(len(set(book)))
+    assert list(found["bits_per_char"]) == [
+        *("uniform", "unigram", "5-gram", "7-gram", "gzip -9", "bz2 -9", "xz -9e")
+    ]
     (folder / "other.txt").write_text(book[:500], encoding="utf-8")
     other = run_command("evaluate", "--workdir=runs/tiny", "--text=other.txt", cwd=folder)
-    assert "bits_per_char" in other.stdout
-    assert re.search(r"characters +499", other.stdout)
+    assert "bits/char" in other.stdout
+    assert re.search(r"characters +499\n", other.stdout)
+    assert re.search(r"\n7-gram +\d", other.stdout)
+    assert other.stdout.splitlines()[-1].startswith("The model is better than ")
+    assert other.stderr == ""
+
+
+def test_learning_while_reading_is_told_beside_reading(trained):
+    folder, _ = trained
+    flags = ("--workdir=runs/tiny", "--dynamic", "--temperature", "--nobaselines")
+    figures = json.loads(warm_launcher()("evaluate", *flags, "--json", cwd=folder).stdout)
+    dynamic = figures["dynamic"]
+    assert dynamic["characters"] == figures["characters"]
+    assert 0 < figures["bits_per_char"] - dynamic["bits_per_char"] < 1
+    heat = figures["temperature"]
+    assert 0.5 < heat["fitted"] < 2
+    assert abs(heat["bits_per_char"] - heat["bits_per_char_at_1"]) < 0.2
+    assert abs(heat["bits_per_char_at_1"] - figures["bits_per_char"]) < 0.2
+    shown = warm_launcher()("evaluate", *flags, cwd=folder).stdout
+    assert f"temperature of {heat['fitted']:.3f}, fitted on the first half" in shown
+    assert re.search(rf"\ndynamic +{dynamic['bits_per_char']:.4f} ", shown)
+
+
+def test_a_text_read_first_changes_what_is_written_and_nothing_in_the_run(trained):
+    folder, _ = trained
+    (folder / "more.txt").write_text("blood and blood and " * 200, encoding="utf-8")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
+    flags = ("--prompt=upon ", "--length=60", "--temperature=0")
+    plain = sample(folder, *flags)
+    adapted = sample(folder, *flags, "--adapt_to=more.txt")
+    assert adapted.stdout.count("blood and") > plain.stdout.count("blood and")
+    assert "reading 4,000 characters of more.txt" in adapted.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
+
+
+def test_another_text_is_evaluated_without_baselines_where_the_runs_own_has_gone(trained, book):
+    folder, _ = trained
+    (folder / "new.txt").write_text(book[:300], encoding="utf-8")
+    (folder / "book.txt").rename(folder / "gone.txt")
+    try:
+        flags = ("--workdir=runs/tiny", "--text=new.txt", "--json")
+        result = warm_launcher()("evaluate", *flags, cwd=folder)
+        silent = warm_launcher()("evaluate", *flags, "--nobaselines", cwd=folder)
+    finally:
+        (folder / "gone.txt").rename(folder / "book.txt")
+    assert json.loads(result.stdout) == json.loads(silent.stdout)
+    assert "baselines" not in json.loads(result.stdout)
+    assert "no baselines, which need the run's own text" in result.stderr
+    assert silent.stderr == ""
+
+
+def test_the_verdict_names_what_a_model_is_better_than(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    from evaluate_report import verdict
+
+    bits = {"uniform": 6.0, "5-gram": 2.5, "xz": 2.0}
+    assert verdict(7.0, bits) == "The model is better than none of the baselines."
+    assert verdict(2.1, bits) == (
+        "The model is better than uniform and 5-gram, and not better than xz."
+    )
+    assert verdict(1.5, bits) == (
+        "The model is better than all baselines: it needs 25.0% fewer bits than the best of them, "
+        "xz."
+    )
+
+
+def test_compressors_are_for_texts_long_enough_to_tell(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    from evaluate_report import measure_baselines
+
+    from charlstm import Vocab
+
+    vocab, ids_M = Vocab("ab"), np.arange(2000) % 2
+    for size, wanted in ((499, False), (500, True)):
+        found = measure_baselines(ids_M, ids_M[:size], vocab)["bits_per_char"]
+        assert ("gzip -9" in found) == wanted
+        assert "5-gram" in found
+
+
+def test_the_table_says_where_baselines_have_seen_less(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    import evaluate_report
+
+    row = {name: 1.25 for name in evaluate_report.COLUMNS} | {"standard_error": None}
+    found = {"training_characters": 10, "held_out_characters": 5, "bits_per_char": {"uniform": 2.0}}
+    figures = row | {"text": "a.txt", "characters": 4, "perplexity": 2.4, "baselines": found}
+    figures["cold"] = row | {"window": 8}
+    whole = list(evaluate_report.table(figures, 10, 5))
+    cut = list(evaluate_report.table(figures, 1000, 5))
+    assert "No compressors: a text so short tells nothing of them." in whole
+    assert [line for line in cut if line not in whole] == [
+        "The baselines learn from the last 10 characters of 1,000, and predict the first 5 of 5."
+    ]
+    assert "uniform" + " " * 22 + "2.0000" in whole
 
 
 def test_it_runs_from_any_folder_with_a_path_or_a_name_of_a_config(trained, tmp_path):

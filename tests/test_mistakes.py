@@ -113,6 +113,11 @@ COMMAND_LINE = [
     ("sample", "--prompt_file=none.txt", "--prompt_file=none.txt|give a UTF-8 file"),
     ("sample", "--prompt_file=latin1.txt", "--prompt_file=latin1.txt|give a UTF-8 file"),
     ("evaluate", "--jsn", "jsn|json"),
+    ("evaluate", "--window=0", "window|0"),
+    ("evaluate", "--dynamic --dynamic_rate=0", "--dynamic_rate=0.0: must be a number above 0"),
+    ("evaluate", "--dynamic --dynamic_rate=nan", "--dynamic_rate=nan: must be a number above 0"),
+    ("evaluate", "--dynamic_rate=1", "--dynamic_rate=1.0: is for --dynamic, which is not given"),
+    ("evaluate", "--window=99999", "window|99999"),
     ("bench", "--what=stepp", "--what=stepp: must be of step"),
     ("bench", "--shapes=32x50", "--shapes=32x50: must be BxTxH"),
     ("plan", "--minutes=0", "--minutes=0.0: must be a number above 0"),
@@ -210,7 +215,13 @@ def ready(tmp_path_factory, book, launch):
     (folder / "euro.txt").write_text("to € her", encoding="utf-8")
     (folder / "letter.txt").write_text("a", encoding="utf-8")
     (folder / "file").write_text("not a folder")
-    for name, flags in (("full", ()), ("whole", ("--config.data.val_fraction=0",))):
+    runs = {
+        "full": (),
+        "whole": ("--config.data.val_fraction=0",),
+        "windows": ("--config.data.order=windows",),
+        "single": ("--config.seq_len=1",),
+    }
+    for name, flags in runs.items():
         where = f"--workdir=runs/{name}"
         answer = launch("train", *TINY, where, "--config.data.path=book.txt", *flags, cwd=folder)
         assert answer.returncode == 0, answer.stderr
@@ -286,6 +297,24 @@ READING = [
     ("evaluate", "--workdir=runs/full --text=latin1.txt", "latin1.txt: not UTF-8"),
     ("evaluate", "--workdir=runs/full --text=euro.txt", "'€' (U+20AC) at position 3"),
     ("evaluate", "--workdir=runs/full --text=letter.txt", "a text of 1 character(s) is too short"),
+    (
+        "evaluate",
+        "--workdir=runs/windows --dynamic",
+        "runs/windows: was trained on windows|streams",
+    ),
+    ("evaluate", "--workdir=runs/single --dynamic", "config.seq_len=1|train one with a longer"),
+    (
+        "evaluate",
+        "--workdir=runs/full --dynamic --dynamic_rate=1e6",
+        "--dynamic_rate=1000000.0: the model has unlearnt|give a lower one",
+    ),
+    ("sample", "--workdir=runs/full --adapt_to=none.txt", "none.txt: no such file|--adapt_to=FILE"),
+    ("sample", "--workdir=runs/full --adapt_to=euro.txt", "'€' (U+20AC) at position 3"),
+    (
+        "sample",
+        "--workdir=runs/full --adapt_to=letter.txt",
+        "letter.txt: one character is nothing to learn from",
+    ),
     ("evaluate", "--workdir=runs/whole", "runs/whole: this run has no validation part|--text"),
 ]
 
