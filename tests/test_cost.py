@@ -67,7 +67,7 @@ def test_parameters_are_as_many_as_the_model_has(model):
 
 
 def test_the_default_model_has_the_parameters_that_readme_tells():
-    assert cost.count_params(base_config(), 96) == 386_144
+    assert cost.count_params(base_config(), 96) == 775_776
 
 
 @pytest.mark.parametrize("model", [{"input": "one_hot"}, {"input": "embed", "num_layers": 2}])

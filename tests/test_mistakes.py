@@ -128,7 +128,7 @@ COMMAND_LINE = [
     ("plan", "--chips=v5e", "--chips=v5e: must be NAME:NUMBER, such as v5e:256; names: v4"),
     ("plan", "--chips=v9:4", "--chips=v9:4: must be NAME:NUMBER"),
     ("plan", "--chips=v5e:0", "--chips=v5e:0: must be NAME:NUMBER"),
-    ("plan", "--chips=v5e:17", "--chips=v5e:17: config.batch_size=16 has no row for each"),
+    ("plan", "--chips=v5e:17", "--chips=v5e:17: config.batch_size=8 has no row for each"),
     ("plan", "--config.batch_size=0", "config.batch_size=0: must be a whole number from 1"),
     ("scaling", "--chip=v9", "chip|v9|v5e"),
     ("scaling", "--devices=0", "devices|0"),

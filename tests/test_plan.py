@@ -167,7 +167,7 @@ def test_a_text_that_is_read_often_is_dropped_out_more(epochs, dropout):
     assert plan_rule.with_rates(base_config(), epochs).model.dropout_rate == dropout
 
 
-@pytest.mark.parametrize(("hidden_size", "rate"), [(64, 8e-3), (320, 8e-3), (512, 4e-3)])
+@pytest.mark.parametrize(("hidden_size", "rate"), [(64, 1.2e-2), (384, 1.2e-2), (512, 6.75e-3)])
 def test_a_wider_model_has_a_lower_rate(hidden_size, rate):
     config = plan_rule.with_width(base_config(), (hidden_size, 1))
     assert plan_rule.with_rates(config, 1).optimizer.learning_rate == pytest.approx(rate, rel=0.02)
