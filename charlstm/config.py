@@ -19,7 +19,7 @@ def base_config() -> ConfigDict:
     config.num_epochs = 5
     # How long to train, in steps; 0 means as many as num_epochs asks for.
     config.num_steps = 0
-    # Few streams mean many updates a minute: on two cores that wins over full vector units, and with
+    # Few streams mean many updates a minute: on two cores that wins over full vector units. With
     # 100 time steps 8 are 0.02 bits better than 16 (Dracula, two minutes).
     config.batch_size = 8
     # How many characters the gradient reaches back; the carry reaches further.
@@ -89,8 +89,8 @@ def _optimizer() -> ConfigDict:
     optimizer = ConfigDict()
     # adamw is adam with weight_decay; keras_adam is adam with epsilon where Keras has it.
     optimizer.name = "adam"
-    # The peak, after the warm-up; high, since a short run has no time for a careful one: 4e-3 is 0.13
-    # bits worse, 1.8e-2 0.01.
+    # The peak, after the warm-up; high, since a short run has no time for a careful one: 4e-3 is
+    # 0.13 bits worse, 1.8e-2 is 0.01.
     optimizer.learning_rate = 1.2e-2
     # cosine and linear end at a learning rate of 0, where the last weights are the best.
     optimizer.schedule = "cosine"
