@@ -27,7 +27,7 @@ from charlstm.errors import RunError, UserError
 from charlstm.files import sole_writer
 from charlstm.job import Job, prepare, report, steps_ahead
 from charlstm.journal import DivergedError, Journal, Notes
-from charlstm.machine import check_backend, check_memory, traced_once
+from charlstm.machine import check_backend, check_memory, this_machine, traced_once
 from charlstm.optim import make_optimizer, make_schedule
 from charlstm.run import has_run, write_run
 from charlstm.steps import TrainState, init_state, make_train_step, make_train_steps
@@ -200,7 +200,8 @@ def what_must_agree(job: Job) -> dict[str, Any]:
     """Return what all processes of a run must have alike; the text may lie in different places."""
     settings = {f"config.{name}": value for name, value in flatten(job.run.config).items()}
     del settings["config.data.path"]
-    return settings | {"the text": job.run.text["sha256"], **job.run.machine["versions"]}
+    # Of this process, where job.run.machine tells with which the run began.
+    return settings | {"the text": job.run.text["sha256"], **this_machine()["versions"]}
 
 
 def open_folder(job: Job, stack: ExitStack) -> None:
