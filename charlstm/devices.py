@@ -62,9 +62,9 @@ def by_rows(mesh: Mesh, batch_size: int, axis: int = 0) -> NamedSharding:
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Return where each array of `state` lies: the carry by rows, all else on every device."""
-    whole = jax.tree.map(lambda leaf: replicated(mesh), state)
+    places = jax.tree.map(lambda leaf: replicated(mesh), state)
     carry = jax.tree.map(lambda leaf: by_rows(mesh, leaf.shape[0]), state.carry)
-    return whole._replace(carry=carry)
+    return places._replace(carry=carry)
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> slice:

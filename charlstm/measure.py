@@ -42,21 +42,6 @@ class Reading(NamedTuple):
         return float(self.nats_K.sum()) / self.num_chars
 
 
-def make_score_step(model: CharLSTM) -> ScoreStep:
-    """Return score_step(params, carry, batch) -> (carry, (nats_BT, correct_BT)), a pure function.
-
-    What make_eval_step adds up, for each character. Nothing is dropped out.
-    """
-
-    def score_step(params: Any, carry: Carry, batch: Batch) -> Any:
-        carry = reset_rows(carry, batch.reset_B)
-        logits_BTV, carry = predict(model, params, batch.inputs_BT, carry)
-        nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets_BT)
-        return carry, (nats_BT, jnp.argmax(logits_BTV, axis=-1) == batch.targets_BT)
-
-    return score_step
-
-
 def scores(
     score_step: ScoreStep, params: Any, state: Any, batches: Iterable[Batch]
 ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:

@@ -107,6 +107,23 @@ def make_train_steps(
     return train_steps
 
 
+def make_score_step(
+    model: CharLSTM,
+) -> Callable[[Any, Carry, Batch], tuple[Carry, tuple[jax.Array, jax.Array]]]:
+    """Return score_step(params, carry, batch) -> (carry, (nats_BT, correct_BT)), a pure function.
+
+    The nats of each target, and whether it was the most probable one. Nothing is dropped out.
+    """
+
+    def score_step(params: Any, carry: Carry, batch: Batch) -> Any:
+        carry = reset_rows(carry, batch.reset_B)
+        logits_BTV, carry = predict(model, params, batch.inputs_BT, carry)
+        nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets_BT)
+        return carry, (nats_BT, jnp.argmax(logits_BTV, axis=-1) == batch.targets_BT)
+
+    return score_step
+
+
 def make_eval_step(
     model: CharLSTM,
 ) -> Callable[[Any, Carry, Batch], tuple[Carry, Metrics]]:
@@ -116,11 +133,10 @@ def make_eval_step(
     most probable character was right) and `count`. Nothing is dropped out.
     """
 
+    score_step = make_score_step(model)
+
     def eval_step(params: Any, carry: Carry, batch: Batch) -> tuple[Carry, Metrics]:
-        carry = reset_rows(carry, batch.reset_B)
-        logits_BTV, carry = predict(model, params, batch.inputs_BT, carry)
-        nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets_BT)
-        correct_BT = jnp.argmax(logits_BTV, axis=-1) == batch.targets_BT
+        carry, (nats_BT, correct_BT) = score_step(params, carry, batch)
         totals = {
             "nats": jnp.sum(nats_BT * batch.weights_BT),
             "correct": jnp.sum(correct_BT * batch.weights_BT),

@@ -15,7 +15,7 @@ from charlstm.assess import ShouldStop, StoppedError, make_assessment, stop_if
 from charlstm.checkpoint import Checkpoints, state_shapes
 from charlstm.config import flatten, validate
 from charlstm.corpus import forget_pages
-from charlstm.data import read_steps
+from charlstm.data import Batch, read_steps
 from charlstm.devices import (
     by_rows,
     local_rows,
@@ -93,10 +93,16 @@ def make_ready(config: ConfigDict, workdir: epath.Path) -> tuple[Job, TrainState
     validate(config)
     check_backend(config)
     job = prepare(config, workdir)
-    like = state_shapes(config, job.model)
+    like = placed_shapes(config, job)
     check_memory(config, like, job.mesh)
-    shardings = state_shardings(like, job.mesh)
-    return job, jax.tree.map(lambda leaf, place: leaf.update(sharding=place), like, shardings)
+    return job, like
+
+
+def placed_shapes(config: ConfigDict, job: Job) -> TrainState:
+    """Return the tree, shapes and shardings of the state of `job` with the B of `config`."""
+    like = state_shapes(config, job.model)
+    places = state_shardings(like, job.mesh)
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), like, places)
 
 
 def go_on(
@@ -121,11 +127,7 @@ def go_on(
     if found := checkpoints.restore_newest(like, is_wanted):
         state, notes = found[0], Notes.from_json(found[1])
     else:
-        optimizer = make_optimizer(config, make_schedule(config, job.num_steps))
-        make_state = partial(init_state, job.model, optimizer, batch_size=config.batch_size)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-        state = jax.jit(make_state, out_shardings=shardings)(jax.random.key(config.seed))
-        notes = Notes()
+        state, notes = first_state(job, like), Notes()
     notes.retreats = max(notes.retreats, retreats)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     report(job, int(state.step), num_params)
@@ -133,7 +135,7 @@ def go_on(
         logger.info("finished already, at step %d: nothing to do", state.step)
         return True
     schedule = make_schedule(config, job.num_steps, RETREAT_SCALE**notes.retreats)
-    train_steps = compile_train_steps(job, schedule)
+    train_steps = compile_train_steps(job, like, schedule)
     if profile:
         train_steps = traced_once(train_steps, job.run.workdir / "profile")
     with Journal(job, checkpoints, int(state.step), notes) as journal:
@@ -155,9 +157,6 @@ def run_steps(
 ) -> bool:
     """Take the steps that are left, and whatever is due between them; return whether all are."""
     first = step = int(state.step)
-    batch_size = job.batches.batch_size
-    sharding = by_rows(job.mesh, batch_size, axis=1)  # behind the axis of steps
-    rows = local_rows(by_rows(job.mesh, batch_size), batch_size)
     assess = make_assessment(job, should_stop)
     try:
         # Left over from a stop amid an evaluation.
@@ -167,9 +166,7 @@ def run_steps(
         while step < job.num_steps:
             stop_if(should_stop)
             count = min(journal.fitting_count, job.max_count, steps_ahead(job, step))
-            batches = read_steps(job.batches, step, count, job.max_count, rows)
-            forget_pages(job.batches.ids_M)
-            state, metrics = train_steps(state, put_batch(batches, sharding, batch_size), count)
+            state, metrics = train_steps(state, read_batches(job, step, count), count)
             step += count
             journal.push(step, count, metrics)
             if step == job.num_steps or step % job.log_every == 0:
@@ -188,12 +185,32 @@ def run_steps(
     return True
 
 
-def compile_train_steps(job: Job, schedule: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Return train_steps(state, batches, count) for the job's devices; the state is given away."""
+def first_state(job: Job, like: TrainState) -> TrainState:
+    """Return the state before the first step, placed as `like` is."""
+    config = job.run.config
+    optimizer = make_optimizer(config, make_schedule(config, job.num_steps))
+    make_state = partial(init_state, job.model, optimizer, batch_size=config.batch_size)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(make_state, out_shardings=places)(jax.random.key(config.seed))
+
+
+def compile_train_steps(
+    job: Job, like: TrainState, schedule: Callable[[Any], Any]
+) -> Callable[..., Any]:
+    """Return train_steps(state, batches, count) of states placed as `like`, given away."""
     train_step = make_train_step(job.model, make_optimizer(job.run.config, schedule))
-    like = state_shapes(job.run.config, job.model)
-    outputs = state_shardings(like, job.mesh), replicated(job.mesh)
+    outputs = jax.tree.map(lambda leaf: leaf.sharding, like), replicated(job.mesh)
     return jax.jit(make_train_steps(train_step), donate_argnums=0, out_shardings=outputs)
+
+
+def read_batches(job: Job, step: int, count: int) -> Batch:
+    """Return the batches of `count` steps from `step` on, on the job's devices."""
+    batch_size = job.batches.batch_size
+    rows = local_rows(by_rows(job.mesh, batch_size), batch_size)
+    batches = read_steps(job.batches, step, count, job.max_count, rows)
+    forget_pages(job.batches.ids_M)
+    # Behind the axis of steps.
+    return put_batch(batches, by_rows(job.mesh, batch_size, axis=1), batch_size)
 
 
 def what_must_agree(job: Job) -> dict[str, Any]:

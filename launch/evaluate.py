@@ -103,8 +103,9 @@ def measure_both(run: "Run", model: Any, params: Any, ids_M: "np.ndarray") -> di
 
     from charlstm.corpus import forget_pages
     from charlstm.data import Windows, cold_batches, evaluation_batches
-    from charlstm.measure import figures, make_score_step, read, scores
+    from charlstm.measure import figures, read, scores
     from charlstm.model import zero_carry
+    from charlstm.steps import make_score_step
 
     score_step, bytes_V = jax.jit(make_score_step(model)), run.vocab.utf8_bytes()
 

@@ -17,16 +17,16 @@ from etils import epath
 
 from charlstm import cost
 from charlstm.assess import make_validation, write_sample
-from charlstm.checkpoint import Checkpoints, state_shapes
-from charlstm.data import ALL_ROWS, Batch, Streams, Windows, read_steps
-from charlstm.devices import by_rows, local_rows, on_one_device, put_batch, state_shardings
+from charlstm.checkpoint import Checkpoints
+from charlstm.data import ALL_ROWS, Batch, Streams, Windows
+from charlstm.devices import by_rows, on_one_device
 from charlstm.job import Job
 from charlstm.journal import CALL_SECONDS, Notes
 from charlstm.log import RunLog
 from charlstm.optim import make_optimizer, make_schedule
 from charlstm.run import write_run
-from charlstm.steps import TrainState, init_state, make_train_step
-from charlstm.train import compile_train_steps
+from charlstm.steps import TrainState, make_train_step
+from charlstm.train import compile_train_steps, first_state, placed_shapes, read_batches
 
 MAX_BATCHES = 60  # of an evaluation: enough to time one
 
@@ -96,7 +96,7 @@ def rehearse(job: Job, folder: epath.Path, seconds: float) -> Parts:
 def _rehearse(job: Job, folder: epath.Path, seconds: float) -> Parts:
     lap = make_clock()
     folder.mkdir()
-    like = placed_shapes(job)
+    like = placed_shapes(job.run.config, job)
     write_run(job.run._replace(workdir=folder))
     with closing(Checkpoints(folder)) as checkpoints, closing(RunLog(folder, 0, "")) as log:
         state, train_steps = begin(job)
@@ -137,37 +137,14 @@ def time_process() -> float:
     return min(_seconds_of(run) for _ in range(2))
 
 
-def placed_shapes(job: Job, batch_size: int | None = None) -> TrainState:
-    """Return the state's tree with shapes and shardings, for B = `batch_size` rows or the job's."""
-    config = job.run.config
-    if batch_size:
-        config = config.copy_and_resolve_references()
-        config.batch_size = batch_size
-    like = state_shapes(config, job.model)
-    places = state_shardings(like, job.mesh)
-    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), like, places)
-
-
 def begin(job: Job) -> tuple[TrainState, Any]:
     """Return the state before the first step, and train_steps compiled, as train.py makes them."""
-    config = job.run.config
-    schedule = make_schedule(config, job.num_steps)
-    optimizer = make_optimizer(config, schedule)
-    make_state = partial(init_state, job.model, optimizer, batch_size=config.batch_size)
-    places = jax.tree.map(lambda leaf: leaf.sharding, placed_shapes(job))
-    state = jax.jit(make_state, out_shardings=places)(jax.random.key(config.seed))
-    train_steps = compile_train_steps(job, schedule)
+    like = placed_shapes(job.run.config, job)
+    schedule = make_schedule(job.run.config, job.num_steps)
+    state, train_steps = first_state(job, like), compile_train_steps(job, like, schedule)
     # A call of no steps compiles for any number of them.
     state, _ = train_steps(state, read_batches(job, 0, 1), 0)
     return jax.block_until_ready(state), train_steps
-
-
-def read_batches(job: Job, step: int, count: int) -> Batch:
-    """Return the batches of `count` steps from `step` on, on the job's devices."""
-    batch_size = job.batches.batch_size
-    rows = local_rows(by_rows(job.mesh, batch_size), batch_size)
-    batches = read_steps(job.batches, step, count, job.max_count, rows)
-    return put_batch(batches, by_rows(job.mesh, batch_size, axis=1), batch_size)
 
 
 def time_steps(
@@ -252,7 +229,9 @@ def step_bytes(job: Job, batch_size: int) -> int:
     )
     train_step = jax.jit(make_train_step(job.model, optimizer), donate_argnums=0)
     batch = Batch(ids, ids, weights, reset)
-    used = train_step.lower(placed_shapes(job, batch_size), batch).compile().memory_analysis()
+    with_rows = config.copy_and_resolve_references()
+    with_rows.batch_size = batch_size
+    used = train_step.lower(placed_shapes(with_rows, job), batch).compile().memory_analysis()
     if used is None:
         return cost.device_bytes(config, job.model.vocab_size, job.mesh.size)
     new = used.output_size_in_bytes - used.alias_size_in_bytes

@@ -16,7 +16,8 @@ from charlstm.dynamic import (
     make_anchor,
     make_dynamic_step,
 )
-from charlstm.measure import make_score_step, scores
+from charlstm.measure import scores
+from charlstm.steps import make_score_step
 
 V, H, T = 6, 8, 5
 

@@ -17,12 +17,11 @@ from charlstm.measure import (
     figures,
     heated_losses,
     make_heated_step,
-    make_score_step,
     read,
     scores,
     standard_error,
 )
-from charlstm.steps import evaluate, make_eval_step
+from charlstm.steps import evaluate, make_eval_step, make_score_step
 
 V, H = 7, 8
 BYTES_V = np.array([1, 2, 1, 3, 1, 4, 1])
