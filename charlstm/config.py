@@ -74,6 +74,10 @@ def _model() -> ConfigDict:
     model.num_layers = 1
     # Applied after every LSTM layer while training: a novel is small enough to be memorised.
     model.dropout_rate = 0.3
+    # step: drawn anew at each time step; window: one mask for all of a window.
+    model.dropout_mask = "window"
+    # What is read scales the hidden state that the gates see.
+    model.scale_hidden = True
     # one_hot: a unit vector a character; embed: a learnt vector; scaled: its number / V.
     model.input = "one_hot"
     # The length of the learnt vector; read only where model.input is embed.
@@ -93,13 +97,15 @@ def _optimizer() -> ConfigDict:
     # 0.13 bits worse, 1.8e-2 is 0.01.
     optimizer.learning_rate = 1.2e-2
     # cosine and linear end at a learning rate of 0, where the last weights are the best.
-    optimizer.schedule = "cosine"
+    optimizer.schedule = "linear"
     # Adam's first steps rest on few gradients, so the rate starts small.
     optimizer.warmup_steps = 100
     # Pulls weights towards 0, which helps against memorising; for adamw only.
     optimizer.weight_decay = 0.0
     # Recurrent gradients explode now and then; 0 means no clipping.
     optimizer.clip_norm = 1.0
+    # How long Adam remembers squared gradients: about 1 / (1 - b2) steps.
+    optimizer.b2 = 0.99
     # Keeps Adam's quotient finite where gradients vanish.
     optimizer.epsilon = 1e-8
     return optimizer
@@ -172,6 +178,7 @@ _RULES: dict[str, Rule] = {
     "model.hidden_size": _count(1),
     "model.num_layers": _count(1),
     "model.dropout_rate": _fraction(),
+    "model.dropout_mask": _one_of("step", "window"),
     "model.input": _one_of("one_hot", "embed", "scaled"),
     "model.embed_size": _count(1),
     "model.dtype": _one_of("float32", "bfloat16"),
@@ -181,6 +188,7 @@ _RULES: dict[str, Rule] = {
     "optimizer.warmup_steps": _count(0),
     "optimizer.weight_decay": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
+    "optimizer.b2": _fraction(),
     "optimizer.epsilon": _above(0),
     "mesh.data": ((lambda v: v == -1 or 1 <= v < 2**31), "-1 or a whole number from 1"),
     "sample.length": _count(1),
@@ -247,6 +255,11 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             "config.model.recurrence=cudnn: cannot begin a document within a sequence, as "
             "config.data.document_separator asks for; use fused"
+        )
+    if config.model.recurrence == "cudnn" and config.model.scale_hidden:
+        raise UserError(
+            "config.model.scale_hidden=True: config.model.recurrence=cudnn does not scale its "
+            "hidden state; use fused, or config.model.scale_hidden=False"
         )
     if config.model.tie_embeddings and config.model.input != "embed":
         raise UserError(

@@ -5,6 +5,7 @@ B = batch_size, T = seq_len, H = hidden_size, N = num_layers, E the size of a la
 parameters, n the chips. A product of [a, b] and [b, c] is 2abc operations.
 
     layer           parameters 4H (E + H + 1)        operations a character 8H (E + H)
+    scaled hidden   HE                               2HE
     dense           H V + V                          2 H V
     tied output     H E + E + V, beside V E          2 H E + 2 E V
 
@@ -82,7 +83,8 @@ def count_params(config: ConfigDict, vocab_size: int) -> int:
     """Return P, the number of parameters."""
     model, hidden_size = config.model, config.model.hidden_size
     layers = sum(
-        4 * hidden_size * (size + hidden_size + 1) for size in input_sizes(config, vocab_size)
+        hidden_size * (_kernels(config) * size + 4 * hidden_size + 4)
+        for size in input_sizes(config, vocab_size)
     )
     embed = vocab_size * model.embed_size if model.input == "embed" else 0
     to_vectors = (hidden_size + 1) * model.embed_size
@@ -110,7 +112,12 @@ def other_flops(config: ConfigDict, vocab_size: int) -> int:
     as_vectors = sizes[1:] if model.input == "one_hot" else sizes
     by_vectors = 2 * model.embed_size * (model.hidden_size + vocab_size)
     output = by_vectors if model.tie_embeddings else 2 * model.hidden_size * vocab_size
-    return 8 * model.hidden_size * sum(as_vectors) + output
+    return 2 * _kernels(config) * model.hidden_size * sum(as_vectors) + output
+
+
+def _kernels(config: ConfigDict) -> int:
+    """Return how many kernels [E, H] of a layer read its input: four gates' and perhaps scales'."""
+    return 4 + config.model.scale_hidden
 
 
 def activation_bytes(config: ConfigDict, vocab_size: int, batch_size: int | None = None) -> int:

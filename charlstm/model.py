@@ -18,6 +18,8 @@ RECURRENCES: dict[str, Callable[..., tuple[LayerCarry, jax.Array]]] = {
     "flax": flax_lstm,
     "cudnn": cudnn_lstm,
 }
+# The axes of layer_TBE along which a mask of dropout is the same.
+DROPOUT_MASKS: dict[str, tuple[int, ...]] = {"step": (), "window": (0,)}
 
 
 class CharLSTM(nn.Module):
@@ -28,6 +30,10 @@ class CharLSTM(nn.Module):
       hidden_size: H, the units of each layer.
       num_layers: N.
       dropout_rate: the share of each layer's outputs that training drops.
+      dropout_mask: 'step', drawn anew at each time step, or 'window', one for all of a call (Gal
+        and Ghahramani 2016, arXiv 1512.05287).
+      scale_hidden: let what each layer reads scale the hidden state that its gates see, as in
+        charlstm.recurrence.
       input: 'one_hot', 'embed' (a learnt vector), or 'scaled' (the id divided by V).
       embed_size: E, where input is 'embed'.
       tie_embeddings: make the logits the product of a dense layer of size E with the vectors of
@@ -45,6 +51,8 @@ class CharLSTM(nn.Module):
     hidden_size: int = 256
     num_layers: int = 1
     dropout_rate: float = 0.0
+    dropout_mask: str = "step"
+    scale_hidden: bool = False
     input: str = "one_hot"
     embed_size: int = 64
     tie_embeddings: bool = False
@@ -75,17 +83,24 @@ class CharLSTM(nn.Module):
             recur = partial(recur, cell=self.cell)
         if self.recurrence == "fused":
             recur = partial(recur, num_shards=self.num_shards)
+        if self.dropout_mask not in DROPOUT_MASKS:
+            raise ValueError(f"dropout_mask={self.dropout_mask!r}: must be step or window")
         check_carry(carry, ids_BT.shape[0], self.hidden_size, self.num_layers)
         layer, embed = self._view(ids_BT.T)
         keep_TB = None if self.end_id is None else ids_BT.T != self.end_id
         input_size = self.vocab_size if self.input == "one_hot" else layer.shape[-1]
+        shared = DROPOUT_MASKS[self.dropout_mask]
         new_carry = []
         for index, layer_carry in enumerate(carry):
-            params = self.param(f"lstm_{index}", init_lstm, input_size, self.hidden_size)
+            params = self.param(
+                f"lstm_{index}", init_lstm, input_size, self.hidden_size, self.scale_hidden
+            )
             layer_carry, layer_TBE = recur(
                 params, layer_carry, layer, keep_TB=keep_TB, dtype=self.dtype
             )
-            layer = nn.Dropout(self.dropout_rate)(layer_TBE, deterministic=not train)
+            layer = nn.Dropout(self.dropout_rate, broadcast_dims=shared)(
+                layer_TBE, deterministic=not train
+            )
             new_carry.append(layer_carry)
             input_size = self.hidden_size
         logits_TBV = self._logits(layer, embed).astype(jnp.float32)

@@ -35,26 +35,25 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
 
     Its state has the same tree for any schedule.
     """
-    epsilon = config.optimizer.epsilon
+    b2, epsilon = config.optimizer.b2, config.optimizer.epsilon
     rule = {
-        "adam": lambda: optax.adam(schedule, eps=epsilon),
+        "adam": lambda: optax.adam(schedule, b2=b2, eps=epsilon),
         "adamw": lambda: optax.adamw(
-            schedule, eps=epsilon, weight_decay=config.optimizer.weight_decay
+            schedule, b2=b2, eps=epsilon, weight_decay=config.optimizer.weight_decay
         ),
-        "keras_adam": lambda: keras_adam(schedule, epsilon),
+        "keras_adam": lambda: keras_adam(schedule, b2, epsilon),
     }[config.optimizer.name]()
     if config.optimizer.clip_norm == 0:
         return rule
     return optax.chain(optax.clip_by_global_norm(config.optimizer.clip_norm), rule)
 
 
-def keras_adam(schedule: optax.Schedule, epsilon: float) -> optax.GradientTransformation:
+def keras_adam(schedule: optax.Schedule, b2: float, epsilon: float) -> optax.GradientTransformation:
     """Return Adam as Keras has it, where epsilon is added before the correction for bias.
 
     This is the 'epsilon hat' of Kingma and Ba 2014 (arXiv 1412.6980, end of section 2). Early steps
     differ where gradients are as small as epsilon, as in most of an untrained recurrent kernel.
     """
-    b2 = 0.999
 
     def corrected(count: jax.Array) -> jax.Array:
         return epsilon / jnp.sqrt(1 - b2 ** (count + 1.0))

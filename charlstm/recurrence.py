@@ -7,6 +7,11 @@ from the hidden state, for the input gate, the forget gate, the candidate and th
     i, f, o = sigmoid(x W_i* + h W_h* + b_*)     g = tanh(x W_ig + h W_hg + b_g)
     c' = f c + i g                               h' = o tanh(c')
 
+A layer may have one kernel more, `scale` from the input: its gates then see (1 + x W_scale) * h in
+place of h, so that what the cell recalls depends on what it reads. That is the multiplicative LSTM
+(Krause et al. 2016, arXiv 1609.07959) without its own recurrent kernel, or one round of the
+Mogrifier (Melis et al. 2019, arXiv 1909.01792) without its sigmoid.
+
 Sources: Hochreiter and Schmidhuber 1997; Gers et al. 2000 (the forget gate); Greff et al. 2015,
 arXiv 1503.04069 ('vanilla LSTM', here without peepholes).
 """
@@ -26,12 +31,15 @@ GATES = "ifgo"
 CELLS: dict[str, Any] = {"OptimizedLSTMCell": nn.OptimizedLSTMCell, "LSTMCell": nn.LSTMCell}
 
 
-def init_lstm(key: jax.Array, input_size: int, hidden_size: int) -> Params:
+def init_lstm(
+    key: jax.Array, input_size: int, hidden_size: int, scale_hidden: bool = False
+) -> Params:
     """Return the initial parameters of one layer, drawn as Keras draws them.
 
     The four gates side by side make one input kernel, Glorot-uniform, and one recurrent kernel
     with orthonormal rows (Saxe et al. 2013, arXiv 1312.6120). The forget bias is 1, so that the
-    cell remembers until it learns to forget (Jozefowicz et al. 2015); other biases are 0.
+    cell remembers until it learns to forget (Jozefowicz et al. 2015); other biases are 0. So is
+    the kernel that `scale_hidden` asks for, which scales by 1 until it learns better.
     """
     input_key, recurrent_key = jax.random.split(key)
     glorot, orthogonal = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
@@ -47,6 +55,8 @@ def init_lstm(key: jax.Array, input_size: int, hidden_size: int) -> Params:
         params[f"i{gate}"] = {"kernel": kernel_EH}
         bias_H = jnp.full(hidden_size, gate == "f", dtype=jnp.float32)
         params[f"h{gate}"] = {"kernel": kernel_HH, "bias": bias_H}
+    if scale_hidden:
+        params["scale"] = {"kernel": jnp.zeros((input_size, hidden_size))}
     return params
 
 
@@ -62,7 +72,7 @@ def flax_lstm(
     """Run one LSTM layer over time by scanning the Flax cell: the readable twin.
 
     Args:
-      params: the parameters of a Flax LSTM cell with H hidden units.
+      params: the parameters of a Flax LSTM cell with H hidden units, and perhaps `scale`.
       carry: (c_BH, h_BH).
       inputs: inputs_TBE, or integers ids_TB that stand for one-hot vectors.
       keep_TB: bool, False where a time step begins from an empty carry; None is True everywhere.
@@ -74,11 +84,15 @@ def flax_lstm(
     """
     inputs_TBE = _as_vectors(params, inputs, dtype)
     flax_cell = CELLS[cell](features=carry[0].shape[-1], dtype=dtype)
+    cell_params = {name: params[name] for name in params if name != "scale"}
 
     def step(carry: LayerCarry, inputs: Any) -> tuple[LayerCarry, jax.Array]:
         inputs_BE, keep_B = inputs
-        begin = tuple(_kept(leaf_BH, keep_B) for leaf_BH in carry)
-        new_carry, _ = flax_cell.apply({"params": params}, begin, inputs_BE)
+        c_BH, h_BH = (_kept(leaf_BH, keep_B) for leaf_BH in carry)
+        if "scale" in params:
+            scale_BH = 1 + inputs_BE.astype(dtype) @ params["scale"]["kernel"].astype(dtype)
+            h_BH = (h_BH * scale_BH).astype(h_BH.dtype)
+        new_carry, _ = flax_cell.apply({"params": cell_params}, (c_BH, h_BH), inputs_BE)
         # Rounding the cell state at every step would lose what it has to remember.
         c_BH, h_BH = (new.astype(old.dtype) for new, old in zip(new_carry, carry, strict=True))
         return (c_BH, h_BH), h_BH
@@ -114,14 +128,19 @@ def fused_lstm(
         jnp.concatenate([params[f"{side}{gate}"]["kernel"] for gate in GATES], axis=1) * halve_G
         for side in "ih"
     )
-    bias_G = jnp.concatenate([params[f"h{gate}"]["bias"] for gate in GATES]) * halve_G
+    bias_F = jnp.concatenate([params[f"h{gate}"]["bias"] for gate in GATES]) * halve_G
+    input_kernel_EF = input_kernel_EG
+    if "scale" in params:
+        # Scales are looked up, or computed, as what drives the gates is, and beside it.
+        input_kernel_EF = jnp.concatenate([input_kernel_EG, params["scale"]["kernel"]], axis=1)
+        bias_F = jnp.concatenate([bias_F, jnp.ones_like(params["hi"]["bias"])])
     if _are_ids(inputs):
         # The bias joins the rows that are looked up, which are fewer than the time steps.
-        rows_EG = (input_kernel_EG + bias_G).astype(dtype)
+        rows_EF = (input_kernel_EF + bias_F).astype(dtype)
     else:
-        rows_EG = jnp.zeros((0, bias_G.size), dtype)
-        inputs = inputs.astype(dtype) @ input_kernel_EG.astype(dtype) + bias_G.astype(dtype)
-    recur = partial(_recur, recurrent_kernel_HG.astype(dtype), rows_EG)
+        rows_EF = jnp.zeros((0, bias_F.size), dtype)
+        inputs = inputs.astype(dtype) @ input_kernel_EF.astype(dtype) + bias_F.astype(dtype)
+    recur = partial(_recur, recurrent_kernel_HG.astype(dtype), rows_EF)
     return _by_shards(recur, num_shards)(carry, inputs, keep_TB)
 
 
@@ -139,8 +158,8 @@ def cudnn_lstm(
     vmap. Only the weights' packing and the order of axes have been tested, on a CPU.
 
     Raises:
-      ValueError: without an NVIDIA GPU, for another dtype than float32, and for keep_TB, since
-        cuDNN has no carry that begins anew within a sequence.
+      ValueError: without an NVIDIA GPU, for another dtype than float32, for keep_TB, since cuDNN
+        has no carry that begins anew within a sequence, and for `scale`, which it does not have.
     """
     from jax.experimental import rnn
 
@@ -148,6 +167,8 @@ def cudnn_lstm(
         raise ValueError(f"dtype={dtype}: cuDNN's LSTM takes float32 only")
     if keep_TB is not None:
         raise ValueError("keep_TB: cuDNN's LSTM has no carry that begins anew within a sequence")
+    if "scale" in params:
+        raise ValueError("scale: cuDNN's LSTM does not scale its hidden state")
     if jax.default_backend() != "gpu":
         raise ValueError(
             f"cuDNN's LSTM needs an NVIDIA GPU, and JAX has found {jax.default_backend()}"
@@ -198,7 +219,7 @@ def pack_cudnn(params: Params) -> jax.Array:
 
 def _scan(
     kernel_HG: jax.Array,
-    rows_EG: jax.Array,
+    rows_EF: jax.Array,
     carry: LayerCarry,
     inputs: jax.Array,
     keep_TB: jax.Array | None,
@@ -208,11 +229,13 @@ def _scan(
         inputs_B, keep_B = given
         c_before_BH, h_BH = (_kept(leaf_BH, keep_B) for leaf_BH in carry)
         # Looked up here, where it stays in the cache, and not for all time steps before.
-        drive_BG = rows_EG[inputs_B] if _are_ids(inputs) else inputs_B
+        drive_BF = rows_EF[inputs_B] if _are_ids(inputs) else inputs_B
+        scale_BH = _scale(rows_EF, inputs_B, h_BH.shape[-1])
+        seen_BH = h_BH if scale_BH is None else h_BH * scale_BH
         product_BG = jnp.dot(
-            h_BH.astype(kernel_HG.dtype), kernel_HG, preferred_element_type=c_before_BH.dtype
+            seen_BH.astype(kernel_HG.dtype), kernel_HG, preferred_element_type=c_before_BH.dtype
         )
-        tanh_BG = jnp.tanh(drive_BG + product_BG)
+        tanh_BG = jnp.tanh(drive_BF[..., : product_BG.shape[-1]] + product_BG)
         i_BH, f_BH, g_BH, o_BH = jnp.split(tanh_BG, 4, axis=-1)
         i_BH, f_BH, o_BH = ((1 + tanh_BH) / 2 for tanh_BH in (i_BH, f_BH, o_BH))
         c_BH = f_BH * c_before_BH + i_BH * g_BH
@@ -226,6 +249,14 @@ def _scan(
         return (c_BH, h_BH), (h_BH, slopes)
 
     return jax.lax.scan(step, carry, (inputs, keep_TB))
+
+
+def _scale(rows_EF: jax.Array, inputs: jax.Array, hidden_size: int) -> jax.Array | None:
+    """Return the H numbers that stand behind the four gates in what drives them, if any do."""
+    scale_EH = rows_EF[:, 4 * hidden_size :]
+    if scale_EH.shape[-1] == 0:
+        return None
+    return scale_EH[inputs] if _are_ids(inputs) else inputs[..., 4 * hidden_size :]
 
 
 def _by_shards(recur: Callable[..., Any], num_shards: int) -> Callable[..., Any]:
@@ -251,32 +282,35 @@ def _by_shards(recur: Callable[..., Any], num_shards: int) -> Callable[..., Any]
 @jax.custom_vjp
 def _recur(
     kernel_HG: jax.Array,
-    rows_EG: jax.Array,
+    rows_EF: jax.Array,
     carry: LayerCarry,
     inputs: jax.Array,
     keep_TB: jax.Array | None,
 ) -> tuple[LayerCarry, jax.Array]:
-    """Run the recurrence on halved sums; `inputs` are ids_TB of rows_EG, or drive_TBG itself."""
-    carry, (hidden_TBH,) = _scan(kernel_HG, rows_EG, carry, inputs, keep_TB, with_slopes=False)
+    """Run the recurrence on halved sums; `inputs` are ids_TB of rows_EF, or drive_TBF itself.
+
+    F are the four gates, and then perhaps the H scales.
+    """
+    carry, (hidden_TBH,) = _scan(kernel_HG, rows_EF, carry, inputs, keep_TB, with_slopes=False)
     return carry, hidden_TBH
 
 
 def _recur_forward(
     kernel_HG: jax.Array,
-    rows_EG: jax.Array,
+    rows_EF: jax.Array,
     carry: LayerCarry,
     inputs: jax.Array,
     keep_TB: jax.Array | None,
 ) -> tuple[tuple[LayerCarry, jax.Array], Any]:
     last_carry, (hidden_TBH, slopes) = _scan(
-        kernel_HG, rows_EG, carry, inputs, keep_TB, with_slopes=True
+        kernel_HG, rows_EF, carry, inputs, keep_TB, with_slopes=True
     )
     h_before_TBH = _kept(jnp.concatenate([carry[1][None], hidden_TBH[:-1]]), keep_TB)
-    return (last_carry, hidden_TBH), (kernel_HG, rows_EG, inputs, keep_TB, h_before_TBH, slopes)
+    return (last_carry, hidden_TBH), (kernel_HG, rows_EF, inputs, keep_TB, h_before_TBH, slopes)
 
 
 def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
-    kernel_HG, rows_EG, inputs, keep_TB, h_before_TBH, slopes = residuals
+    kernel_HG, rows_EF, inputs, keep_TB, h_before_TBH, slopes = residuals
     last_carry_grad, hidden_grad_TBH = grads
     num_steps, batch_size, _ = h_before_TBH.shape
     dtype, kernel_GH = kernel_HG.dtype, kernel_HG.T
@@ -284,59 +318,66 @@ def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
 
     def step(carry_grad: LayerCarry, kept: Any) -> tuple[LayerCarry, jax.Array]:
         dc_BH, dh_BH = carry_grad
-        hidden_grad_BH, (slopes_BG, dh_by_dc_BH, dc_by_dc_BH), keep_B = kept
+        hidden_grad_BH, (slopes_BG, dh_by_dc_BH, dc_by_dc_BH), keep_B, scale_BH, h_before_BH = kept
         dh_BH = dh_BH + hidden_grad_BH
         dc_BH = dc_BH + dh_BH * dh_by_dc_BH
         by_gate_BG = jnp.concatenate([dc_BH, dc_BH, dc_BH, dh_BH], axis=-1)
         sums_grad_BG = (slopes_BG * by_gate_BG).astype(dtype)
         dh_BH = jnp.dot(sums_grad_BG, kernel_GH, preferred_element_type=dc_BH.dtype)
-        return (dc_BH * dc_by_dc_BH, _kept(dh_BH, keep_B)), sums_grad_BG
+        drive_grad_BF = sums_grad_BG
+        if scale_BH is not None:
+            scale_grad_BH = (dh_BH * h_before_BH).astype(dtype)
+            drive_grad_BF = jnp.concatenate([sums_grad_BG, scale_grad_BH], axis=-1)
+            dh_BH = dh_BH * scale_BH
+        return (dc_BH * dc_by_dc_BH, _kept(dh_BH, keep_B)), drive_grad_BF
 
     def chunk_step(state: Any, chunk: Any) -> tuple[Any, jax.Array | None]:
-        carry_grad, kernel_grad_HG, rows_grad_EG = state
-        kept, h_before_tBH, inputs_tB = chunk
-        carry_grad, sums_grad_tBG = jax.lax.scan(step, carry_grad, kept, reverse=True)
+        carry_grad, kernel_grad_HG, rows_grad_EF = state
+        *kept, h_before_tBH, inputs_tB = chunk
+        scale_tBH = _scale(rows_EF, inputs_tB, h_before_tBH.shape[-1])
+        kept = *kept, scale_tBH, h_before_tBH
+        carry_grad, drive_grad_tBF = jax.lax.scan(step, carry_grad, kept, reverse=True)
+        seen_tBH = h_before_tBH if scale_tBH is None else h_before_tBH * scale_tBH
         # One product over the rows of many time steps, where step would add small ones.
         kernel_grad_HG += jnp.einsum(
             "tbh,tbg->hg",
-            h_before_tBH.astype(dtype),
-            sums_grad_tBG,
+            seen_tBH.astype(dtype),
+            drive_grad_tBF[..., : kernel_HG.shape[-1]],
             preferred_element_type=kernel_grad_HG.dtype,
         )
         if not is_lookup:
-            return (carry_grad, kernel_grad_HG, rows_grad_EG), sums_grad_tBG
+            return (carry_grad, kernel_grad_HG, rows_grad_EF), drive_grad_tBF
         # On CPUs adding takes a sixth of the product's time; on GPUs its order is left to chance,
         # and TPUs are slow at it.
-        rows_grad_EG = jax.lax.platform_dependent(
-            rows_grad_EG, inputs_tB, sums_grad_tBG, cpu=add_in_place, default=add_by_product
+        rows_grad_EF = jax.lax.platform_dependent(
+            rows_grad_EF, inputs_tB, drive_grad_tBF, cpu=add_in_place, default=add_by_product
         )
-        return (carry_grad, kernel_grad_HG, rows_grad_EG), None
+        return (carry_grad, kernel_grad_HG, rows_grad_EF), None
 
     # In chunks, so that the gradient of the sums need not be kept for all time steps.
     length = _chunk_length(num_steps, batch_size)
     chunks = jax.tree.map(
         lambda leaf_T: leaf_T.reshape(num_steps // length, length, *leaf_T.shape[1:]),
-        ((hidden_grad_TBH, slopes, keep_TB), h_before_TBH, inputs),
+        (hidden_grad_TBH, slopes, keep_TB, h_before_TBH, inputs),
     )
-    zeros = (jnp.zeros(leaf.shape, h_before_TBH.dtype) for leaf in (kernel_HG, rows_EG))
+    zeros = (jnp.zeros(leaf.shape, h_before_TBH.dtype) for leaf in (kernel_HG, rows_EF))
     (carry_grad, *weight_grads), inputs_grad = jax.lax.scan(
         chunk_step, (last_carry_grad, *zeros), chunks, reverse=True
     )
-    if inputs_grad is not None:
-        inputs_grad = inputs_grad.reshape(inputs.shape)
+    inputs_grad = None if is_lookup else inputs_grad.reshape(inputs.shape)
     return *(grad.astype(dtype) for grad in weight_grads), carry_grad, inputs_grad, None
 
 
-def add_in_place(rows_EG: jax.Array, ids_TB: jax.Array, values_TBG: jax.Array) -> jax.Array:
-    """Return `rows_EG` with each of the values added to the row of its id."""
-    return rows_EG.at[ids_TB].add(values_TBG.astype(rows_EG.dtype))
+def add_in_place(rows_EF: jax.Array, ids_TB: jax.Array, values_TBF: jax.Array) -> jax.Array:
+    """Return `rows_EF` with each of the values added to the row of its id."""
+    return rows_EF.at[ids_TB].add(values_TBF.astype(rows_EF.dtype))
 
 
-def add_by_product(rows_EG: jax.Array, ids_TB: jax.Array, values_TBG: jax.Array) -> jax.Array:
+def add_by_product(rows_EF: jax.Array, ids_TB: jax.Array, values_TBF: jax.Array) -> jax.Array:
     """Return what add_in_place does, as a product with one-hot vectors."""
-    one_hot_TBE = jax.nn.one_hot(ids_TB, rows_EG.shape[0], dtype=values_TBG.dtype)
-    return rows_EG + jnp.einsum(
-        "tbe,tbg->eg", one_hot_TBE, values_TBG, preferred_element_type=rows_EG.dtype
+    one_hot_TBE = jax.nn.one_hot(ids_TB, rows_EF.shape[0], dtype=values_TBF.dtype)
+    return rows_EF + jnp.einsum(
+        "tbe,tbf->ef", one_hot_TBE, values_TBF, preferred_element_type=rows_EF.dtype
     )
 
 

@@ -10,7 +10,10 @@ def sigmoid(x):
 
 
 def lstm(params, carry, inputs_TBE):
-    """Return the last carry (c_BH, h_BH) and hidden_TBH, on the parameter tree of Flax's cell."""
+    """Return the last carry (c_BH, h_BH) and hidden_TBH, on the parameter tree of Flax's cell.
+
+    With the kernel `scale` as well the gates see (1 + x scale) * h in place of h.
+    """
     steps = _steps(params, carry, inputs_TBE)
     hidden_TBH = np.stack([step["h"] for step in steps])
     return (steps[-1]["c"], steps[-1]["h"]), hidden_TBH
@@ -20,10 +23,12 @@ def _steps(params, carry, inputs_TBE):
     c_BH, h_BH = carry
     steps = []
     for x_BE in inputs_TBE:
-        step = {"x": x_BE, "h_before": h_BH, "c_before": c_BH}
+        scale_BH = 1 + x_BE @ params["scale"]["kernel"] if "scale" in params else 1.0
+        seen_BH = scale_BH * h_BH
+        step = {"x": x_BE, "h_before": h_BH, "c_before": c_BH, "scale": scale_BH, "seen": seen_BH}
         for gate in GATES:
             into, back = params["i" + gate], params["h" + gate]
-            sum_BH = x_BE @ into["kernel"] + h_BH @ back["kernel"] + back["bias"]
+            sum_BH = x_BE @ into["kernel"] + seen_BH @ back["kernel"] + back["bias"]
             step[gate] = np.tanh(sum_BH) if gate == "g" else sigmoid(sum_BH)
         step["c"] = c_BH = step["f"] * c_BH + step["i"] * step["g"]
         step["h"] = h_BH = step["o"] * np.tanh(c_BH)
@@ -54,8 +59,13 @@ def lstm_gradient(params, carry, inputs_TBE, carry_grad, hidden_grad_TBH):
         dc_BH, dh_BH = dc_BH * f_BH, np.zeros_like(dh_BH)
         for gate, ds_BH in sum_grads.items():
             params_grad["i" + gate]["kernel"] += step["x"].T @ ds_BH
-            params_grad["h" + gate]["kernel"] += step["h_before"].T @ ds_BH
+            params_grad["h" + gate]["kernel"] += step["seen"].T @ ds_BH
             params_grad["h" + gate]["bias"] += ds_BH.sum(axis=0)
             inputs_grad_TBE[time] += ds_BH @ params["i" + gate]["kernel"].T
             dh_BH += ds_BH @ params["h" + gate]["kernel"].T
+        if "scale" in params:
+            scale_grad_BH = dh_BH * step["h_before"]
+            params_grad["scale"]["kernel"] += step["x"].T @ scale_grad_BH
+            inputs_grad_TBE[time] += scale_grad_BH @ params["scale"]["kernel"].T
+        dh_BH = dh_BH * step["scale"]
     return params_grad, (dc_BH, dh_BH), inputs_grad_TBE

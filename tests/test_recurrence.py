@@ -42,10 +42,11 @@ RELATIVE = {"float64": 1e-10, "float32": 1e-5}
 each_lstm = pytest.mark.parametrize("name", LSTMS)
 each_twin = pytest.mark.parametrize("name", ["OptimizedLSTMCell", "fused"])
 each_dtype = pytest.mark.parametrize("dtype", RELATIVE)
+each_scaled = pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "plain"])
 each_kind = pytest.mark.parametrize("kind", ["ids", "vectors"])
 
 
-def draw_params(rng, input_size, hidden_size):
+def draw_params(rng, input_size, hidden_size, scaled=True):
     params = {}
     for gate in GATES:
         # About as large as in a trained model: gates neither all open nor all half open.
@@ -53,14 +54,17 @@ def draw_params(rng, input_size, hidden_size):
         back = rng.normal(size=(hidden_size, hidden_size)) / np.sqrt(hidden_size)
         params["i" + gate] = {"kernel": into}
         params["h" + gate] = {"kernel": back, "bias": rng.normal(size=hidden_size)}
+    if scaled:
+        kernel = rng.normal(size=(input_size, hidden_size)) / np.sqrt(input_size)
+        params["scale"] = {"kernel": kernel}
     return params
 
 
-def draw_case(seed, t=T, b=B, e=E, h=H):
+def draw_case(seed, t=T, b=B, e=E, h=H, scaled=True):
     """Return (params, carry, inputs_TBE), and gradients for the carry and the hidden states."""
     rng = np.random.default_rng(seed)
     carry = rng.normal(size=(b, h)), rng.normal(size=(b, h))
-    arguments = draw_params(rng, e, h), carry, rng.normal(size=(t, b, e))
+    arguments = draw_params(rng, e, h, scaled), carry, rng.normal(size=(t, b, e))
     carry_grad = rng.normal(size=(b, h)), rng.normal(size=(b, h))
     return arguments, (carry_grad, rng.normal(size=(t, b, h)))
 
@@ -129,9 +133,10 @@ def test_numpy_gradient_is_the_slope_of_numpy_forward():
 
 
 @each_dtype
+@each_scaled
 @each_lstm
-def test_forward_and_gradients_equal_numpy(name, dtype):
-    arguments, gradients = draw_case(2)
+def test_forward_and_gradients_equal_numpy(name, scaled, dtype):
+    arguments, gradients = draw_case(2, scaled=scaled)
     with enable_x64(dtype == "float64"):
         found = value_and_gradients(name, arguments, gradients, dtype)
         wanted = lstm(*arguments), lstm_gradient(*arguments, *gradients)
@@ -140,9 +145,10 @@ def test_forward_and_gradients_equal_numpy(name, dtype):
 
 
 @each_dtype
+@each_scaled
 @each_twin
-def test_ids_stand_for_one_hot_vectors(name, dtype):
-    (params, carry, _), gradients = draw_case(3)
+def test_ids_stand_for_one_hot_vectors(name, scaled, dtype):
+    (params, carry, _), gradients = draw_case(3, scaled=scaled)
     ids_TB = draw_ids(3)
     one_hot_TBE = np.eye(E)[ids_TB]
     with enable_x64(dtype == "float64"):
@@ -161,13 +167,14 @@ sizes = {"t": st.integers(1, 9), "b": st.integers(1, 5), "e": st.integers(1, 6)}
     h=st.integers(1, 20),
     seed=st.integers(0, 99),
     ids=st.booleans(),
+    scaled=st.booleans(),
     name=st.sampled_from(["fused", "OptimizedLSTMCell"]),
 )
-@example(t=1, b=1, e=1, h=1, seed=0, ids=False, name="fused")
-@example(t=1, b=2, e=4, h=13, seed=1, ids=True, name="fused")
-@example(t=4, b=1, e=3, h=9, seed=2, ids=True, name="LSTMCell")
-def test_any_shape_equals_numpy(name, t, b, e, h, seed, ids):
-    (params, carry, inputs), gradients = draw_case(seed, t, b, e, h)
+@example(t=1, b=1, e=1, h=1, seed=0, ids=False, scaled=True, name="fused")
+@example(t=1, b=2, e=4, h=13, seed=1, ids=True, scaled=False, name="fused")
+@example(t=4, b=1, e=3, h=9, seed=2, ids=True, scaled=True, name="LSTMCell")
+def test_any_shape_equals_numpy(name, t, b, e, h, seed, ids, scaled):
+    (params, carry, inputs), gradients = draw_case(seed, t, b, e, h, scaled)
     dense_TBE = np.eye(e)[draw_ids(seed, t, b, e)] if ids else inputs
     arguments = params, carry, dense_TBE
     value, slopes = lstm(*arguments), lstm_gradient(*arguments, *gradients)
@@ -305,7 +312,7 @@ def cudnn_on_cpu(monkeypatch):
 
 @each_kind
 def test_what_cudnn_is_given_means_the_same_lstm(kind, cudnn_on_cpu):
-    (params, carry, inputs), gradients = draw_case(20)
+    (params, carry, inputs), gradients = draw_case(20, scaled=False)
     if kind == "ids":
         inputs = draw_ids(20)
     wanted = lstm(params, carry, np.eye(E)[inputs] if kind == "ids" else inputs)
@@ -319,12 +326,17 @@ def test_what_cudnn_is_given_means_the_same_lstm(kind, cudnn_on_cpu):
 @pytest.mark.parametrize(("dtype", "message"), [("float32", "NVIDIA"), ("bfloat16", "float32")])
 def test_cudnn_says_what_it_needs(dtype, message):
     with pytest.raises(ValueError, match=message):
-        cudnn_lstm(*singles(draw_case(21)[0]), dtype=dtype)
+        cudnn_lstm(*singles(draw_case(21, scaled=False)[0]), dtype=dtype)
 
 
 def test_cudnn_refuses_rows_that_begin_anew(cudnn_on_cpu):
     with pytest.raises(ValueError, match="begins anew"):
-        cudnn_lstm(*singles(draw_case(21)[0]), keep_TB=np.ones((T, B), bool))
+        cudnn_lstm(*singles(draw_case(21, scaled=False)[0]), keep_TB=np.ones((T, B), bool))
+
+
+def test_cudnn_refuses_a_hidden_state_that_is_scaled(cudnn_on_cpu):
+    with pytest.raises(ValueError, match="does not scale"):
+        cudnn_lstm(*singles(draw_case(21)[0]))
 
 
 @each_kind
@@ -467,6 +479,12 @@ def test_initial_parameters_follow_the_key(initial):
     jax.tree.map(np.testing.assert_array_equal, same, initial)
     for name in ("ii", "io", "hi", "ho"):
         assert np.abs(other[name]["kernel"] - initial[name]["kernel"]).max() > 0.01
+
+
+def test_initial_scales_are_1_so_that_the_layer_begins_as_a_plain_one(initial):
+    scaled = init_lstm(jax.random.key(0), INITIAL_E, INITIAL_H, scale_hidden=True)
+    np.testing.assert_array_equal(scaled.pop("scale")["kernel"], np.zeros((INITIAL_E, INITIAL_H)))
+    jax.tree.map(np.testing.assert_array_equal, scaled, initial)
 
 
 @pytest.mark.parametrize("cell", [nn.OptimizedLSTMCell, nn.LSTMCell])
