@@ -23,7 +23,12 @@ from charlstm.text import END, Vocab
 
 # Raised whenever an older reader could misunderstand a newer folder. 1 had no checksums; before 3
 # there were no documents, and the validation part had no limit.
-SCHEMA = 3
+SCHEMA = 4
+# What runs did before schema 4, which does not say so.
+BEFORE_4 = {
+    "model": {"dropout_mask": "step", "scale_hidden": False},
+    "optimizer": {"b2": 0.999},
+}
 NUM_PROMPTS = 256
 # What may change between two starts of a run: how long it trains, how often it tells and saves,
 # where the text lies (its hash may not change), which twin of the recurrence computes, and on how
@@ -122,6 +127,8 @@ def load_run(workdir: epath.Path) -> Run:
         )
     config = base_config().lock()
     try:
+        if schema < 4:
+            config.update(BEFORE_4)
         config.update(ConfigDict(about["config"]))
         limit = config.data.max_val_chars
         if schema < 3 and about["text"].get("validation_characters", 0) > limit:

@@ -81,6 +81,7 @@ SENSELESS = {
     "model.hidden_size": [0, -256],
     "model.num_layers": [0, -1],
     "model.dropout_rate": [1.0, 1.5, -0.1, NAN, INF],
+    "model.dropout_mask": ["", "row", "Window"],
     "model.input": ["", "onehot"],
     "model.embed_size": [0, -1],
     "model.dtype": ["", "float16", "float64", "int8"],
@@ -90,6 +91,7 @@ SENSELESS = {
     "optimizer.warmup_steps": [-1],
     "optimizer.weight_decay": [-0.1, NAN, INF],
     "optimizer.clip_norm": [-1.0, NAN, INF],
+    "optimizer.b2": [-0.1, 1.0, NAN, INF],
     "optimizer.epsilon": [0.0, -1e-8, NAN, INF],
     "sample.length": [0, -1],
     "sample.temperature": [-0.1, NAN, INF],
@@ -120,7 +122,7 @@ def test_a_number_too_large_for_a_float_is_a_number_like_others():
 
 def test_every_setting_but_the_path_and_the_switches_has_senseless_values():
     free = {"data.path", "data.lowercase", "data.strip_punctuation", "data.document_separator"}
-    free |= {"model.tie_embeddings"}
+    free |= {"model.tie_embeddings", "model.scale_hidden"}
     assert SENSELESS.keys() | free == flatten(base_config()).keys()
 
 
@@ -258,6 +260,13 @@ def test_streams_learn_from_every_character():
 def test_cudnn_takes_float32_only():
     config = config_with({"model.recurrence": "cudnn", "model.dtype": "bfloat16"})
     assert refusal_of(config).startswith("config.model.dtype=bfloat16: ")
+
+
+def test_cudnn_does_not_scale_the_hidden_state():
+    config = config_with({"model.recurrence": "cudnn", "model.scale_hidden": True})
+    assert refusal_of(config).startswith("config.model.scale_hidden=True: ")
+    config.model.scale_hidden = False
+    assert validate(config) is None
 
 
 def test_weight_decay_needs_adamw():

@@ -87,6 +87,11 @@ COMMAND_LINE = [
         "--config.model.recurrence=cudnn --config.data.document_separator=#",
         "config.model.recurrence=cudnn: cannot begin a document|use fused",
     ),
+    (
+        "train",
+        "--config.model.recurrence=cudnn",
+        "config.model.scale_hidden=True: config.model.recurrence=cudnn does not|use fused",
+    ),
     ("train", "--config.optimizer.weight_decay=0.1", "use config.optimizer.name=adamw"),
     ("train", "--config.optimizer.clip_norm=inf", "must be a number of at least 0"),
     ("train", "--config.sample.top_p=0", "above 0 and at most 1"),
@@ -247,7 +252,10 @@ TEXTS = [
     ("dots.txt --config.data.strip_punctuation", "dots.txt: the text is empty"),
     ("book.txt --config.batch_size=5000", "config.batch_size=5000: with config.seq_len=32|lower"),
     ("book.txt --config.data.val_fraction=0.0001", "too short to evaluate|val_fraction higher"),
-    ("book.txt --config.model.recurrence=cudnn", "needs an NVIDIA GPU|cpu|use fused"),
+    (
+        "book.txt --config.model.recurrence=cudnn --config.model.scale_hidden=False",
+        "needs an NVIDIA GPU|cpu|use fused",
+    ),
     ("book.txt --config.model.hidden_size=9999999", "hidden_size=9999999|GiB of memory|lower"),
     ("book.txt --workdir=file", "file: cannot write there|choose another --workdir"),
     ("book.txt --workdir=file/run", "file/run: cannot write there|choose another --workdir"),

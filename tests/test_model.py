@@ -214,6 +214,22 @@ def test_dropout_is_off_unless_training_and_then_follows_the_key():
     assert np.abs(carry_1[1][0] - carry_2[1][0]).max() > 0.1
 
 
+def dropped_HT(dropout_mask):
+    """Return which outputs of one layer are dropped, by unit and time step, of one row."""
+    # The logits are the layer's outputs themselves.
+    model = CharLSTM(V, V, dropout_rate=0.5, dropout_mask=dropout_mask)
+    params = draw_params(model) | {"dense": {"kernel": jnp.eye(V), "bias": jnp.zeros(V)}}
+    logits_BTV, _ = predict(model, params, draw_ids(), zero_carry(model, B), jax.random.key(3))
+    return np.asarray(logits_BTV[0].T == 0)
+
+
+def test_the_mask_of_a_window_drops_the_same_units_at_all_its_time_steps():
+    by_step_HT, by_window_HT = dropped_HT("step"), dropped_HT("window")
+    assert 0 < by_window_HT[:, 0].sum() < V
+    np.testing.assert_array_equal(by_window_HT, by_window_HT[:, :1].repeat(T, axis=1))
+    assert np.any(by_step_HT != by_step_HT[:, :1])
+
+
 def test_dropout_keeps_the_mean():
     model = make_model(dropout_rate=0.3)
     params, ids_BT, carry = draw_params(model), draw_ids(), draw_carry(model)
@@ -238,7 +254,7 @@ def test_a_carry_of_another_size_is_refused(batch_size, hidden_size, num_layers,
         predict(model, draw_params(model), draw_ids(), wrong)
 
 
-@pytest.mark.parametrize("field", ["input", "recurrence"])
+@pytest.mark.parametrize("field", ["input", "recurrence", "dropout_mask"])
 def test_an_unknown_kind_of_model_is_refused(field):
     with pytest.raises(ValueError, match=f"{field}='other'"):
         draw_params(make_model(**{field: "other"}))

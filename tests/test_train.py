@@ -401,14 +401,15 @@ def test_a_damaged_folder_is_told_in_one_line(finished, tmp_path, name, content,
         load_run(epath.Path(tmp_path))
 
 
-def test_a_run_of_cudnn_is_read_with_the_twin_that_runs_everywhere(finished, tmp_path):
-    shutil.copytree(finished[1], tmp_path / "run")
+def test_a_run_of_cudnn_is_read_with_the_twin_that_runs_everywhere(tmp_path):
+    shutil.copytree(FIXTURES / "run_schema_3", tmp_path / "run")
+    _, fused, _ = load_model(tmp_path / "run")
     run = load_run(epath.Path(tmp_path / "run"))
     run.config.model.recurrence = "cudnn"
     write_run(run)
     run, model, _ = load_model(tmp_path / "run")
     assert run.config.model.recurrence == "cudnn"
-    assert model == load_model(finished[1])[1]
+    assert model == fused
 
 
 def test_a_torn_last_line_of_metrics_is_not_a_lost_run(book_path, tmp_path, monkeypatch):
