@@ -105,6 +105,26 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
     return Job(run, mesh, model, batches, val_batches, num_steps)
 
 
+def open_own(run: Run, remedy: str, may_fetch: bool = True) -> Corpus:
+    """Return the text that `run` was trained on.
+
+    Args:
+      run: perhaps started in another folder.
+      remedy: what the error tells to do.
+      may_fetch: whether Dracula, if that is the text, may be downloaded again.
+
+    Raises:
+      UserError: if it can't be had, or has changed.
+    """
+    # An absolute path, but for Python's manual.
+    source, data = run.text["source"], run.config.data
+    is_fetched = source == PYTHON_MANUAL or (may_fetch and not data.path)
+    text = open_corpus(data, "" if is_fetched else source, source=source, remedy=remedy)
+    if text.sha256 != run.text["sha256"]:
+        raise UserError(f"{text.source}: has changed since the run was trained; {remedy}")
+    return text
+
+
 def tell_changes(run: Run, changes: list[str], here: dict[str, Any]) -> None:
     """Tell what is not as it was when `run` began, though it may go on."""
     for change in changes:

@@ -35,7 +35,6 @@ from charlstm.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from charlstm.corpus import Corpus
     from charlstm.run import Run
 
 logger = logging.getLogger("charlstm.launch.evaluate")
@@ -58,37 +57,22 @@ BASELINES = flags.DEFINE_boolean("baselines", True, "compare with n-grams and co
 JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
 
 
-def open_own(run: "Run", path: str) -> "Corpus":
-    """Return the text that `run` was trained on, from `path`, '' for one that has none."""
-    from charlstm.corpus import open_corpus
-
-    source, remedy = run.text["source"], "give --text=FILE, a UTF-8 text"
-    text = open_corpus(run.config.data, path, source=source, remedy=remedy)
-    if text.sha256 != run.text["sha256"]:
-        raise UserError(f"{text.source}: has changed since the run was trained; give --text=FILE")
-    return text
-
-
 def open_parts(run: "Run") -> tuple["np.ndarray | None", "np.ndarray", str]:
     """Return the training part (None if it can't be had), the held-out text, and its name."""
     from charlstm.corpus import open_corpus
     from charlstm.data import split
-    from charlstm.source import PYTHON_MANUAL
+    from charlstm.job import open_own
 
-    data, source = run.config.data, run.text["source"]
-    # As an absolute path, since the run was perhaps started somewhere else.
-    path = source if source != PYTHON_MANUAL else ""
+    data, remedy = run.config.data, "give --text=FILE, a UTF-8 text"
     if not TEXT.value:
-        # Dracula, whose path is "", may have to be downloaded again.
-        own = open_own(run, path if data.path else "")
+        own = open_own(run, remedy)
         train_M, ids_M = split(own.ids_M, data.val_fraction, data.max_val_chars)
         return train_M, ids_M, f"the last {len(ids_M):,} characters of {own.source}"
-    remedy = "give --text=FILE, a UTF-8 text"
     text = open_corpus(data, TEXT.value, vocab=run.vocab, unknown=UNKNOWN.value, remedy=remedy)
     if not BASELINES.value:
         return None, text.ids_M, TEXT.value
     try:
-        own = open_own(run, path)
+        own = open_own(run, remedy, may_fetch=False)
     except UserError as error:
         problem = str(error).split(";")[0]
         logger.warning("no baselines, which need the run's own text: %s", problem)

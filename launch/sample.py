@@ -9,10 +9,17 @@ The text, after the prompt where one is given, goes to stdout and nothing else d
 trained on documents begins a new one where no prompt is given, and stops at its end. Several texts
 are parted by a form feed. On a terminal control characters appear as escapes such as \\x1b, unless
 --raw is given. Whatever is not given is as in the run's own config.sample.
+
+With --check the text is compared with the part of the run's text that it learnt from, and stderr
+tells how many of its words stand there, and how much of it is copied. A word is a run of letters
+with apostrophes inside, whatever their case; one at an end of the text, which may be cut off, does
+not count. A copied run is as long as it can be. Both are exact, and take about a second for each
+million characters of the run's text.
 """
 
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +64,8 @@ UNKNOWN = flags.DEFINE_enum(
     ["error", "drop", "replace"],
     "characters of the prompt, or of --adapt_to, that are not known",
 )
-
+CHECK = flags.DEFINE_boolean("check", False, "tell of words and copies, too, on stderr")
+WORDS = flags.DEFINE_string("words", "", "a UTF-8 list of words that --check knows, too")
 RAW = flags.DEFINE_boolean("raw", False, "let control characters reach a terminal as they are")
 
 
@@ -65,12 +73,15 @@ def read_prompt() -> str:
     """Return the prompt that the flags give, '' for none."""
     if PROMPT.value and PROMPT_FILE.value:
         raise UserError("--prompt and --prompt_file: give one of them")
-    if not PROMPT_FILE.value:
-        return PROMPT.value
+    return read_file(PROMPT_FILE) if PROMPT_FILE.value else PROMPT.value
+
+
+def read_file(flag: flags.FlagHolder) -> str:
+    """Return what the file that `flag` names holds."""
     try:
-        return Path(PROMPT_FILE.value).read_text(encoding="utf-8-sig")
+        return Path(flag.value).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt_file={PROMPT_FILE.value}: {error}; give a UTF-8 file") from None
+        raise UserError(f"--{flag.name}={flag.value}: {error}; give a UTF-8 file") from None
 
 
 def changed_settings() -> dict[str, Any]:
@@ -137,18 +148,47 @@ def shown(text: str) -> str:
     return printable(text) if sys.stdout.isatty() and not RAW.value else text
 
 
+def write(
+    run: "Run", opening: str, pieces: Iterable["np.ndarray"], end_id: int | None
+) -> list["np.ndarray"]:
+    """Write what comes in pieces ids_BT to stdout, and return the ids_L of each text."""
+    import numpy as np
+
+    from charlstm.sample import before_end
+
+    if STREAM.value:
+        made = [np.zeros(0, np.int32)]
+        sys.stdout.write(shown(opening))
+        for ids_1T in pieces:
+            made.append(before_end(ids_1T[0], end_id))
+            sys.stdout.write(shown(run.decode(made[-1])))
+            sys.stdout.flush()
+        texts = [np.concatenate(made)]
+    else:
+        texts = [before_end(ids_L, end_id) for ids_L in np.concatenate(list(pieces), axis=1)]
+        sys.stdout.write("\n\f\n".join(shown(opening + run.decode(ids_L)) for ids_L in texts))
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return texts
+
+
 def main() -> None:
     """Write as the flags say."""
+    if WORDS.value and not CHECK.value:
+        raise UserError(f"--words={WORDS.value}: is for --check, which is not given")
     if STREAM.value and NUM_SAMPLES.value > 1:
         raise UserError(f"--num_samples={NUM_SAMPLES.value}: --stream shows one text at a time")
     prompt, changed = read_prompt(), changed_settings()
+    listed = read_file(WORDS) if WORDS.value else ""
     import jax
-    import numpy as np
+    from sample_check import open_training_part, report
 
     from charlstm.checkpoint import load_model
-    from charlstm.sample import SIZE, before_end, stream, until_end
+    from charlstm.originality import words
+    from charlstm.sample import SIZE, stream, until_end
 
     run, model, params = load_model(WORKDIR.value, CHECKPOINT.value)
+    train_M = open_training_part(run) if CHECK.value else None
     settings = run.config.sample.to_dict() | changed
     if ADAPT_TO.value:
         params = adapted(run, model, params)
@@ -156,17 +196,10 @@ def main() -> None:
     settings |= {"seq_len": run.config.seq_len, "chunk": STREAM_CHUNK if STREAM.value else SIZE}
     end_id = model.end_id if STOP_AT_END.value else None
     pieces = stream(model, params, prompts, jax.random.key(SEED.value), **settings)
-    pieces = until_end(pieces, end_id)
-    if STREAM.value:
-        sys.stdout.write(shown(opening))
-        for ids_1T in pieces:
-            sys.stdout.write(shown(run.decode(before_end(ids_1T[0], end_id))))
-            sys.stdout.flush()
-    else:
-        ids_BL = np.concatenate(list(pieces), axis=1)
-        texts = (shown(opening + run.decode(before_end(ids_L, end_id))) for ids_L in ids_BL)
-        sys.stdout.write("\n\f\n".join(texts))
-    sys.stdout.write("\n")
+    made = write(run, opening, until_end(pieces, end_id), end_id)
+    if train_M is not None:
+        for line in report(made, train_M, run.vocab, set(words(listed))):
+            logger.info(line)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "measure": "data model steps",
     "dynamic": "data errors model steps",
     "baselines": "",
+    "originality": "text",
     "curves": "",
     "cost": "",
     "log": "curves errors files",
@@ -44,8 +45,8 @@ MAY_IMPORT = {
     "journal": "checkpoint cluster errors job log steps",
     "assess": "cluster data devices job log model sample steps",
     "train": "assess baselines checkpoint cluster config corpus cost curves data devices dynamic "
-    "errors files job journal log machine measure model optim recurrence run sample source steps "
-    "text",
+    "errors files job journal log machine measure model optim originality recurrence run sample "
+    "source steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")

@@ -127,6 +127,54 @@ def test_a_terminal_gets_no_control_characters_unless_asked(flags, tmp_path, boo
     assert piped.stdout.startswith("\x1b[31mso")
 
 
+def figures_of_check(stderr):
+    """Return words, share, longest run and its text, long runs of what --check has told."""
+    pattern = (
+        r"words: ([\d,]+), of which ([\d.]+)% stand in the training text\n(?:words.*\n)*"
+        r"copied: the longest run .* has ([\d,]+) characters: (.*)\n"
+        r"copied: runs of more than 40 characters: ([\d,]+), "
+    )
+    num_words, share, longest, quoted, num_runs = re.search(pattern, stderr).groups()
+    return int(num_words), float(share), int(longest), ast.literal_eval(quoted), int(num_runs)
+
+
+def test_a_check_tells_of_words_and_copies_and_leaves_the_text_as_it_is(trained, book):
+    folder, part = trained[0], book[: len(book) - len(book) // 10]
+    flags = ("--prompt=The count came", "--length=300", "--temperature=0.9")
+    plain = sample(folder, *flags)
+    checked = sample(folder, *flags, "--check")
+    assert checked.stdout == plain.stdout
+    assert plain.stderr == ""
+    assert f"checking 300 characters against {len(part):,} of the training" in checked.stderr
+    made = plain.stdout.removeprefix("The count came").removesuffix("\n")
+    found = re.findall("[a-z]+", made.lower())[1:-1]
+    num_words, share, longest, quoted, num_runs = figures_of_check(checked.stderr)
+    # The last one counts where the text does not end with it.
+    assert 0 <= num_words - len(found) <= 2
+    known = set(re.findall("[a-z]+", part.lower()))
+    assert abs(share / 100 - np.mean([word in known for word in found])) < 0.05
+    assert len(quoted) == longest
+    assert quoted in part
+    assert quoted in made
+    assert not any(made[i : i + longest + 1] in part for i in range(len(made) - longest))
+    assert (num_runs > 0) == (longest > 40)
+    # Streamed it is the same, and texts of a run are checked together.
+    assert sample(folder, *flags, "--check", "--stream").stderr == checked.stderr
+    three = sample(folder, *flags, "--check", "--num_samples=3")
+    assert "checking 900 characters" in three.stderr
+    assert figures_of_check(three.stderr)[2] >= longest
+
+
+def test_a_word_list_makes_more_words_known(trained):
+    folder, flags = trained[0], ("--length=300", "--temperature=2", "--check", "--prompt=so ")
+    plain = sample(folder, *flags)
+    (folder / "words.txt").write_text("\n".join(plain.stdout.split()), encoding="utf-8")
+    listed = sample(folder, *flags, "--words=words.txt")
+    assert "words that do not: " in plain.stderr
+    assert "words: 100.0% stand there or in the word list" in listed.stderr
+    assert "words that do not" not in listed.stderr
+
+
 def test_the_window_method_writes_too(trained):
     text = sample(trained[0], "--method=window", "--length=10", "--temperature=0").stdout
     assert len(text) == 11

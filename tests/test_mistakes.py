@@ -115,6 +115,8 @@ COMMAND_LINE = [
     ("sample", "--unknown=ignore", "unknown|ignore|drop"),
     ("sample", "--stream --num_samples=2", "--num_samples=2: --stream shows one text at a time"),
     ("sample", "--prompt=a --prompt_file=b", "--prompt and --prompt_file: give one of them"),
+    ("sample", "--words=none.txt", "--words=none.txt: is for --check, which is not given"),
+    ("sample", "--check --words=none.txt", "--words=none.txt|give a UTF-8 file"),
     ("sample", "--prompt_file=none.txt", "--prompt_file=none.txt|give a UTF-8 file"),
     ("sample", "--prompt_file=latin1.txt", "--prompt_file=latin1.txt|give a UTF-8 file"),
     ("evaluate", "--jsn", "jsn|json"),
@@ -423,18 +425,24 @@ def test_a_damaged_run_is_refused_and_the_file_named(launcher, damage, ready, la
     check(answer, messages, tmp_path, before)
 
 
-def test_a_text_that_has_gone_or_changed_is_told_by_evaluate(ready, launch, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [("evaluate", "give --text=FILE"), ("sample --check", "bring it back, or leave out --check")],
+)
+def test_a_text_that_has_gone_or_changed_is_told(command, remedy, ready, launch, tmp_path):
     (tmp_path / "book.txt").write_bytes((ready / "book.txt").read_bytes())
     answer = launch("train", *TINY, "--config.data.path=book.txt", cwd=tmp_path)
     assert answer.returncode == 0
+    launcher, *flags = command.split()
     (tmp_path / "book.txt").write_text("Something else.")
     before = snapshot(tmp_path)
-    answer = launch("evaluate", "--workdir=runs/tiny", cwd=tmp_path)
-    check(answer, "book.txt: has changed since the run was trained|--text=FILE", tmp_path, before)
+    answer = launch(launcher, "--workdir=runs/tiny", *flags, cwd=tmp_path)
+    wanted = f"book.txt: has changed since the run was trained; {remedy}"
+    check(answer, wanted, tmp_path, before)
     (tmp_path / "book.txt").unlink()
     before = snapshot(tmp_path)
-    answer = launch("evaluate", "--workdir=runs/tiny", cwd=tmp_path)
-    check(answer, "book.txt: no such file; give --text=FILE", tmp_path, before)
+    answer = launch(launcher, "--workdir=runs/tiny", *flags, cwd=tmp_path)
+    check(answer, f"book.txt: no such file; {remedy}", tmp_path, before)
 
 
 def test_the_table_has_more_than_sixty_mistakes():
