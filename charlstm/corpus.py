@@ -91,7 +91,7 @@ def open_corpus(
     if corpus := _reopen(found, recipe):
         return corpus
     survey = take_survey(found, cleaning)
-    _check(survey, found, cleaning, remedy, is_own=vocab is None)
+    check_survey(survey, found, cleaning, remedy, is_own=vocab is None)
     if vocab is None:
         vocab = Vocab.from_counts(survey.counts, data.min_count)
         unknown = "replace" if data.min_count > 1 else "error"
@@ -159,7 +159,10 @@ def number(source: Source, cleaning: Cleaning, vocab: Vocab, unknown: str) -> It
         source.refuse_changed()
 
 
-def _check(survey: Survey, source: Source, cleaning: Cleaning, remedy: str, is_own: bool) -> None:
+def check_survey(
+    survey: Survey, source: Source, cleaning: Cleaning, remedy: str, is_own: bool = True
+) -> None:
+    """Raise UserError if a text is empty, or lacks the separator though it `is_own`: the run's."""
     found = "".join(map(chr, np.flatnonzero(survey.counts))).replace(END, "")
     if not found.strip():
         raise UserError(f"{source.path}: the text is empty; {remedy}")

@@ -69,7 +69,7 @@ def is_local(path: epath.Path) -> bool:
 
 
 @contextmanager
-def sole_writer(folder: epath.Path) -> Iterator[None]:
+def sole_writer(folder: epath.Path, remedy: str = "choose another --workdir") -> Iterator[None]:
     """Make `folder` if need be, and keep other writers out of it until the end of the block.
 
     The lock is the operating system's, so that it ends with its holder, however that ends. In a
@@ -90,12 +90,11 @@ def sole_writer(folder: epath.Path) -> Iterator[None]:
     except Timeout:
         holder = one_line(path.read_text() or "another process")
         raise UserError(
-            f"{folder}: in use by {holder}, which trains there; wait for its end, "
-            "or choose another --workdir"
+            f"{folder}: in use by {holder}, which trains there; wait for its end, or {remedy}"
         ) from None
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot write there ({error.strerror or error}); choose another --workdir"
+            f"{folder}: cannot write there ({error.strerror or error}); {remedy}"
         ) from None
     try:
         yield

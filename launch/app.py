@@ -5,12 +5,14 @@ import difflib
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from absl import app, flags, logging
@@ -82,6 +84,27 @@ def run(main: Callable[[], int | None]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
+class StopSignal:
+    """Becomes true at SIGTERM or Ctrl-C; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._catch)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # Not by logging, which this may have interrupted; and the bar hides the cursor.
+        cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+        os.write(2, f"{cursor}stopping once the step is saved; another signal ends now\n".encode())
+
+    def __call__(self) -> bool:
+        """Return whether a signal has come."""
+        return self.number != 0
+
+
 def keep_compilations() -> None:
     """Let JAX keep what it has compiled for the next start, in the user's cache, unless told where.
 
@@ -129,6 +152,37 @@ def checked_config(holder: flags.FlagHolder) -> ConfigDict:
         raise _config_error(path, error) from error
     validate(config)
     return config
+
+
+def parse_setting(key: str, word: str) -> Any:
+    """Return the value that `word` of a command line gives the setting `key`.
+
+    Raises:
+      UserError: if there is no such setting, or the value is not of its type.
+    """
+    check_key(key)
+    wanted = type(flatten(base_config())[key])
+    names = {int: "a whole number", float: "a number", bool: "true or false"}
+    try:
+        if wanted is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[word.lower()]
+        return wanted(word)
+    except (KeyError, ValueError):
+        raise UserError(f"config.{key}={word}: must be {names[wanted]}") from None
+
+
+def train_command(settings: dict[str, Any]) -> str:
+    """Return the command of train.py for `settings`, beside the flags that were given here."""
+    words = ["python", "launch/train.py"]
+    for word in sys.argv[1:]:
+        name, _, value = word.partition("=")
+        if name == "--config":
+            is_ours = Path(value).parent == DEFAULT_CONFIG.parent
+            words.append(f"--config={Path(value).stem if is_ours else value}")
+        elif name.startswith("--config.") and name.removeprefix("--config.") not in settings:
+            words.append(word)
+    words += [f"--config.{key}={value}" for key, value in settings.items()]
+    return shlex.join(words)
 
 
 def _config_error(path: str, error: Exception) -> UserError:
@@ -185,24 +239,13 @@ def _normalise(argv: list[str]) -> list[str]:
             files.append(f"--config={_config_path(value)}")
             continue
         check_key(key)
-        default = flatten(base_config())[key]
-        if value is None and isinstance(default, bool):
+        if value is None and isinstance(flatten(base_config())[key], bool):
             value = "false" if negated else "true"
         elif value is None:
             value = next(words, "")
-        _check_type(key, value, type(default))
+        parse_setting(key, value)
         normal.append(f"--config.{key}={value}")
     return [*normal[:1], *files[-1:], *normal[1:]]
-
-
-def _check_type(key: str, value: str, wanted: type) -> None:
-    words = {int: "a whole number", float: "a number", bool: "true or false"}
-    try:
-        if wanted is bool and value.lower() not in ("true", "false", "1", "0"):
-            raise ValueError
-        wanted(value)
-    except ValueError:
-        raise UserError(f"config.{key}={value}: must be {words[wanted]}") from None
 
 
 def _config_path(name: str) -> Path:

@@ -15,9 +15,6 @@ import json
 import logging
 import math
 import re
-import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
 import app
@@ -65,20 +62,6 @@ def check_minutes(minutes: float | None, seconds: float) -> None:
         raise UserError("--seconds=0: --minutes has to time steps; leave --seconds out")
 
 
-def command_for(settings: dict[str, Any]) -> str:
-    """Return the command of train.py for `settings`, beside the flags that were given here."""
-    words = ["python", "launch/train.py"]
-    for word in sys.argv[1:]:
-        name, _, value = word.partition("=")
-        if name == "--config":
-            is_ours = Path(value).parent == app.DEFAULT_CONFIG.parent
-            words.append(f"--config={Path(value).stem if is_ours else value}")
-        elif name.startswith("--config.") and name.removeprefix("--config.") not in settings:
-            words.append(word)
-    words += [f"--config.{key}={value}" for key, value in settings.items()]
-    return shlex.join(words)
-
-
 def main() -> int:
     """Plan as the flags say."""
     config = app.checked_config(CONFIG)
@@ -89,7 +72,7 @@ def main() -> int:
     settings: dict[str, Any] = {}
     if MINUTES.value:
         about, settings = plan_make.propose(config, 60 * MINUTES.value, SECONDS.value)
-        about["command"] = command_for(settings)
+        about["command"] = app.train_command(settings)
     else:
         about = plan_make.describe(config, SECONDS.value)
     if chips:

@@ -12,11 +12,8 @@ or where each is told:
 """
 
 import logging
-import os
 import signal
-import sys
 from pathlib import Path
-from types import FrameType
 
 import app
 from absl import flags
@@ -43,27 +40,6 @@ PROFILE = flags.DEFINE_boolean(
 )
 
 
-class StopSignal:
-    """Becomes true at SIGTERM or Ctrl-C; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._catch)
-
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        # Not by logging, which this may have interrupted; and the bar hides the cursor.
-        cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-        os.write(2, f"{cursor}stopping once the step is saved; another signal ends now\n".encode())
-
-    def __call__(self) -> bool:
-        """Return whether a signal has come."""
-        return self.number != 0
-
-
 def check_cluster_flags(coordinator: str | None, size: int | None, index: int | None) -> None:
     """Raise UserError if the flags about processes do not fit together."""
     if coordinator is None and index is None and size in (None, 1):
@@ -85,7 +61,7 @@ def main() -> int:
     from charlstm import cluster  # JAX takes a second to load, mistakes should not
 
     with cluster.joined(*given, JOIN_TIMEOUT.value):
-        stop = StopSignal()
+        stop = app.StopSignal()
         from charlstm.train import train
 
         if not cluster.is_first():

@@ -187,7 +187,7 @@ def test_a_signal_amid_an_evaluation_is_answered_before_its_end(reference, tmp_p
 def test_a_second_signal_ends_at_once():
     program = (
         f"import sys, time; sys.path.insert(0, {str(ROOT / 'launch')!r})\n"
-        "import train; stop = train.StopSignal(); print('ready', flush=True)\n"
+        "import app; stop = app.StopSignal(); print('ready', flush=True)\n"
         "while True: time.sleep(0.01)"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
