@@ -21,7 +21,9 @@ from bench_race import LAUNCH, Worker
 
 from charlstm.errors import RunError, UserError
 
-SAVE_EVERY = 50  # steps
+# In steps. The default does not save so often by itself: a tenth of a second or two each time, of
+# the two or three seconds that the steps take, stays on its clock.
+SAVE_EVERY = 100
 NEVER = 2**31 - 1  # the largest period that a config can have
 FOLDER_FILES = ("config.json", "vocab.json", "prompts.json")
 DEFAULT = "default, lower-cased"

@@ -97,7 +97,7 @@ def notes(contenders: Sequence[Mapping[str, Any]]) -> list[str]:
         "-: not reached. The seconds are those of the first checkpoint that had it; "
         "checkpoints are scored after the training, off the clock.",
         "chars/s: predicted and learnt from; steps/char: time steps computed for each of them.",
-        "All but 'default' read the text lower-cased; its own has capitals, which cost bits.",
+        "All read the text lower-cased but 'default': with its capitals it is harder to predict.",
     ]
     lines += [f"{each['contender']}: scored on {each['scored']}" for each in contenders]
     by_name = {each["contender"]: each for each in contenders}

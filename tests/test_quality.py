@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "launch"))
 import bench_case
 import bench_quality
 import bench_quality_report as report
+from bench_peers import learn_tutorial
 from rich.console import Console
 
 from charlstm.config import base_config
@@ -152,6 +153,31 @@ def test_chosen_windows_are_scored_as_a_run_scores_all_of_them():
     all_of_them = map(windows, range(windows.steps_per_epoch))
     chosen = bench_quality.chosen_windows(windows, every)
     assert loss(chosen) == pytest.approx(loss(all_of_them), rel=1e-6)
+
+
+# --- Keras ---
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize(("seconds", "num_steps"), [(600, 2 * 42), (0, 1)])
+def test_keras_learns_until_its_epochs_or_its_time_are_over(book_path, seconds, num_steps):
+    pytest.importorskip("keras")
+    config = base_config()
+    config.batch_size, config.seq_len, config.num_epochs = 128, 30, 2
+    config.model.hidden_size = 8
+    config.data.path, config.data.lowercase = str(book_path), True
+    start = time.time()
+    learnt = learn_tutorial(config.to_dict(), str(book_path), start, seconds)
+    points, size = learnt["points"], len(set(book_path.read_text().lower()))
+    # Of 5,400 characters 5,370 windows, in 42 batches.
+    assert points[-1]["step"] == num_steps
+    assert points[0]["step"] == 1
+    assert points[0]["bits_per_char"] == pytest.approx(math.log2(size), abs=0.5)
+    assert all(before["seconds"] < after["seconds"] for before, after in pairwise(points))
+    assert points[-1]["seconds"] < time.time() - start
+    if seconds:
+        assert points[-1]["bits_per_char"] < points[0]["bits_per_char"]
+    assert learnt["scored"].startswith("570 of 570 characters")
 
 
 # --- what is kept ---
