@@ -1,6 +1,8 @@
 """Measure this package, side by side with its Flax twin and, where installed, torch and Keras.
 
-  python launch/bench.py [--what=step,growth,generate,evaluate,startup,loop,entropy] [--quick]
+  python launch/bench.py [--what=SECTION,...] [--quick]
+
+The sections are step, growth, generate, evaluate, startup, loop, entropy and quality.
 
 Every contender has a process of its own and their repeats alternate, so that all of them see the
 same machine; the ratios are medians over rounds. The limit is what the matrix products of a step
@@ -10,6 +12,11 @@ pip install -e '.[peers]'. entropy, which --entropy asks for alone, trains on te
 rate is known and tells how near a model comes to it. --quick takes a minute and leaves out growth,
 startup and entropy; its figures are rough, and its processes do one section after another, so that
 peak memory is of all of them.
+
+quality takes an hour, so that it is measured only where --quality or --what asks for it: how soon
+after the command the default, and the tutorial here and in Keras, have how few bits per character
+on the last tenth of Dracula, or of --text. They train one after another, each alone and for
+--minutes at most; DIR/quality.png shows their curves.
 """
 
 import datetime
@@ -17,6 +24,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -31,16 +39,22 @@ from bench_sections import FULL, QUICK, Bench, Settings, Shape
 from rich.console import Console
 
 from charlstm.errors import UserError
+from charlstm.source import find_source
 
 logger = logging.getLogger("charlstm.launch.bench")
 
-SECTIONS = ("step", "growth", "generate", "evaluate", "startup", "loop", "entropy")
-LONG_SECTIONS = ("growth", "startup", "entropy")
+SECTIONS = ("step", "growth", "generate", "evaluate", "startup", "loop", "entropy", "quality")
+LONG_SECTIONS = ("growth", "startup", "entropy", "quality")
 PEERS = ("torch", "keras")
 INSTALL = "pip install -e '.[peers]'"
 
-WHAT = flags.DEFINE_list("what", None, f"what to measure, of {', '.join(SECTIONS)}; none: all")
+WHAT = flags.DEFINE_list(
+    "what", None, f"what to measure, of {', '.join(SECTIONS)}; none: all but quality"
+)
 ENTROPY = flags.DEFINE_boolean("entropy", False, "the same as --what=entropy")
+QUALITY = flags.DEFINE_boolean("quality", False, "the same as --what=quality")
+MINUTES = flags.DEFINE_float("minutes", None, "how long each contender of quality trains at most")
+TEXT = flags.DEFINE_string("text", None, "what quality learns from, UTF-8; none: Dracula")
 SHAPES = flags.DEFINE_list("shapes", None, "BxTxH of each training step to measure")
 BASE = flags.DEFINE_string("base", None, "BxTxH of all other sections; generate takes H only")
 TEXTS = flags.DEFINE_list("texts", None, "how many texts to write at once")
@@ -49,7 +63,7 @@ NUM_LAYERS = flags.DEFINE_integer("num_layers", None, "N", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", None, "rounds of a comparison", lower_bound=1)
 LOOP_STEPS = flags.DEFINE_integer("loop_steps", None, "steps of the loop", lower_bound=2)
 PEERS_FLAG = flags.DEFINE_list("peers", ["auto"], "torch, keras, none, or auto: what is installed")
-OUT = flags.DEFINE_string("out", "runs/bench", "the folder for bench.json and bench.png")
+OUT = flags.DEFINE_string("out", "runs/bench", "the folder for bench.json and pictures")
 QUICK_FLAG = flags.DEFINE_boolean("quick", False, "small shapes and few repeats")
 
 
@@ -58,6 +72,8 @@ def parse_settings() -> Settings:
     given: dict[str, Any] = {
         "shapes": SHAPES.value and tuple(parse_shape("shapes", word) for word in SHAPES.value),
         "base": BASE.value and parse_shape("base", BASE.value),
+        "minutes": parse_minutes(),
+        "text": TEXT.value and find_source(TEXT.value, remedy="give --text=FILE").path,
         "texts": TEXTS.value and tuple(parse_count("texts", word) for word in TEXTS.value),
     }
     for flag in (VOCAB_SIZE, NUM_LAYERS, REPEATS, LOOP_STEPS):
@@ -82,14 +98,33 @@ def parse_count(flag: str, word: str) -> int:
     return int(word)
 
 
+def parse_minutes() -> float | None:
+    """Return the number that --minutes gives, None if it is not given."""
+    minutes = MINUTES.value
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UserError(f"--minutes={minutes:g}: must be a number above 0")
+    return minutes
+
+
 def parse_sections() -> list[str]:
     """Return what to measure, in the order in which it is."""
-    if ENTROPY.value and WHAT.value is not None:
-        raise UserError(f"--what={','.join(WHAT.value)} and --entropy: give one of them")
-    if ENTROPY.value:
-        return ["entropy"]
+    alone = [flag.name for flag in (ENTROPY, QUALITY) if flag.value]
+    given = [f"--{name}" for name in alone]
+    if WHAT.value is not None:
+        given.insert(0, f"--what={','.join(WHAT.value)}")
+    if alone and len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: give one of them")
+    sections = alone or parse_what()
+    for flag in (MINUTES, TEXT):
+        if flag.value is not None and "quality" not in sections:
+            raise UserError(f"--{flag.name}={flag.value}: is for --quality, which is not given")
+    return sections
+
+
+def parse_what() -> list[str]:
+    """Return the sections that --what names, or those that are measured without it."""
     if WHAT.value is None:
-        left_out = LONG_SECTIONS if QUICK_FLAG.value else ()
+        left_out = LONG_SECTIONS if QUICK_FLAG.value else ("quality",)
         return [name for name in SECTIONS if name not in left_out]
     for name in WHAT.value:
         if name not in SECTIONS:
@@ -142,7 +177,8 @@ def cpu_model() -> str:
 
 def main() -> None:
     """Measure as the flags say."""
-    settings, sections, peers = parse_settings(), parse_sections(), parse_peers()
+    sections = parse_sections()
+    settings, peers = parse_settings(), parse_peers()
     out = Path(OUT.value)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -162,8 +198,8 @@ def main() -> None:
             # Written after each, so that an end half-way leaves what there is.
             text = json.dumps(report, indent=1, allow_nan=False)
             (out / "bench.json").write_text(text + "\n", encoding="utf-8")
-            if section == "growth":
-                (out / "bench.png").write_bytes(bench.picture)
+            for name, picture in bench.pictures.items():
+                (out / name).write_bytes(picture)
     logger.info("all figures: %s", out / "bench.json")
 
 

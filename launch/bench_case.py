@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 TEMPERATURE = 0.8
+HELD_OUT_WINDOWS = 5000  # of 'quality', where each predicts a single character
+SPACING = 1.1  # of 'quality': the least ratio of the seconds of a point and of the one before
 PRODUCT_SIZE = 1024  # of the square product whose rate is taken as the machine's
 
 
@@ -58,6 +60,20 @@ def evaluation_streams(case: Case) -> Any:
 
     ids_M = random_ids(case, case.num_characters + 1)
     return Streams(ids_M, case.batch_size, case.seq_len, context=case.seq_len)
+
+
+def sampled_starts(num_windows: int) -> Any:
+    """Return where HELD_OUT_WINDOWS of so many windows begin, evenly spread, or all if fewer."""
+    import numpy as np
+
+    count = min(HELD_OUT_WINDOWS, num_windows)
+    return np.arange(count) * num_windows // count
+
+
+def tell_sample(num_windows: int) -> str:
+    """Return in words which characters the windows that `sampled_starts` chooses predict."""
+    count = min(HELD_OUT_WINDOWS, num_windows)
+    return f"{count:,} of {num_windows:,} characters, evenly spread, each after its own window"
 
 
 def most_memory(usage: Any) -> int:

@@ -1,9 +1,12 @@
 """Contenders of bench.py: torch and Keras, each as its users would have it at its best."""
 
+import math
 import os
+import time
 from typing import Any
 
 from bench_case import (
+    SPACING,
     TEMPERATURE,
     Call,
     Case,
@@ -11,6 +14,8 @@ from bench_case import (
     evaluation_streams,
     inputs_and_targets,
     random_ids,
+    sampled_starts,
+    tell_sample,
     timed,
 )
 
@@ -174,3 +179,85 @@ def _keras_generate(case: Case, model: Any) -> Call:
         return np.concatenate(written, axis=1).size
 
     return call
+
+
+def learn_tutorial(
+    config: dict[str, Any], source: str, start: float, seconds: float
+) -> dict[str, Any]:
+    """Learn as the tutorial does, in Keras, and return its points on the held-out part.
+
+    Three things differ from its program, and none makes it slower: NumPy makes the patterns in
+    place of a loop, no progress is shown, and weights are kept in memory in place of a file.
+
+    Args:
+      config: of a run with configs/tutorial.py.
+      source: the text that the run has read.
+      start: when the command was given, by time.time().
+      seconds: from then on to the end.
+    """
+    import keras
+    import numpy as np
+    from ml_collections import ConfigDict
+
+    from charlstm.corpus import open_corpus
+    from charlstm.data import split
+
+    keras.utils.set_random_seed(config["seed"])
+    data, batch_size, seq_len = ConfigDict(config["data"]), config["batch_size"], config["seq_len"]
+    text = open_corpus(data, data.path, source=source)
+    vocab_size = len(text.vocab)
+    train_M, held_out_M = split(text.ids_M, data.val_fraction, data.max_val_chars)
+
+    def patterns(ids_M: Any, starts_N: Any) -> tuple[Any, Any]:
+        windows_NT = np.lib.stride_tricks.sliding_window_view(ids_M, seq_len)[starts_N]
+        inputs_NT1 = windows_NT[..., None] / np.float32(vocab_size)
+        return inputs_NT1, keras.utils.to_categorical(ids_M[starts_N + seq_len], vocab_size)
+
+    model = keras.Sequential(
+        [
+            keras.Input((seq_len, 1)),
+            keras.layers.LSTM(config["model"]["hidden_size"]),
+            keras.layers.Dropout(config["model"]["dropout_rate"]),
+            keras.layers.Dense(vocab_size, activation="softmax"),
+        ]
+    )
+    model.compile(loss="categorical_crossentropy", optimizer="adam")
+    kept: list[tuple[int, float, Any]] = []
+    keeper = _make_keeper(kept, start, seconds)
+    sizes = {"batch_size": batch_size, "verbose": 0}
+    inputs_NT1, targets_NV = patterns(train_M, np.arange(len(train_M) - seq_len))
+    model.fit(inputs_NT1, targets_NV, epochs=config["num_epochs"], callbacks=[keeper], **sizes)
+    starts_N = sampled_starts(len(held_out_M) - seq_len)
+    held_out, points = patterns(held_out_M, starts_N), []
+    for step, spent, weights in kept:
+        model.set_weights(weights)
+        bits = float(model.evaluate(*held_out, **sizes)) / math.log(2)
+        points.append({"step": step, "seconds": spent, "bits_per_char": bits})
+    return {"scored": tell_sample(len(held_out_M) - seq_len), "points": points}
+
+
+def _make_keeper(kept: list[Any], start: float, seconds: float) -> Any:
+    """Return a callback that appends (step, seconds, weights) to `kept`, a growing time apart."""
+    import keras
+
+    class Keeper(keras.callbacks.Callback):
+        step, due = 0, 0.0
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.step += 1
+            if time.time() - start >= min(self.due, seconds):
+                self.keep()
+
+        def on_train_end(self, logs: Any = None) -> None:
+            if kept[-1][0] < self.step:
+                self.keep()
+
+        def keep(self) -> None:
+            # Both wait for the step to end: not to be done at every step.
+            weights = self.model.get_weights()
+            now = time.time() - start
+            kept.append((self.step, now, weights))
+            self.due = SPACING * now
+            self.model.stop_training = now >= seconds
+
+    return Keeper()

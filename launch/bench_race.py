@@ -31,11 +31,11 @@ class Timing(NamedTuple):
 class Worker:
     """The process of one contender."""
 
-    def __init__(self, name: str):
-        """Start it."""
+    def __init__(self, name: str, **variables: str):
+        """Start it, with `variables` in its environment."""
         self._name = name
         self._errors = tempfile.TemporaryFile("w+")
-        environment = {"KERAS_BACKEND": "jax"} | os.environ
+        environment = {"KERAS_BACKEND": "jax"} | os.environ | variables
         if name in ("torch", "keras"):
             # Our launchers set them for themselves; a peer has what its users have.
             environment.pop("OPENBLAS_NUM_THREADS", None)

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bench_quality_report
 import bench_report
 from bench_case import Case
 from bench_entropy import known_sources, learn
+from bench_quality import KERAS, OURS, measure_keras, measure_ours
 from bench_race import Command, Timing, Worker, race, run_training, start_workers
 from rich.console import Console
 
@@ -40,6 +42,8 @@ class Settings(NamedTuple):
     max_layers: int
     growth_peers: tuple[str, ...]
     small_sources: bool  # of 'entropy'
+    minutes: float  # of 'quality': how long each contender trains at most
+    text: str  # of 'quality', an absolute path; '' is Dracula
 
 
 FULL = Settings(
@@ -59,6 +63,8 @@ FULL = Settings(
     max_layers=4,
     growth_peers=("torch",),
     small_sources=False,
+    minutes=30.0,
+    text="",
 )
 QUICK = FULL._replace(
     shapes=((16, 50, 128),),
@@ -75,6 +81,7 @@ QUICK = FULL._replace(
     max_layers=2,
     growth_peers=(),
     small_sources=True,
+    minutes=1.0,
 )
 
 
@@ -89,7 +96,7 @@ class Bench:
         self._about = about
         self._workers: dict[str, Worker] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="charlstm-bench-")
-        self.picture = b""  # a PNG, once growth is measured
+        self.pictures: dict[str, bytes] = {}  # PNGs by the names of their files
 
     def close(self) -> None:
         """End all processes and remove the run folders."""
@@ -172,7 +179,7 @@ class Bench:
             logger.info("growth: %s", describe(case))
             races.append(bench_report.summarise(self._race(contenders, case), case))
         about = f"around {describe(base)}, on {self._about}"
-        self.picture = bench_report.draw_growth(races, base, about)
+        self.pictures["bench.png"] = bench_report.draw_growth(races, base, about)
         return races
 
     def entropy(self) -> list[dict[str, Any]]:
@@ -183,6 +190,26 @@ class Bench:
             learnt.append(learn(source, recipe))
         bench_report.show_entropy(self._console, learnt)
         return learnt
+
+    def quality(self) -> dict[str, Any]:
+        """Measure how soon our recipes, and the tutorial in Keras, predict a text how well."""
+        seconds, measured = 60 * self._settings.minutes, {}
+        text = [f"--config.data.path={self._settings.text}"] if self._settings.text else []
+        for name, flags in OURS.items():
+            logger.info("quality: %s", name)
+            measured[name] = measure_ours(name, [*flags, *text], self._new_folder(), seconds)
+        if KERAS in self._peers:
+            logger.info("quality: %s", KERAS)
+            measured[KERAS] = measure_keras(measured["tutorial"], self._new_folder(), seconds)
+        contenders = [bench_quality_report.summarise(each) for each in measured.values()]
+        bench_quality_report.show_quality(self._console, contenders)
+        picture = bench_quality_report.draw_quality(contenders, f"on {self._about}")
+        self.pictures["quality.png"] = picture
+        compared = bench_quality_report.compare(contenders)
+        return {"contenders": contenders, "compared": compared}
+
+    def _new_folder(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self._folder.name))
 
     def _case(self, shape: Shape) -> Case:
         return Case("train", *shape, self._settings.vocab_size, self._settings.num_layers)

@@ -18,7 +18,8 @@ from typing import Any
 from app import keep_memory
 from bench_case import Call, Case, Made, most_memory, timed
 from bench_ours import make_jax, make_matmul
-from bench_peers import make_keras, make_torch, use_faster_threads
+from bench_peers import learn_tutorial, make_keras, make_torch, use_faster_threads
+from bench_quality import score
 
 CONTENDERS: dict[str, Callable[[Case], Made]] = {
     "charlstm": partial(make_jax, recurrence="fused"),
@@ -81,6 +82,14 @@ class Server:
     def peak(self) -> dict[str, Any]:
         """Tell the memory."""
         return {"peak_bytes": peak_bytes()}
+
+    def learn(self, **arguments: Any) -> dict[str, Any]:
+        """Learn by the tutorial's recipe, for 'quality'."""
+        return learn_tutorial(**arguments)
+
+    def score(self, **arguments: Any) -> dict[str, Any]:
+        """Score what a run has learnt, for 'quality'."""
+        return score(**arguments)
 
 
 def serve(name: str) -> None:
