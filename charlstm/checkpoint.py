@@ -21,7 +21,7 @@ from charlstm.devices import whole
 from charlstm.errors import DamagedError, RunError, UserError, one_line
 from charlstm.files import read_json
 from charlstm.model import CharLSTM, model_from_config
-from charlstm.optim import make_optimizer, make_schedule
+from charlstm.optim import averaged_params, make_optimizer, make_schedule
 from charlstm.run import Run, load_run
 from charlstm.steps import TrainState, init_state
 
@@ -211,6 +211,8 @@ class Checkpoints:
 def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharLSTM, Any]:
     """Return the run in `workdir`, its model, and the params of its 'best' or 'latest' state.
 
+    The params are the averaged ones where the run averages them.
+
     The model of a run with model.recurrence=cudnn has 'fused', the same function of the same
     parameters, which runs everywhere. The run may be training still.
 
@@ -230,7 +232,8 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
                 step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
                 if step is None:
                     raise UserError(f"{run.workdir}: no checkpoint yet; let it train on")
-                return run, model, checkpoints.restore(step, like)[0].params
+                state, _ = checkpoints.restore(step, like)
+                return run, model, averaged_params(state.params, state.opt_state)
         except (DamagedError, OSError):
             # A trainer may have deleted what was being read.
             if before == steps_in(run.workdir / "checkpoints"):

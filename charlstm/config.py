@@ -106,6 +106,9 @@ def _optimizer() -> ConfigDict:
     optimizer.clip_norm = 1.0
     # How long Adam remembers squared gradients: about 1 / (1 - b2) steps.
     optimizer.b2 = 0.99
+    # Evaluated, sampled and kept as best is the average of the weights over about this share of the
+    # steps so far; 0 means the last weights.
+    optimizer.average_share = 0.1
     # Keeps Adam's quotient finite where gradients vanish.
     optimizer.epsilon = 1e-8
     return optimizer
@@ -189,6 +192,7 @@ _RULES: dict[str, Rule] = {
     "optimizer.weight_decay": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
     "optimizer.b2": _fraction(),
+    "optimizer.average_share": _fraction(),
     "optimizer.epsilon": _above(0),
     "mesh.data": ((lambda v: v == -1 or 1 <= v < 2**31), "-1 or a whole number from 1"),
     "sample.length": _count(1),

@@ -140,13 +140,14 @@ def activation_bytes(config: ConfigDict, vocab_size: int, batch_size: int | None
 
 
 def state_bytes(config: ConfigDict, vocab_size: int) -> int:
-    """Return the bytes of parameters, Adam's two moments, carry, counters and key.
+    """Return the bytes of parameters, their average, Adam's two moments, carry, counters and key.
 
     That is what a checkpoint holds, but for its notes and what Orbax writes about itself.
     """
     carry = 2 * config.batch_size * config.model.hidden_size * config.model.num_layers
-    counters = 2 + 1 + 2  # Adam's count and the schedule's, the step, the key
-    return FLOAT * (3 * count_params(config, vocab_size) + carry + counters)
+    has_average = config.optimizer.average_share > 0
+    counters = 2 + has_average + 1 + 2  # Adam's, the schedule's, the average's, the step, the key
+    return FLOAT * ((3 + has_average) * count_params(config, vocab_size) + carry + counters)
 
 
 def gradient_bytes(config: ConfigDict, vocab_size: int) -> int:

@@ -1,4 +1,6 @@
-"""Learning-rate schedules and optimizers, all optax's own."""
+"""Learning-rate schedules and optimizers, all optax's own, and the average of the weights."""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,8 @@ def make_schedule(config: ConfigDict, num_steps: int, rate_scale: float = 1.0) -
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Return the optimizer that `config.optimizer` describes, with its `schedule`.
 
-    Its state has the same tree for any schedule.
+    Its state has the same tree for any schedule. With config.optimizer.average_share it holds the
+    average of the parameters, which averaged_params gives.
     """
     b2, epsilon = config.optimizer.b2, config.optimizer.epsilon
     rule = {
@@ -43,9 +46,48 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         ),
         "keras_adam": lambda: keras_adam(schedule, b2, epsilon),
     }[config.optimizer.name]()
-    if config.optimizer.clip_norm == 0:
-        return rule
-    return optax.chain(optax.clip_by_global_norm(config.optimizer.clip_norm), rule)
+    rules = [rule]
+    if config.optimizer.clip_norm:
+        rules = [optax.clip_by_global_norm(config.optimizer.clip_norm), *rules]
+    if config.optimizer.average_share:
+        rules = [*rules, average_params(config.optimizer.average_share)]
+    return optax.chain(*rules) if len(rules) > 1 else rule
+
+
+class AverageState(NamedTuple):
+    """What average_params keeps."""
+
+    count: jax.Array  # int32, how many steps have been taken
+    average: Any  # as the parameters
+
+
+def average_params(share: float) -> optax.GradientTransformation:
+    """Return a rule that leaves the updates as they are, and keeps an average of what they lead to.
+
+    Step t enters the average with the weight 1 / (1 + share t), so that it reaches back over about
+    this share of all steps so far: 'polynomial decay' (Shamir and Zhang 2013, arXiv 1212.1824,
+    section 4), with eta = 1 / share - 1. It has to be the last of a chain.
+    """
+
+    def init(params: Any) -> AverageState:
+        # A copy, since who gives the state away gives each array once.
+        return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
+
+    def update(updates: Any, state: AverageState, params: Any) -> tuple[Any, AverageState]:
+        weight = 1 / (1 + share * state.count)
+        average = optax.incremental_update(
+            optax.apply_updates(params, updates), state.average, weight
+        )
+        return updates, AverageState(state.count + 1, average)
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged_params(params: Any, opt_state: Any) -> Any:
+    """Return the average of the parameters that `opt_state` holds, or `params` if it holds none."""
+    is_average = lambda node: isinstance(node, AverageState)  # noqa: E731
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_average)
+    return next((node.average for node in nodes if is_average(node)), params)
 
 
 def keras_adam(schedule: optax.Schedule, b2: float, epsilon: float) -> optax.GradientTransformation:

@@ -28,7 +28,7 @@ from charlstm.files import sole_writer
 from charlstm.job import Job, prepare, report, steps_ahead
 from charlstm.journal import DivergedError, Journal, Notes
 from charlstm.machine import check_backend, check_memory, this_machine, traced_once
-from charlstm.optim import make_optimizer, make_schedule
+from charlstm.optim import averaged_params, make_optimizer, make_schedule
 from charlstm.run import has_run, write_run
 from charlstm.steps import TrainState, init_state, make_train_step, make_train_steps
 
@@ -162,7 +162,9 @@ def run_steps(
         # Left over from a stop amid an evaluation.
         if job.is_evaluated(step) and journal.notes.has_unscored_steps:
             with journal.pausing():
-                journal.log_evaluation(state, assess(state.params, step))
+                journal.log_evaluation(
+                    state, assess(averaged_params(state.params, state.opt_state), step)
+                )
         while step < job.num_steps:
             stop_if(should_stop)
             count = min(journal.fitting_count, job.max_count, steps_ahead(job, step))
@@ -173,7 +175,9 @@ def run_steps(
                 journal.log_training(step, schedule)
             if job.is_evaluated(step):
                 with journal.pausing():
-                    journal.log_evaluation(state, assess(state.params, step))
+                    journal.log_evaluation(
+                        state, assess(averaged_params(state.params, state.opt_state), step)
+                    )
             elif step % job.save_every == 0:
                 journal.save(state)
     except StoppedError:

@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "keras_adam"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.b2 = 0.999
+    config.optimizer.average_share = 0.0
     config.optimizer.epsilon = 1e-7
     config.optimizer.schedule = "constant"
     config.optimizer.warmup_steps = 0

@@ -92,6 +92,7 @@ SENSELESS = {
     "optimizer.weight_decay": [-0.1, NAN, INF],
     "optimizer.clip_norm": [-1.0, NAN, INF],
     "optimizer.b2": [-0.1, 1.0, NAN, INF],
+    "optimizer.average_share": [-0.1, 1.0, NAN, INF],
     "optimizer.epsilon": [0.0, -1e-8, NAN, INF],
     "sample.length": [0, -1],
     "sample.temperature": [-0.1, NAN, INF],
