@@ -96,8 +96,10 @@ def _optimizer() -> ConfigDict:
     # The peak, after the warm-up; high, since a short run has no time for a careful one: 4e-3 is
     # 0.13 bits worse, 1.8e-2 is 0.01.
     optimizer.learning_rate = 1.2e-2
-    # cosine and linear end at a learning rate of 0, where the last weights are the best.
+    # How the learning rate falls from its peak: constant, cosine or linear.
     optimizer.schedule = "linear"
+    # Where cosine and linear end, as a share of the peak.
+    optimizer.final_share = 0.4
     # Adam's first steps rest on few gradients, so the rate starts small.
     optimizer.warmup_steps = 100
     # Pulls weights towards 0, which helps against memorising; for adamw only.
@@ -188,6 +190,7 @@ _RULES: dict[str, Rule] = {
     "optimizer.name": _one_of("adam", "adamw", "keras_adam"),
     "optimizer.learning_rate": _above(0),
     "optimizer.schedule": _one_of("constant", "cosine", "linear"),
+    "optimizer.final_share": ((lambda v: 0 <= v <= 1), "from 0 to 1"),
     "optimizer.warmup_steps": _count(0),
     "optimizer.weight_decay": _at_least(0),
     "optimizer.clip_norm": _at_least(0),

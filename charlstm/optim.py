@@ -13,17 +13,18 @@ def make_schedule(config: ConfigDict, num_steps: int, rate_scale: float = 1.0) -
 
     Args:
       config: the run's; reads config.optimizer.
-      num_steps: the length of the run, at which 'cosine' and 'linear' reach 0.
+      num_steps: the length of the run, at which 'cosine' and 'linear' reach their final share.
       rate_scale: multiplies all of it.
     """
     peak = config.optimizer.learning_rate * rate_scale
+    final_share = config.optimizer.final_share
     # A run shorter than its warm-up would otherwise never train at its own rate.
     warmup_steps = min(config.optimizer.warmup_steps, num_steps // 2)
     rest = max(1, num_steps - warmup_steps)
     after = {
         "constant": optax.constant_schedule(peak),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=final_share),
+        "linear": optax.linear_schedule(peak, peak * final_share, rest),
     }[config.optimizer.schedule]
     if warmup_steps == 0:
         return after

@@ -27,7 +27,7 @@ SCHEMA = 4
 # What runs did before schema 4, which does not say so.
 BEFORE_4 = {
     "model": {"dropout_mask": "step", "scale_hidden": False},
-    "optimizer": {"b2": 0.999, "average_share": 0.0},
+    "optimizer": {"b2": 0.999, "final_share": 0.0, "average_share": 0.0},
 }
 NUM_PROMPTS = 256
 # What may change between two starts of a run: how long it trains, how often it tells and saves,

@@ -88,6 +88,7 @@ SENSELESS = {
     "optimizer.name": ["", "sgd", "Adam"],
     "optimizer.learning_rate": [0.0, -1e-3, NAN, INF, -INF],
     "optimizer.schedule": ["", "step", "Cosine"],
+    "optimizer.final_share": [-0.1, 1.5, NAN, INF],
     "optimizer.warmup_steps": [-1],
     "optimizer.weight_decay": [-0.1, NAN, INF],
     "optimizer.clip_norm": [-1.0, NAN, INF],
