@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     # A text that fills a pod is read once or twice: too little to be memorised.
     config.model.dropout_rate = 0.0
 
-    # launch/plan_rule.py has 5e-4 for this width, at 16 rows; a larger batch bears a higher one.
+    # Lower than launch/plan_rule.py's, which was found up to 1024 units and for short runs.
     config.optimizer.learning_rate = 1e-3
     # A wide model diverges at a full rate from the start.
     config.optimizer.warmup_steps = 1000

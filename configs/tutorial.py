@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
 
     # Keras's defaults for Adam.
     config.optimizer.name = "keras_adam"
+    config.optimizer.weight_decay = 0.0
     config.optimizer.learning_rate = 1e-3
     config.optimizer.b2 = 0.999
     config.optimizer.average_share = 0.0

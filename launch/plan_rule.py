@@ -1,18 +1,18 @@
 """The rule behind plan.py --minutes: settings for the best text in a time, by text and machine.
 
-A wider model learns more from each character and reads fewer of them. On Dracula, on two CPU cores,
-the best of the runs of two and of twelve minutes had read between 5 and 6 characters a parameter
-(320 units, 2.01 bits; 512 units, 1.95), one that had read 10 was behind (256 units, 2.05). So:
+A wider model learns more from each character and reads fewer of them. The recipes of two, ten and
+thirty minutes in configs/, found on two CPU cores with Dracula, read between 2.5 and 4 characters a
+parameter. So:
 
 - the widest model that still reads CHARS_PER_PARAM characters a parameter in the time;
-- the text at most MAX_EPOCHS times, and so a width that needs no more of it: of 20 times over
-  Dracula with 512 units and dropout 0.5 the best were 8 to 12 (1.93 bits), the end worse (1.98);
+- the text at most MAX_EPOCHS times, and so a width that needs no more of it;
 - 16 streams on a CPU, since many updates win over full vector units; 128 on an accelerator, where
   few rows cost as much as many (not yet tried there);
 - a window of 50 below five minutes, since it gives twice the updates of 100, and then of 64;
-- dropout of 0.04 for each time that the text is read, up to a half;
-- a learning rate of 0.012 up to 384 units (0.008 is 0.02 bits worse there, 0.018 0.01), and falling
-  with the square of their number.
+- dropout of 0.08 for each time that the text is read, up to a half;
+- a learning rate of 0.012 up to 448 units, falling with their number beyond;
+- where the text is read MANY_EPOCHS times and more, a rate that ends at 0.4 of its peak: lower ones
+  learn it by heart (512 units, 12 times over Dracula: 1.80 bits at a rate of 0, 1.74 before).
 
 That characters and parameters should grow together is Hoffmann et al. 2022 (arXiv 2203.15556).
 """
@@ -31,8 +31,9 @@ WIDTHS = (
     *((64, 1), (96, 1), (128, 1), (192, 1), (256, 1), (320, 1), (384, 1), (512, 1), (640, 1)),
     *((768, 1), (768, 2), (1024, 2), (1536, 2), (2048, 2)),
 )
-CHARS_PER_PARAM = 5
-MAX_EPOCHS = 10
+CHARS_PER_PARAM = 2.5
+MAX_EPOCHS = 20
+MANY_EPOCHS = 6
 MAX_EVALUATIONS = 5
 EVALUATION_SHARE = 0.1  # of the time
 VAL_CHARS_PER_SECOND = 500
@@ -43,7 +44,7 @@ FIRST_WIDTH = (256, 1)  # to be timed
 PROVISIONAL_STEPS = 10_000  # until the time of one is known
 ALWAYS = {
     *("batch_size", "seq_len", "num_steps", "eval_every_steps", "optimizer.learning_rate"),
-    *("model.hidden_size", "model.num_layers", "model.dropout_rate"),
+    *("model.hidden_size", "model.num_layers", "model.dropout_rate", "optimizer.final_share"),
 }
 
 
@@ -119,8 +120,9 @@ def widest(
 def with_rates(config: ConfigDict, num_epochs: float) -> ConfigDict:
     """Return a copy of `config` with dropout and learning rate for `num_epochs` of the text."""
     config = config.copy_and_resolve_references()
-    config.model.dropout_rate = 0.0 if num_epochs < 1 else min(0.5, round(0.8 * num_epochs) / 20)
-    peak = 1.2e-2 * min(1.0, (384 / config.model.hidden_size) ** 2)
+    config.model.dropout_rate = 0.0 if num_epochs < 1 else min(0.5, round(1.6 * num_epochs) / 20)
+    config.optimizer.final_share = 0.2 if num_epochs < MANY_EPOCHS else 0.4
+    peak = 1.2e-2 * min(1.0, 448 / config.model.hidden_size)
     config.optimizer.learning_rate = float(f"{peak:.1e}")
     return config
 
