@@ -58,7 +58,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
 class AverageState(NamedTuple):
     """What average_params keeps."""
 
-    count: jax.Array  # int32, how many steps have been taken
+    count: jax.Array  # type: ignore[assignment]  # int32, how many steps have been taken
     average: Any  # as the parameters
 
 
