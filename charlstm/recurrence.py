@@ -115,8 +115,9 @@ def fused_lstm(
     and second derivatives raise TypeError, and flax_lstm has them. What reaches the gates from
     vectors is one product for all time steps, and from ids a row looked up at each.
 
-    Differentiation keeps 7 floats per B·T·H: six local derivatives and h. Under jax.checkpoint it
-    keeps them during the backward pass only, which for a single layer saves nothing.
+    Differentiation keeps 7 floats per B·T·H, six local derivatives and h, and an eighth where
+    vectors scale the hidden state. Under jax.checkpoint it keeps them during the backward pass
+    only, which for a single layer saves nothing.
 
     Where the rows lie on several devices, `num_shards` tells on how many. The gradient of the
     weights is then summed over time for the rows of each apart, and once over all. Otherwise XLA
@@ -306,15 +307,17 @@ def _recur_forward(
         kernel_HG, rows_EF, carry, inputs, keep_TB, with_slopes=True
     )
     h_before_TBH = _kept(jnp.concatenate([carry[1][None], hidden_TBH[:-1]]), keep_TB)
-    return (last_carry, hidden_TBH), (kernel_HG, rows_EF, inputs, keep_TB, h_before_TBH, slopes)
+    # The backward pass reads only the scales of what drives the gates, a fifth of it.
+    given = inputs if _are_ids(inputs) else _scale(rows_EF, inputs, carry[1].shape[-1])
+    return (last_carry, hidden_TBH), (kernel_HG, rows_EF, given, keep_TB, h_before_TBH, slopes)
 
 
 def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
-    kernel_HG, rows_EF, inputs, keep_TB, h_before_TBH, slopes = residuals
+    kernel_HG, rows_EF, given, keep_TB, h_before_TBH, slopes = residuals
     last_carry_grad, hidden_grad_TBH = grads
     num_steps, batch_size, _ = h_before_TBH.shape
     dtype, kernel_GH = kernel_HG.dtype, kernel_HG.T
-    is_lookup = _are_ids(inputs)
+    is_lookup = rows_EF.shape[0] > 0  # otherwise `given` is scale_TBH, or None
 
     def step(carry_grad: LayerCarry, kept: Any) -> tuple[LayerCarry, jax.Array]:
         dc_BH, dh_BH = carry_grad
@@ -333,8 +336,9 @@ def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
 
     def chunk_step(state: Any, chunk: Any) -> tuple[Any, jax.Array | None]:
         carry_grad, kernel_grad_HG, rows_grad_EF = state
-        *kept, h_before_tBH, inputs_tB = chunk
-        scale_tBH = _scale(rows_EF, inputs_tB, h_before_tBH.shape[-1])
+        *kept, h_before_tBH, given_tB = chunk
+        hidden_size = h_before_tBH.shape[-1]
+        scale_tBH = _scale(rows_EF, given_tB, hidden_size) if is_lookup else given_tB
         kept = *kept, scale_tBH, h_before_tBH
         carry_grad, drive_grad_tBF = jax.lax.scan(step, carry_grad, kept, reverse=True)
         seen_tBH = h_before_tBH if scale_tBH is None else h_before_tBH * scale_tBH
@@ -350,7 +354,7 @@ def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
         # On CPUs adding takes a sixth of the product's time; on GPUs its order is left to chance,
         # and TPUs are slow at it.
         rows_grad_EF = jax.lax.platform_dependent(
-            rows_grad_EF, inputs_tB, drive_grad_tBF, cpu=add_in_place, default=add_by_product
+            rows_grad_EF, given_tB, drive_grad_tBF, cpu=add_in_place, default=add_by_product
         )
         return (carry_grad, kernel_grad_HG, rows_grad_EF), None
 
@@ -358,13 +362,14 @@ def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
     length = _chunk_length(num_steps, batch_size)
     chunks = jax.tree.map(
         lambda leaf_T: leaf_T.reshape(num_steps // length, length, *leaf_T.shape[1:]),
-        (hidden_grad_TBH, slopes, keep_TB, h_before_TBH, inputs),
+        (hidden_grad_TBH, slopes, keep_TB, h_before_TBH, given),
     )
     zeros = (jnp.zeros(leaf.shape, h_before_TBH.dtype) for leaf in (kernel_HG, rows_EF))
     (carry_grad, *weight_grads), inputs_grad = jax.lax.scan(
         chunk_step, (last_carry_grad, *zeros), chunks, reverse=True
     )
-    inputs_grad = None if is_lookup else inputs_grad.reshape(inputs.shape)
+    if inputs_grad is not None:
+        inputs_grad = inputs_grad.reshape(num_steps, batch_size, -1)
     return *(grad.astype(dtype) for grad in weight_grads), carry_grad, inputs_grad, None
 
 
