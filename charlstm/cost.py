@@ -124,16 +124,18 @@ def activation_bytes(config: ConfigDict, vocab_size: int, batch_size: int | None
     """Return the working memory of a training step of `batch_size` rows, by default all of them.
 
     In floats a character: for each layer the 7 that charlstm.recurrence keeps, one more for h
-    before each step, two for what leaves the layer and its gradient, two where something is
-    dropped out, eight for the gates' sums and their gradient where the input is vectors, each times
-    H; and 2.75 V for logits. XLA's own figure on a CPU is between 0.85 and 1.2 times as much from
+    before each step, two for what leaves the layer and its gradient, two for a mask drawn at each
+    step, and where its input is vectors four for the gates' sums, and two for scales: computed and
+    kept. Then those of one layer once more, since their gradient is held for one at a time. Each of
+    these times H; and 2.75 V for logits. XLA's own figure on a CPU is within an eighth of it from
     B T H = 1.6 million on (tests/test_cost.py), and more below, where the parameters' copies count.
     """
     model = config.model
-    num_lookups = 1 if model.input == "one_hot" else 0
-    per_layer = 12 if model.dropout_rate else 10
+    num_of_vectors = model.num_layers - (model.input == "one_hot")
+    per_layer = 12 if model.dropout_rate and model.dropout_mask == "step" else 10
+    from_vectors = 6 if model.scale_hidden else 4
     floats = model.hidden_size * (
-        per_layer * model.num_layers + 8 * (model.num_layers - num_lookups)
+        per_layer * model.num_layers + from_vectors * (num_of_vectors + (num_of_vectors > 0))
     )
     rows = config.batch_size if batch_size is None else batch_size
     return int(FLOAT * rows * config.seq_len * (floats + 2.75 * vocab_size))
