@@ -20,7 +20,7 @@ from charlstm.machine import check_backend, check_memory, memory_bytes
 
 logger = logging.getLogger("charlstm.launch.plan")
 
-FACTOR = 4  # between the two batches that are compiled to see how memory grows with rows
+FACTOR = 4  # at least, between the two batches that are compiled to see how memory grows with rows
 PROCESS_BYTES = 500 * 2**20  # of a process beside what XLA asks for: Python and its modules
 # Runs planned for 4 GiB by XLA's figures alone took up to 4.25.
 MEMORY_SHARE = 0.9
@@ -192,16 +192,18 @@ def _measured(job: Job, parts: Parts, loading: float) -> dict[str, Any]:
 def _memory(job: Job) -> dict[str, Any]:
     """Return what XLA says of memory, and the largest batch that fits."""
     rows = job.run.config.batch_size
-    small, large = ((n, plan_trial.step_bytes(job, n)) for n in (rows, FACTOR * rows))
     there = memory_bytes()
     if jax.default_backend() == "cpu":
         there /= len(job.mesh.local_devices)  # which share the machine's
+    usable = MEMORY_SHARE * there - PROCESS_BYTES
+    # Near the answer, since XLA compiles few rows to another program than many: from 1024 on, where
+    # fused_lstm takes the gradient of one time step at a time, to one that copies more.
+    many = max(FACTOR * rows, plan_trial.rows_on_paper(job, usable))
+    small, large = ((n, plan_trial.step_bytes(job, n)) for n in (rows, many))
     return {
         "compiled_step_bytes": small[1],
         "memory_bytes": there,
-        "largest_batch": plan_trial.largest_batch(
-            small, large, MEMORY_SHARE * there - PROCESS_BYTES
-        ),
+        "largest_batch": plan_trial.largest_batch(small, large, usable),
     }
 
 

@@ -238,6 +238,13 @@ def step_bytes(job: Job, batch_size: int) -> int:
     return used.argument_size_in_bytes + used.temp_size_in_bytes + new
 
 
+def rows_on_paper(job: Job, memory: float) -> int:
+    """Return how many rows fit into `memory` of each device by charlstm.cost, as many on each."""
+    config, vocab_size = job.run.config, job.model.vocab_size
+    whole = cost.state_bytes(config, vocab_size) + cost.gradient_bytes(config, vocab_size)
+    return job.mesh.size * int((memory - whole) / cost.activation_bytes(config, vocab_size, 1))
+
+
 def largest_batch(small: tuple[int, int], large: tuple[int, int], memory: float) -> int:
     """Return how many rows fit into `memory`, by the line through two (rows, bytes)."""
     slope = (large[1] - small[1]) / (large[0] - small[0])
