@@ -67,7 +67,7 @@ MISTAKES = [
     ("--set=batch_size=", "config.batch_size=: must be a whole number"),
     ("--set=batch_size=8,many", "config.batch_size=many: must be a whole number"),
     ("--set=batch_size=8,0", "config.batch_size=0: must be a whole number from 1"),
-    ("--set=optimizer.weight_decay=0.0,0.1", "use config.optimizer.name=adamw"),
+    ("--set=optimizer.name=adamw,adam", "use config.optimizer.name=adamw"),
     ("--set=batch_size=8 --set=batch_size=16", "batch_size is given twice"),
     ("--set=seq_len=32,32", "--set=seq_len=32,32: has a value twice"),
     ("--set=seed=1,2", "--set=seed=1,2: give seeds in --seeds"),
