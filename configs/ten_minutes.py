@@ -1,6 +1,9 @@
 """Better text in about ten minutes on two CPU cores.
 
 python launch/train.py --config=ten_minutes
+
+1.821 bits per character on the last tenth of Dracula, one seed, in 780 s beside other busy processes,
+of which the steps would have taken 530 by themselves.
 """
 
 from ml_collections import ConfigDict
