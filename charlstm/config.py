@@ -57,6 +57,9 @@ def _data() -> ConfigDict:
     data.max_val_chars = 2_000_000
     # streams: text in order, the carry handed on; windows: every position, shuffled, no carry.
     data.order = "streams"
+    # In streams, how often a row of a batch begins with an empty carry nevertheless, as prompts do:
+    # never is too seldom, and a model of ten minutes then failed at some of them altogether.
+    data.reset_rate = 0.02
     # all: every time step predicts its next character; last: one prediction a window.
     data.loss_on = "all"
     return data
@@ -180,6 +183,7 @@ _RULES: dict[str, Rule] = {
     "data.val_fraction": _fraction(),
     "data.max_val_chars": _count(0),
     "data.order": _one_of("streams", "windows"),
+    "data.reset_rate": _fraction(),
     "data.loss_on": _one_of("all", "last"),
     "model.cell": _one_of("OptimizedLSTMCell", "LSTMCell"),
     "model.recurrence": _one_of("fused", "flax", "cudnn"),

@@ -32,7 +32,8 @@ class Streams:
     """A text cut into B streams of equal length, read side by side in windows of T.
 
     Every character but the first is a target exactly once an epoch. An epoch begins with an
-    empty carry; within it the carry of one window belongs to the next one.
+    empty carry; within it the carry of one window belongs to the next one, unless chance has that
+    one begin anew.
 
     Attributes:
       ids_M: the text.
@@ -40,12 +41,16 @@ class Streams:
       seq_len: T.
       context: how many characters, a multiple of T, each stream but the first reads uncounted
         before its own, so that it does not start cold; at most as many as a stream has.
+      reset_rate: the probability that a row of a window begins anew.
+      seed: decides which ones do.
     """
 
     ids_M: np.ndarray
     batch_size: int
     seq_len: int
     context: int = 0
+    reset_rate: float = 0.0
+    seed: int = 0
 
     @property
     def bounds(self) -> np.ndarray:
@@ -73,8 +78,14 @@ class Streams:
             targets_BT=self.ids_M[safe_SBT + 1].astype(np.int32),
             weights_BT=counts_SBT.astype(np.float32),
             # The first stream has no context before it: it begins anew at the text's beginning.
-            reset_B=(window_S == 0)[..., None] | (first_SB == 0),
+            reset_B=(window_S == 0)[..., None] | (first_SB == 0) | self._chance(step)[..., rows],
         )
+
+    def _chance(self, step: int | np.ndarray) -> np.ndarray:
+        """Return which rows begin anew by chance, a function of seed, step and row alone."""
+        place_SB = np.asarray(step)[..., None] * self.batch_size + np.arange(self.batch_size)
+        key = _mix(np.array(self.seed, np.uint64))
+        return _mix(_mix(place_SB.astype(np.uint64)) ^ key) < np.uint64(self.reset_rate * 2.0**64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +238,7 @@ def training_batches(ids_M: np.ndarray, config: ConfigDict) -> Streams | Windows
     if config.data.order == "windows":
         last_only = config.data.loss_on == "last"
         return Windows(ids_M, batch_size, seq_len, last_only, seed=config.seed)
-    return Streams(ids_M, batch_size, seq_len)
+    return Streams(ids_M, batch_size, seq_len, reset_rate=config.data.reset_rate, seed=config.seed)
 
 
 def evaluation_batches(

@@ -26,6 +26,7 @@ from charlstm.text import END, Vocab
 SCHEMA = 4
 # What runs did before schema 4, which does not say so.
 BEFORE_4 = {
+    "data": {"reset_rate": 0.0},
     "model": {"dropout_mask": "step", "scale_hidden": False},
     "optimizer": {"b2": 0.999, "final_share": 0.0, "average_share": 0.0},
 }

@@ -12,9 +12,9 @@ from charlstm.config import base_config
 
 
 def get_config() -> ConfigDict:
-    """Return a wider model than the default's, which reads a novel ten times."""
+    """Return a wider model than the default's, which reads a novel eight times."""
     config = base_config()
-    config.num_epochs = 10
+    config.num_epochs = 8
     # Wide products are faster for 16 rows than twice for 8.
     config.batch_size = 16
     config.seq_len = 64
@@ -24,7 +24,6 @@ def get_config() -> ConfigDict:
     # Read so often, the text would be learnt by heart at the default's dropout.
     config.model.dropout_rate = 0.5
     config.optimizer.learning_rate = 8e-3
-    config.optimizer.weight_decay = 0.03
     # Instead of a rate that falls further, the average of the weights makes the end smooth.
     config.optimizer.final_share = 0.4
     return config

@@ -75,6 +75,7 @@ SENSELESS = {
     "log_every_steps": [0, -1],
     "data.val_fraction": [1.0, 1.5, -0.1, NAN, INF],
     "data.order": ["", "stream", "Streams"],
+    "data.reset_rate": [-0.1, 1.0, NAN, INF],
     "data.loss_on": ["", "first", "ALL"],
     "model.recurrence": ["", "scan", "cuda"],
     "model.cell": ["", "GRUCell", "optimizedlstmcell"],

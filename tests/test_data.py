@@ -162,6 +162,35 @@ def test_every_epoch_of_streams_is_the_same(batches, epoch):
     assert_same_batches(epoch_of(batches, epoch), epoch_of(batches))
 
 
+def test_by_chance_rows_begin_anew_as_seed_step_and_row_say_and_nothing_else_changes():
+    text, rate, num_steps = text_of(5001), 0.25, 2000
+    plain = Streams(text, 5, 10)
+    chancy = Streams(text, 5, 10, reset_rate=rate, seed=3)
+    steps_S = np.arange(num_steps)
+    resets_SB = chancy(steps_S).reset_B
+    assert_same_batches(
+        [plain(steps_S)], [chancy(steps_S)._replace(reset_B=plain(steps_S).reset_B)]
+    )
+    assert np.all(resets_SB >= plain(steps_S).reset_B)
+    # Each step alone, and a share of its rows, are told the same.
+    for step in (0, 1, 999):
+        np.testing.assert_array_equal(chancy(step).reset_B, resets_SB[step])
+        np.testing.assert_array_equal(chancy(step, slice(2, 4)).reset_B, resets_SB[step, 2:4])
+    # Of rows that go on otherwise; the share of n draws is off by sqrt(p (1 - p) / n), five times.
+    drawn = resets_SB[~plain(steps_S).reset_B]
+    assert abs(drawn.mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / drawn.size)
+    # Neither other rows, nor the same windows in other epochs, nor other seeds are drawn alike.
+    per_epoch = chancy.steps_per_epoch
+    other = Streams(text, 5, 10, reset_rate=rate, seed=4)(steps_S).reset_B
+    pairs = [
+        (resets_SB[:, 0], resets_SB[:, 1]),
+        (resets_SB[:-per_epoch], resets_SB[per_epoch:]),
+        (resets_SB, other),
+    ]
+    for one, another in pairs:
+        assert abs(np.mean(one == another) - (rate**2 + (1 - rate) ** 2)) < 0.06
+
+
 # --- Windows ---
 
 
