@@ -3,7 +3,7 @@
 python launch/train.py --config=gpu --config.data.path=FOLDER
 
 For texts of tens of megabytes; what is smaller is learnt by heart, and better served by
-configs/thirty_minutes.py. What it takes can be asked before:
+configs/ten_minutes.py. What it takes can be asked before:
 
 python launch/plan.py --config=gpu
 """
