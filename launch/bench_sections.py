@@ -48,7 +48,7 @@ class Settings(NamedTuple):
 
 FULL = Settings(
     shapes=((32, 50, 256), (128, 100, 256), (64, 64, 512), (32, 64, 512), (16, 100, 256)),
-    base=(16, 100, 256),  # as in configs/default.py
+    base=(16, 100, 256),
     texts=(1, 8, 64, 256),
     vocab_size=70,
     num_layers=1,
