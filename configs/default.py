@@ -2,8 +2,9 @@
 
 python launch/train.py
 
-1.917 bits per character on the last tenth of Dracula, the mean of three seeds (1.911 to 1.926), in
-121 s for the whole command on two CPU cores. How it was found is in BUILD.md.
+1.866 bits per character on the last tenth of Dracula, the mean of three seeds (1.859 to 1.871), in
+94 to 134 s for the whole command on two CPU cores, of which other guests took their share. How it was
+found is in BUILD.md.
 """
 
 from ml_collections import ConfigDict
