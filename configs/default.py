@@ -3,8 +3,8 @@
 python launch/train.py
 
 1.866 bits per character on the last tenth of Dracula, the mean of three seeds (1.859 to 1.871), in
-94 to 134 s for the whole command on two CPU cores, of which other guests took their share. How it was
-found is in BUILD.md.
+94 to 134 s for the whole command on two CPU cores, of which other guests took their share. How it
+was found is in BUILD.md.
 """
 
 from ml_collections import ConfigDict
