@@ -231,7 +231,7 @@ def _scan(
         c_before_BH, h_BH = (_kept(leaf_BH, keep_B) for leaf_BH in carry)
         # Looked up here, where it stays in the cache, and not for all time steps before.
         drive_BF = rows_EF[inputs_B] if _are_ids(inputs) else inputs_B
-        scale_BH = _scale(rows_EF, inputs_B, h_BH.shape[-1])
+        scale_BH = _scale(drive_BF, h_BH.shape[-1])
         seen_BH = h_BH if scale_BH is None else h_BH * scale_BH
         product_BG = jnp.dot(
             seen_BH.astype(kernel_HG.dtype), kernel_HG, preferred_element_type=c_before_BH.dtype
@@ -252,12 +252,10 @@ def _scan(
     return jax.lax.scan(step, carry, (inputs, keep_TB))
 
 
-def _scale(rows_EF: jax.Array, inputs: jax.Array, hidden_size: int) -> jax.Array | None:
-    """Return the H numbers that stand behind the four gates in what drives them, if any do."""
-    scale_EH = rows_EF[:, 4 * hidden_size :]
-    if scale_EH.shape[-1] == 0:
-        return None
-    return scale_EH[inputs] if _are_ids(inputs) else inputs[..., 4 * hidden_size :]
+def _scale(drive_XF: jax.Array, hidden_size: int) -> jax.Array | None:
+    """Return scale_XH, which stands behind the four gates, if it does; X are any other axes."""
+    scale_XH = drive_XF[..., 4 * hidden_size :]
+    return scale_XH if scale_XH.shape[-1] else None
 
 
 def _by_shards(recur: Callable[..., Any], num_shards: int) -> Callable[..., Any]:
@@ -308,16 +306,17 @@ def _recur_forward(
     )
     h_before_TBH = _kept(jnp.concatenate([carry[1][None], hidden_TBH[:-1]]), keep_TB)
     # The backward pass reads only the scales of what drives the gates, a fifth of it.
-    given = inputs if _are_ids(inputs) else _scale(rows_EF, inputs, carry[1].shape[-1])
+    given = inputs if _are_ids(inputs) else _scale(inputs, carry[1].shape[-1])
     return (last_carry, hidden_TBH), (kernel_HG, rows_EF, given, keep_TB, h_before_TBH, slopes)
 
 
 def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
     kernel_HG, rows_EF, given, keep_TB, h_before_TBH, slopes = residuals
     last_carry_grad, hidden_grad_TBH = grads
-    num_steps, batch_size, _ = h_before_TBH.shape
+    num_steps, batch_size, hidden_size = h_before_TBH.shape
     dtype, kernel_GH = kernel_HG.dtype, kernel_HG.T
     is_lookup = rows_EF.shape[0] > 0  # otherwise `given` is scale_TBH, or None
+    scale_EH = _scale(rows_EF, hidden_size)
 
     def step(carry_grad: LayerCarry, kept: Any) -> tuple[LayerCarry, jax.Array]:
         dc_BH, dh_BH = carry_grad
@@ -337,8 +336,8 @@ def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
     def chunk_step(state: Any, chunk: Any) -> tuple[Any, jax.Array | None]:
         carry_grad, kernel_grad_HG, rows_grad_EF = state
         *kept, h_before_tBH, given_tB = chunk
-        hidden_size = h_before_tBH.shape[-1]
-        scale_tBH = _scale(rows_EF, given_tB, hidden_size) if is_lookup else given_tB
+        # Of None there are no rows.
+        scale_tBH = jax.tree.map(lambda s: s[given_tB], scale_EH) if is_lookup else given_tB
         kept = *kept, scale_tBH, h_before_tBH
         carry_grad, drive_grad_tBF = jax.lax.scan(step, carry_grad, kept, reverse=True)
         seen_tBH = h_before_tBH if scale_tBH is None else h_before_tBH * scale_tBH
