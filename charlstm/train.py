@@ -158,13 +158,16 @@ def run_steps(
     """Take the steps that are left, and whatever is due between them; return whether all are."""
     first = step = int(state.step)
     assess = make_assessment(job, should_stop)
+
+    def evaluate(state: TrainState, step: int) -> None:
+        with journal.pausing():
+            params = averaged_params(state.params, state.opt_state)
+            journal.log_evaluation(state, assess(params, step))
+
     try:
         # Left over from a stop amid an evaluation.
         if job.is_evaluated(step) and journal.notes.has_unscored_steps:
-            with journal.pausing():
-                journal.log_evaluation(
-                    state, assess(averaged_params(state.params, state.opt_state), step)
-                )
+            evaluate(state, step)
         while step < job.num_steps:
             stop_if(should_stop)
             count = min(journal.fitting_count, job.max_count, steps_ahead(job, step))
@@ -174,10 +177,7 @@ def run_steps(
             if step == job.num_steps or step % job.log_every == 0:
                 journal.log_training(step, schedule)
             if job.is_evaluated(step):
-                with journal.pausing():
-                    journal.log_evaluation(
-                        state, assess(averaged_params(state.params, state.opt_state), step)
-                    )
+                evaluate(state, step)
             elif step % job.save_every == 0:
                 journal.save(state)
     except StoppedError:
