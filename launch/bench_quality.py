@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench_case import SPACING, sampled_starts, tell_sample
-from bench_race import LAUNCH, Worker
+from bench_race import LAUNCH, Worker, refuse_failure
 
-from charlstm.errors import RunError, UserError
+from charlstm.errors import UserError
 
 # In steps. The default does not save so often by itself: a tenth of a second or two each time, of
 # the two or three seconds that the steps take, stays on its clock.
@@ -111,10 +111,7 @@ def train_and_keep(flags: Sequence[str], folder: Path, seconds: float) -> list[K
             process.wait()
         # The second while Python was still starting.
         ends = (128 + signal.SIGTERM, -signal.SIGTERM) if time.time() - start > seconds else ()
-        if process.returncode not in (0, *ends):
-            log.seek(0)
-            last = (log.read().strip().splitlines() or [""])[-1]
-            raise RunError(f"launch/train.py ended with {process.returncode}: {last}")
+        refuse_failure(process.returncode, log, ends)
     if not kept:
         raise UserError(
             f"--minutes={seconds / 60:g}: launch/train.py had not taken a step by then; give more"

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from bench_case import Case, most_memory
 
@@ -67,8 +67,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            self._errors.seek(0)
-            last = (self._errors.read().strip().splitlines() or [f"exit code {code}"])[-1]
+            last = last_line(self._errors) or f"exit code {code}"
             raise RunError(f"the contender {self._name} failed: {last}; see --peers")
         return json.loads(line)
 
@@ -126,6 +125,18 @@ def race(
     }
 
 
+def last_line(log: IO[str]) -> str:
+    """Return the last line of what was written to `log`, '' if nothing was."""
+    log.seek(0)
+    return (log.read().strip().splitlines() or [""])[-1]
+
+
+def refuse_failure(code: int, log: IO[str], ends: Sequence[int] = ()) -> None:
+    """Raise RunError, quoting the `log`, if launch/train.py ended with neither 0 nor `ends`."""
+    if code not in (0, *ends):
+        raise RunError(f"launch/train.py ended with {code}: {last_line(log)}")
+
+
 class Command(NamedTuple):
     """What a run of launch/train.py took."""
 
@@ -165,10 +176,7 @@ def run_training(flags: Sequence[str], folder: Path, cache: str, to_the_end: boo
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode not in (0, 0 if to_the_end else -signal.SIGKILL):
-            log.seek(0)
-            last = (log.read().strip().splitlines() or [""])[-1]
-            raise RunError(f"launch/train.py ended with {process.returncode}: {last}")
+        refuse_failure(process.returncode, log, () if to_the_end else (-signal.SIGKILL,))
         if math.isnan(first_line_seconds):
             first_line_seconds = seconds  # this process got no turn before the other one's end
         first_line = json.loads(metrics.read_text(encoding="utf-8").splitlines()[0])
