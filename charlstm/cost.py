@@ -149,7 +149,14 @@ def state_bytes(config: ConfigDict, vocab_size: int) -> int:
     carry = 2 * config.batch_size * config.model.hidden_size * config.model.num_layers
     has_average = config.optimizer.average_share > 0
     counters = 2 + has_average + 1 + 2  # Adam's, the schedule's, the average's, the step, the key
-    return FLOAT * ((3 + has_average) * count_params(config, vocab_size) + carry + counters)
+    held = FLOAT * (count_params(config, vocab_size) + carry + counters)
+    return held + optimizer_bytes(config, vocab_size)
+
+
+def optimizer_bytes(config: ConfigDict, vocab_size: int) -> int:
+    """Return the bytes of Adam's two moments, and of the parameters' average where there is one."""
+    copies = 2 + (config.optimizer.average_share > 0)
+    return FLOAT * copies * count_params(config, vocab_size)
 
 
 def gradient_bytes(config: ConfigDict, vocab_size: int) -> int:

@@ -169,7 +169,7 @@ def _count(job: Job) -> dict[str, Any]:
         "training_flops_per_char": 3 * forward,
         "activation_bytes": cost.activation_bytes(config, vocab_size),
         "gradient_bytes": cost.gradient_bytes(config, vocab_size),
-        "optimizer_bytes": 2 * cost.gradient_bytes(config, vocab_size),
+        "optimizer_bytes": cost.optimizer_bytes(config, vocab_size),
         "checkpoint_bytes": cost.state_bytes(config, vocab_size),
         "steps": job.num_steps,
         "steps_per_epoch": job.batches.steps_per_epoch,
