@@ -84,6 +84,9 @@ def _model() -> ConfigDict:
     # The character that is read scales the hidden state that the gates see: 0.017 bits better, for
     # some 5 % of the time.
     model.scale_hidden = True
+    # What the gates get from the hidden state is divided by its root mean square: 0.045 bits
+    # better, for some 10 % of the time.
+    model.rms_norm = True
     # one_hot: a unit vector a character; embed: a learnt vector; scaled: its number / V.
     model.input = "one_hot"
     # The length of the learnt vector; read only where model.input is embed.
@@ -270,11 +273,12 @@ def validate(config: ConfigDict) -> None:
             "config.model.recurrence=cudnn: cannot begin a document within a sequence, as "
             "config.data.document_separator asks for; use fused"
         )
-    if config.model.recurrence == "cudnn" and config.model.scale_hidden:
-        raise UserError(
-            "config.model.scale_hidden=True: config.model.recurrence=cudnn does not scale its "
-            "hidden state; use fused, or config.model.scale_hidden=False"
-        )
+    for part in ("scale_hidden", "rms_norm"):
+        if config.model.recurrence == "cudnn" and config.model[part]:
+            raise UserError(
+                f"config.model.{part}=True: config.model.recurrence=cudnn has no such thing; "
+                f"use fused, or config.model.{part}=False"
+            )
     if config.model.tie_embeddings and config.model.input != "embed":
         raise UserError(
             f"config.model.tie_embeddings=True: config.model.input={config.model.input} has no "

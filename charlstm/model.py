@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from charlstm.recurrence import LayerCarry, cudnn_lstm, flax_lstm, fused_lstm, init_lstm
+from charlstm.cudnn import cudnn_lstm
+from charlstm.fused import fused_lstm
+from charlstm.recurrence import LayerCarry, flax_lstm, init_lstm
 from charlstm.text import END, Vocab
 
 Carry = tuple[LayerCarry, ...]
@@ -34,6 +36,7 @@ class CharLSTM(nn.Module):
         and Ghahramani 2016, arXiv 1512.05287).
       scale_hidden: let what each layer reads scale the hidden state that its gates see, as in
         charlstm.recurrence.
+      rms_norm: divide what the gates get from the hidden state by its root mean square, likewise.
       input: 'one_hot', 'embed' (a learnt vector), or 'scaled' (the id divided by V).
       embed_size: E, where input is 'embed'.
       tie_embeddings: make the logits the product of a dense layer of size E with the vectors of
@@ -53,6 +56,7 @@ class CharLSTM(nn.Module):
     dropout_rate: float = 0.0
     dropout_mask: str = "step"
     scale_hidden: bool = False
+    rms_norm: bool = False
     input: str = "one_hot"
     embed_size: int = 64
     tie_embeddings: bool = False
@@ -92,9 +96,8 @@ class CharLSTM(nn.Module):
         shared = DROPOUT_MASKS[self.dropout_mask]
         new_carry = []
         for index, layer_carry in enumerate(carry):
-            params = self.param(
-                f"lstm_{index}", init_lstm, input_size, self.hidden_size, self.scale_hidden
-            )
+            sizes, parts = (input_size, self.hidden_size), (self.scale_hidden, self.rms_norm)
+            params = self.param(f"lstm_{index}", init_lstm, *sizes, *parts)
             layer_carry, layer_TBE = recur(
                 params, layer_carry, layer, keep_TB=keep_TB, dtype=self.dtype
             )

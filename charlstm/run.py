@@ -23,12 +23,15 @@ from charlstm.text import END, Vocab
 
 # Raised whenever an older reader could misunderstand a newer folder. 1 had no checksums; before 3
 # there were no documents, and the validation part had no limit.
-SCHEMA = 4
-# What runs did before schema 4, which does not say so.
-BEFORE_4 = {
-    "data": {"reset_rate": 0.0},
-    "model": {"dropout_mask": "step", "scale_hidden": False},
-    "optimizer": {"b2": 0.999, "final_share": 0.0, "average_share": 0.0},
+SCHEMA = 5
+# What runs did before a schema, which does not say so.
+BEFORE: dict[int, dict[str, Any]] = {
+    4: {
+        "data": {"reset_rate": 0.0},
+        "model": {"dropout_mask": "step", "scale_hidden": False},
+        "optimizer": {"b2": 0.999, "final_share": 0.0, "average_share": 0.0},
+    },
+    5: {"model": {"rms_norm": False}},
 }
 NUM_PROMPTS = 256
 # What may change between two starts of a run: how long it trains, how often it tells and saves,
@@ -128,8 +131,9 @@ def load_run(workdir: epath.Path) -> Run:
         )
     config = base_config().lock()
     try:
-        if schema < 4:
-            config.update(BEFORE_4)
+        for later, settings in BEFORE.items():
+            if schema < later:
+                config.update(settings)
         config.update(ConfigDict(about["config"]))
         limit = config.data.max_val_chars
         if schema < 3 and about["text"].get("validation_characters", 0) > limit:

@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     config.model.dropout_rate = 0.2
     config.model.dropout_mask = "step"
     config.model.scale_hidden = False
+    config.model.rms_norm = False
 
     # Keras's defaults for Adam.
     config.optimizer.name = "keras_adam"

@@ -12,7 +12,8 @@ def sigmoid(x):
 def lstm(params, carry, inputs_TBE):
     """Return the last carry (c_BH, h_BH) and hidden_TBH, on the parameter tree of Flax's cell.
 
-    With the kernel `scale` as well the gates see (1 + x scale) * h in place of h.
+    With the kernel `scale` as well the gates see (1 + x scale) * h in place of h. With `norm` what
+    they get from it is divided by its root mean square over all gates and multiplied by the gain.
     """
     steps = _steps(params, carry, inputs_TBE)
     hidden_TBH = np.stack([step["h"] for step in steps])
@@ -26,9 +27,13 @@ def _steps(params, carry, inputs_TBE):
         scale_BH = 1 + x_BE @ params["scale"]["kernel"] if "scale" in params else 1.0
         seen_BH = scale_BH * h_BH
         step = {"x": x_BE, "h_before": h_BH, "c_before": c_BH, "scale": scale_BH, "seen": seen_BH}
-        for gate in GATES:
-            into, back = params["i" + gate], params["h" + gate]
-            sum_BH = x_BE @ into["kernel"] + seen_BH @ back["kernel"] + back["bias"]
+        product_BG = np.hstack([seen_BH @ params["h" + gate]["kernel"] for gate in GATES])
+        if "norm" in params:
+            step["root"] = 1 / np.sqrt((product_BG**2).mean(axis=1, keepdims=True) + 1e-5)
+            step["normed"] = product_BG * step["root"]
+            product_BG = step["normed"] * params["norm"]["gain"]
+        for gate, product_BH in zip(GATES, np.split(product_BG, 4, axis=1), strict=True):
+            sum_BH = x_BE @ params["i" + gate]["kernel"] + product_BH + params["h" + gate]["bias"]
             step[gate] = np.tanh(sum_BH) if gate == "g" else sigmoid(sum_BH)
         step["c"] = c_BH = step["f"] * c_BH + step["i"] * step["g"]
         step["h"] = h_BH = step["o"] * np.tanh(c_BH)
@@ -59,10 +64,20 @@ def lstm_gradient(params, carry, inputs_TBE, carry_grad, hidden_grad_TBH):
         dc_BH, dh_BH = dc_BH * f_BH, np.zeros_like(dh_BH)
         for gate, ds_BH in sum_grads.items():
             params_grad["i" + gate]["kernel"] += step["x"].T @ ds_BH
-            params_grad["h" + gate]["kernel"] += step["seen"].T @ ds_BH
             params_grad["h" + gate]["bias"] += ds_BH.sum(axis=0)
             inputs_grad_TBE[time] += ds_BH @ params["i" + gate]["kernel"].T
-            dh_BH += ds_BH @ params["h" + gate]["kernel"].T
+        product_grad_BG = np.hstack([*sum_grads.values()])
+        if "norm" in params:
+            params_grad["norm"]["gain"] += (product_grad_BG * step["normed"]).sum(axis=0)
+            product_grad_BG = product_grad_BG * params["norm"]["gain"]
+            # The slope of p / rms(p), row by row, as a matrix.
+            for row, (normed_G, root) in enumerate(zip(step["normed"], step["root"], strict=True)):
+                size = len(normed_G)
+                slope_GG = root * (np.eye(size) - np.outer(normed_G, normed_G) / size)
+                product_grad_BG[row] = slope_GG @ product_grad_BG[row]
+        for gate, dp_BH in zip(GATES, np.split(product_grad_BG, 4, axis=1), strict=True):
+            params_grad["h" + gate]["kernel"] += step["seen"].T @ dp_BH
+            dh_BH += dp_BH @ params["h" + gate]["kernel"].T
         if "scale" in params:
             scale_grad_BH = dh_BH * step["h_before"]
             params_grad["scale"]["kernel"] += step["x"].T @ scale_grad_BH

@@ -125,7 +125,7 @@ def test_a_number_too_large_for_a_float_is_a_number_like_others():
 
 def test_every_setting_but_the_path_and_the_switches_has_senseless_values():
     free = {"data.path", "data.lowercase", "data.strip_punctuation", "data.document_separator"}
-    free |= {"model.tie_embeddings", "model.scale_hidden"}
+    free |= {"model.tie_embeddings", "model.scale_hidden", "model.rms_norm"}
     assert SENSELESS.keys() | free == flatten(base_config()).keys()
 
 
@@ -265,10 +265,11 @@ def test_cudnn_takes_float32_only():
     assert refusal_of(config).startswith("config.model.dtype=bfloat16: ")
 
 
-def test_cudnn_does_not_scale_the_hidden_state():
-    config = config_with({"model.recurrence": "cudnn", "model.scale_hidden": True})
-    assert refusal_of(config).startswith("config.model.scale_hidden=True: ")
-    config.model.scale_hidden = False
+def test_cudnn_has_the_plain_layer_only():
+    config = config_with({"model.recurrence": "cudnn"})
+    for key in ("scale_hidden", "rms_norm"):
+        assert refusal_of(config).startswith(f"config.model.{key}=True: ")
+        config.model[key] = False
     assert validate(config) is None
 
 

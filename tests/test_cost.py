@@ -21,10 +21,10 @@ MODELS = [
     for layers in (1, 3)
 ] + [{"input": "embed", "tie_embeddings": True}]
 KINDS = [
-    {"scale_hidden": False, "dropout_mask": "step"},
-    {"scale_hidden": True, "dropout_mask": "window"},
+    {"scale_hidden": False, "rms_norm": False, "dropout_mask": "step"},
+    {"scale_hidden": True, "rms_norm": True, "dropout_mask": "window"},
 ]
-by_kind = pytest.mark.parametrize("kind", KINDS, ids=["plain", "scaled"])
+by_kind = pytest.mark.parametrize("kind", KINDS, ids=["plain", "all"])
 
 
 def config_with(**model):
@@ -80,7 +80,7 @@ def test_parameters_are_as_many_as_the_model_has(model, kind):
 
 
 def test_the_default_model_has_the_parameters_that_readme_tells():
-    assert cost.count_params(base_config(), 96) == 1_062_752
+    assert cost.count_params(base_config(), 96) == 1_064_544
 
 
 @by_kind

@@ -25,7 +25,9 @@ MAY_IMPORT = {
     "corpus": "errors files source text",
     "data": "errors text",
     "recurrence": "",
-    "model": "recurrence text",
+    "fused": "recurrence",
+    "cudnn": "recurrence",
+    "model": "cudnn fused recurrence text",
     "optim": "",
     "steps": "data model",
     "sample": "model",
@@ -44,9 +46,9 @@ MAY_IMPORT = {
     "job": "corpus data devices errors machine model run source",
     "journal": "checkpoint cluster errors job log steps",
     "assess": "cluster data devices job log model sample steps",
-    "train": "assess baselines checkpoint cluster config corpus cost curves data devices dynamic "
-    "errors files job journal log machine measure model optim originality recurrence run sample "
-    "source steps text",
+    "train": "assess baselines checkpoint cluster config corpus cost cudnn curves data devices "
+    "dynamic errors files fused job journal log machine measure model optim originality recurrence "
+    "run sample source steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")

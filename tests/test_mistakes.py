@@ -90,7 +90,7 @@ COMMAND_LINE = [
     (
         "train",
         "--config.model.recurrence=cudnn",
-        "config.model.scale_hidden=True: config.model.recurrence=cudnn does not|use fused",
+        "config.model.scale_hidden=True: config.model.recurrence=cudnn has no|use fused",
     ),
     ("train", "--config.optimizer.name=adam", "use config.optimizer.name=adamw"),
     ("train", "--config.optimizer.clip_norm=inf", "must be a number of at least 0"),
@@ -255,7 +255,8 @@ TEXTS = [
     ("book.txt --config.batch_size=5000", "config.batch_size=5000: with config.seq_len=32|lower"),
     ("book.txt --config.data.val_fraction=0.0001", "too short to evaluate|val_fraction higher"),
     (
-        "book.txt --config.model.recurrence=cudnn --config.model.scale_hidden=False",
+        "book.txt --config.model.recurrence=cudnn --config.model.scale_hidden=False "
+        "--config.model.rms_norm=False",
         "needs an NVIDIA GPU|cpu|use fused",
     ),
     ("book.txt --config.model.hidden_size=9999999", "hidden_size=9999999|GiB of memory|lower"),
