@@ -2,8 +2,9 @@
 
 python launch/train.py
 
-1.866 bits per character on the last tenth of Dracula, the mean of three seeds (1.859 to 1.871), in
-94 to 134 s for the whole command on two CPU cores, of which other guests took their share. How it
+1.812 bits per character on the last tenth of Dracula, the mean of three seeds (1.801 to 1.826). The
+whole command took 94 to 134 s on two CPU cores, of which other guests took their share, before
+model.rms_norm, which adds a tenth; with it, 711 s on one core of an older, slower processor. How it
 was found is in BUILD.md.
 """
 
