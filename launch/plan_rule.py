@@ -1,8 +1,8 @@
 """The rule behind plan.py --minutes: settings for the best text in a time, by text and machine.
 
 A wider model learns more from each character and reads fewer of them. The recipes of two and of ten
-minutes, configs/default.py and ten_minutes.py, found on two CPU cores with Dracula, read 3.6 and
-2.2 characters a parameter. So:
+minutes that were found on two CPU cores with Dracula, configs/default.py and one of 768 units, read
+3.6 and 2.2 characters a parameter. So:
 
 - the widest model that still reads CHARS_PER_PARAM characters a parameter in the time;
 - the text at most MAX_EPOCHS times, and so a width that needs no more of it;
