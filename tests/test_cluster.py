@@ -24,6 +24,8 @@ FLAGS = [
     "--config.checkpoint_every_steps=5",
     "--config.sample.length=40",
     "--config.optimizer.learning_rate=2e-3",
+    # As in test_devices.py.
+    "--config.model.rms_norm=False",
     "--config.data.path=book.txt",
 ]
 
