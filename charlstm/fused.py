@@ -17,6 +17,10 @@ from charlstm.recurrence import (
     side_by_side,
 )
 
+# kernel_HG, rows_EF, and gain_G where the gates' products are normalised. F are the four gates, and
+# then perhaps the H scales.
+Weights = tuple[jax.Array, jax.Array, jax.Array | None]
+
 
 def fused_lstm(
     params: Params,
@@ -61,19 +65,19 @@ def fused_lstm(
     else:
         rows_EF = jnp.zeros((0, bias_F.size), dtype)
         inputs = inputs.astype(dtype) @ input_kernel_EF.astype(dtype) + bias_F.astype(dtype)
-    recur = partial(_recur, recurrent_kernel_HG.astype(dtype), rows_EF, gain_G)
+    recur = partial(_recur, (recurrent_kernel_HG.astype(dtype), rows_EF, gain_G))
     return _by_shards(recur, num_shards)(carry, inputs, keep_TB)
 
 
 def _scan(
-    kernel_HG: jax.Array,
-    rows_EF: jax.Array,
-    gain_G: jax.Array | None,
+    weights: Weights,
     carry: LayerCarry,
     inputs: jax.Array,
     keep_TB: jax.Array | None,
     with_slopes: bool,
 ) -> tuple[LayerCarry, Any]:
+    kernel_HG, rows_EF, gain_G = weights
+
     def step(carry: LayerCarry, given: Any) -> tuple[LayerCarry, Any]:
         inputs_B, keep_B = given
         c_before_BH, h_BH = (kept_rows(leaf_BH, keep_B) for leaf_BH in carry)
@@ -133,38 +137,29 @@ def _by_shards(recur: Callable[..., Any], num_shards: int) -> Callable[..., Any]
 
 @jax.custom_vjp
 def _recur(
-    kernel_HG: jax.Array,
-    rows_EF: jax.Array,
-    gain_G: jax.Array | None,
+    weights: Weights,
     carry: LayerCarry,
     inputs: jax.Array,
     keep_TB: jax.Array | None,
 ) -> tuple[LayerCarry, jax.Array]:
-    """Run the recurrence on halved sums; `inputs` are ids_TB of rows_EF, or drive_TBF itself.
-
-    F are the four gates, and then perhaps the H scales. With `gain_G` the gates' products are
-    normalised.
-    """
-    given = kernel_HG, rows_EF, gain_G, carry, inputs, keep_TB
-    carry, (hidden_TBH,) = _scan(*given, with_slopes=False)
+    """Run the recurrence on halved sums; `inputs` are ids_TB of rows_EF, or drive_TBF itself."""
+    carry, (hidden_TBH,) = _scan(weights, carry, inputs, keep_TB, with_slopes=False)
     return carry, hidden_TBH
 
 
 def _recur_forward(
-    kernel_HG: jax.Array,
-    rows_EF: jax.Array,
-    gain_G: jax.Array | None,
+    weights: Weights,
     carry: LayerCarry,
     inputs: jax.Array,
     keep_TB: jax.Array | None,
 ) -> tuple[tuple[LayerCarry, jax.Array], Any]:
     last_carry, (hidden_TBH, slopes, normed) = _scan(
-        kernel_HG, rows_EF, gain_G, carry, inputs, keep_TB, with_slopes=True
+        weights, carry, inputs, keep_TB, with_slopes=True
     )
     h_before_TBH = kept_rows(jnp.concatenate([carry[1][None], hidden_TBH[:-1]]), keep_TB)
     # The backward pass reads only the scales of what drives the gates, a fifth of it.
     given = inputs if are_ids(inputs) else _scale(inputs, carry[1].shape[-1])
-    weights, kept = (kernel_HG, rows_EF, gain_G), (given, keep_TB, h_before_TBH, slopes, normed)
+    kept = given, keep_TB, h_before_TBH, slopes, normed
     return (last_carry, hidden_TBH), (weights, kept)
 
 
@@ -214,15 +209,15 @@ def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
         (hidden_grad_TBH, slopes, normed, keep_TB, h_before_TBH, given),
     )
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, h_before_TBH.dtype), weights)
-    (carry_grad, *weight_grads), inputs_grad = jax.lax.scan(
+    (carry_grad, *grads_of_weights), inputs_grad = jax.lax.scan(
         chunk_step, (last_carry_grad, *zeros), chunks, reverse=True
     )
     if inputs_grad is not None:
         inputs_grad = inputs_grad.reshape(num_steps, batch_size, -1)
-    weight_grads = jax.tree.map(
-        lambda grad, leaf: grad.astype(leaf.dtype), weight_grads, [*weights]
+    weights_grad = jax.tree.map(
+        lambda grad, leaf: grad.astype(leaf.dtype), tuple(grads_of_weights), weights
     )
-    return *weight_grads, carry_grad, inputs_grad, None
+    return weights_grad, carry_grad, inputs_grad, None
 
 
 def _step_back(

@@ -97,6 +97,7 @@ def flax_lstm(
     inputs_TBE = as_vectors(params, inputs, dtype)
     flax_cell = CELLS[cell](features=carry[0].shape[-1], dtype=dtype)
     cell_params = _with_gains(params)
+    recurrent_kernel_HG = side_by_side(params, "h").astype(dtype)
 
     def step(carry: LayerCarry, inputs: Any) -> tuple[LayerCarry, jax.Array]:
         inputs_BE, keep_B = inputs
@@ -106,7 +107,7 @@ def flax_lstm(
             h_BH = (h_BH * scale_BH).astype(h_BH.dtype)
         if "norm" in params:
             # To divide what the cell makes of h is to divide h.
-            product_BG = h_BH.astype(dtype) @ side_by_side(params, "h").astype(dtype)
+            product_BG = h_BH.astype(dtype) @ recurrent_kernel_HG
             h_BH = h_BH * inverse_rms(product_BG.astype(h_BH.dtype))
         new_carry, _ = flax_cell.apply({"params": cell_params}, (c_BH, h_BH), inputs_BE)
         # Rounding the cell state at every step would lose what it has to remember.
