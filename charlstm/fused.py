@@ -179,15 +179,15 @@ def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
         # Of None there are no rows.
         scale_tBH = jax.tree.map(lambda s: s[given_tB], scale_EH) if is_lookup else given_tB
         kept = *kept, scale_tBH, h_before_tBH
-        carry_grad, grads = jax.lax.scan(step, carry_grad, kept, reverse=True)
-        drive_grad_tBF, product_grad_tBG = grads
+        carry_grad, drive_grad_tBF = jax.lax.scan(step, carry_grad, kept, reverse=True)
         sums_grad_tBG = drive_grad_tBF[..., : kernel_HG.shape[-1]]
+        product_grad_tBG = _product_grad(sums_grad_tBG, gain_G, kept[2])
         seen_tBH = h_before_tBH if scale_tBH is None else h_before_tBH * scale_tBH
         # One product over the rows of many time steps, where step would add small ones.
         kernel_grad_HG += jnp.einsum(
             "tbh,tbg->hg",
             seen_tBH.astype(dtype),
-            sums_grad_tBG if product_grad_tBG is None else product_grad_tBG,
+            product_grad_tBG.astype(dtype),
             preferred_element_type=kernel_grad_HG.dtype,
         )
         if gain_grad_G is not None:
@@ -223,7 +223,7 @@ def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
 def _step_back(
     kernel_GH: jax.Array, gain_G: jax.Array | None, carry_grad: LayerCarry, kept: Any
 ) -> tuple[LayerCarry, Any]:
-    """Return the gradient of the carry before a time step, and those of its sums and products."""
+    """Return the gradient of the carry before a time step, and that of what drives its gates."""
     dc_BH, dh_BH = carry_grad
     hidden_grad_BH, slopes, normed, keep_B, scale_BH, h_before_BH = kept
     slopes_BG, dh_by_dc_BH, dc_by_dc_BH = slopes
@@ -231,26 +231,25 @@ def _step_back(
     dc_BH = dc_BH + dh_BH * dh_by_dc_BH
     by_gate_BG = jnp.concatenate([dc_BH, dc_BH, dc_BH, dh_BH], axis=-1)
     sums_grad_BG = slopes_BG * by_gate_BG
-    product_grad_BG = sums_grad_BG
-    if gain_G is not None:
-        product_grad_BG = _before_norm(sums_grad_BG * gain_G, *normed)
-    drive_grad_BF, product_grad_BG = (
-        grad.astype(kernel_GH.dtype) for grad in (sums_grad_BG, product_grad_BG)
-    )
+    drive_grad_BF = sums_grad_BG.astype(kernel_GH.dtype)
+    # Found once more for many time steps, since XLA is slow at writing it beside the sums' here.
+    product_grad_BG = _product_grad(sums_grad_BG, gain_G, normed).astype(kernel_GH.dtype)
     dh_BH = jnp.dot(product_grad_BG, kernel_GH, preferred_element_type=dc_BH.dtype)
     if scale_BH is not None:
         scale_grad_BH = (dh_BH * h_before_BH).astype(kernel_GH.dtype)
         drive_grad_BF = jnp.concatenate([drive_grad_BF, scale_grad_BH], axis=-1)
         dh_BH = dh_BH * scale_BH
-    # The product's gradient is that of the sums unless they are normalised.
-    grads = drive_grad_BF, None if gain_G is None else product_grad_BG
-    return (dc_BH * dc_by_dc_BH, kept_rows(dh_BH, keep_B)), grads
+    return (dc_BH * dc_by_dc_BH, kept_rows(dh_BH, keep_B)), drive_grad_BF
 
 
-def _before_norm(grad_BG: jax.Array, normed_BG: jax.Array, root_B1: jax.Array) -> jax.Array:
-    """Return the gradient before the division by the root mean square, given that after it."""
-    along_B1 = jnp.mean(grad_BG * normed_BG, axis=-1, keepdims=True)
-    return root_B1 * (grad_BG - normed_BG * along_B1)
+def _product_grad(sums_grad_XG: jax.Array, gain_G: jax.Array | None, normed: Any) -> jax.Array:
+    """Return the gradient of the recurrent products, given that of the sums; X are any axes."""
+    if gain_G is None:
+        return sums_grad_XG
+    normed_XG, root_X1 = normed
+    grad_XG = sums_grad_XG * gain_G
+    along_X1 = jnp.mean(grad_XG * normed_XG, axis=-1, keepdims=True)
+    return root_X1 * (grad_XG - normed_XG * along_X1)
 
 
 def add_in_place(rows_EF: jax.Array, ids_TB: jax.Array, values_TBF: jax.Array) -> jax.Array:
