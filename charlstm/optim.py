@@ -45,6 +45,11 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         "adamw": lambda: optax.adamw(
             schedule, b2=b2, eps=epsilon, weight_decay=config.optimizer.weight_decay
         ),
+        "cautious_adamw": lambda: optax.chain(
+            cautious(optax.scale_by_adam(b2=b2, eps=epsilon)),
+            optax.add_decayed_weights(config.optimizer.weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        ),
         "keras_adam": lambda: keras_adam(schedule, b2, epsilon),
     }[config.optimizer.name]()
     rules = [rule]
@@ -53,6 +58,26 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     if config.optimizer.average_share:
         rules = [*rules, average_params(config.optimizer.average_share)]
     return optax.chain(*rules) if len(rules) > 1 else rule
+
+
+def cautious(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return a rule that moves as `rule` does, but nothing against the gradient of its own step.
+
+    Momentum would do that. What is left of each array of d numbers, n of them not 0, is multiplied
+    by d / (n + 1), so that as a whole it moves about as far (Liang et al. 2024, arXiv 2411.16085,
+    algorithm 1).
+    """
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        directions, state = rule.update(grads, state, params)
+
+        def agreeing(direction: jax.Array, grad: jax.Array) -> jax.Array:
+            agrees = direction * grad > 0
+            return jnp.where(agrees, direction * (agrees.size / (jnp.sum(agrees) + 1)), 0)
+
+        return jax.tree.map(agreeing, directions, grads), state
+
+    return optax.GradientTransformation(rule.init, update)
 
 
 class AverageState(NamedTuple):

@@ -154,6 +154,7 @@ def test_every_setting_but_the_path_and_the_switches_has_senseless_values():
         ("model.dtype", "bfloat16"),
         ("optimizer.name", "adamw"),
         ("optimizer.schedule", "linear"),
+        ("optimizer.name", "cautious_adamw"),
         ("optimizer.schedule", "constant"),
         ("optimizer.warmup_steps", 0),
         ("optimizer.clip_norm", 0.0),

@@ -77,7 +77,11 @@ COMMAND_LINE = [
     ("train", "--config.optimizer.learning_rate=nan", "must be a number above 0"),
     ("train", "--config.optimizer.learning_rate=fast", "learning_rate=fast: must be a number"),
     ("train", "--config.optimizer.learning_rate=-1", "must be a number above 0"),
-    ("train", "--config.optimizer.name=sgd", "must be adam or adamw or keras_adam"),
+    (
+        "train",
+        "--config.optimizer.name=sgd",
+        "must be adam or adamw or cautious_adamw or keras_adam",
+    ),
     ("train", "--config.optimizer.schedule=step", "must be constant or cosine or linear"),
     ("train", "--config.data.min_count=0", "config.data.min_count=0: must be a whole number"),
     ("train", "--config.data.max_val_chars=-1", "max_val_chars=-1: must be a whole number"),

@@ -54,7 +54,7 @@ def test_without_an_average_the_params_are_what_they_are():
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
-@pytest.mark.parametrize("name", ["adam", "adamw", "keras_adam"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "cautious_adamw", "keras_adam"])
 def test_any_optimizer_of_a_config_takes_the_same_path_with_and_without_average(name, clip_norm):
     config = base_config()
     config.optimizer.name, config.optimizer.clip_norm = name, clip_norm
@@ -67,6 +67,31 @@ def test_any_optimizer_of_a_config_takes_the_same_path_with_and_without_average(
     assert averaged_params(last, plain_state) is last
     average = averaged_params(last, opt_state)["w"]
     assert np.all(np.abs(average) > np.abs(plain_S2[-1]))  # it lags behind on the way down
+
+
+def test_cautious_adam_is_that_of_the_formula_in_numpy():
+    rng = np.random.default_rng(0)
+    grads_SD = rng.normal(size=(NUM_STEPS, 50)).astype(np.float32)
+    b1, b2, epsilon, rate, decay = 0.9, 0.95, 1e-8, 0.1, 0.02
+    config = base_config()
+    config.optimizer.update(clip_norm=0.0, average_share=0.0, schedule="constant", warmup_steps=0)
+    config.optimizer.update(b2=b2, epsilon=epsilon, learning_rate=rate, weight_decay=decay)
+    optimizer = make_optimizer(config, make_schedule(config, NUM_STEPS))
+    params_D = jnp.asarray(rng.normal(size=50), jnp.float32)
+    wanted_D = np.asarray(params_D, np.float64)
+    opt_state, first_D, second_D = optimizer.init(params_D), np.zeros(50), np.zeros(50)
+    num_against = 0
+    for step, grad_D in enumerate(grads_SD, 1):
+        updates_D, opt_state = optimizer.update(jnp.asarray(grad_D), opt_state, params_D)
+        params_D = optax.apply_updates(params_D, updates_D)
+        first_D = b1 * first_D + (1 - b1) * grad_D
+        second_D = b2 * second_D + (1 - b2) * np.square(grad_D, dtype=np.float64)
+        move_D = first_D / (1 - b1**step) / (np.sqrt(second_D / (1 - b2**step)) + epsilon)
+        agrees_D = move_D * grad_D > 0
+        num_against += np.sum(~agrees_D)
+        wanted_D -= rate * (move_D * agrees_D * 50 / (agrees_D.sum() + 1) + decay * wanted_D)
+    assert num_against > 50  # so there was something to leave out
+    np.testing.assert_allclose(params_D, wanted_D, rtol=1e-4, atol=1e-6)  # float32, 12 steps
 
 
 def test_a_new_state_holds_no_array_twice():
