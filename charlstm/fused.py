@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from charlstm.recurrence import (
     GATES,
+    NORM_EPSILON,
     LayerCarry,
     Params,
     are_ids,
@@ -28,6 +29,7 @@ def fused_lstm(
     inputs: jax.Array,
     *,
     keep_TB: jax.Array | None = None,
+    norm_epsilon: float = NORM_EPSILON,
     dtype: Any = jnp.float32,
     num_shards: int = 1,
 ) -> tuple[LayerCarry, jax.Array]:
@@ -65,11 +67,12 @@ def fused_lstm(
     else:
         rows_EF = jnp.zeros((0, bias_F.size), dtype)
         inputs = inputs.astype(dtype) @ input_kernel_EF.astype(dtype) + bias_F.astype(dtype)
-    recur = partial(_recur, (recurrent_kernel_HG.astype(dtype), rows_EF, gain_G))
+    recur = partial(_recur, norm_epsilon, (recurrent_kernel_HG.astype(dtype), rows_EF, gain_G))
     return _by_shards(recur, num_shards)(carry, inputs, keep_TB)
 
 
 def _scan(
+    norm_epsilon: float,
     weights: Weights,
     carry: LayerCarry,
     inputs: jax.Array,
@@ -90,7 +93,7 @@ def _scan(
         )
         normed = None
         if gain_G is not None:
-            root_B1 = inverse_rms(product_BG)
+            root_B1 = inverse_rms(product_BG, norm_epsilon)
             normed = product_BG * root_B1, root_B1
             product_BG = normed[0] * gain_G
         tanh_BG = jnp.tanh(drive_BF[..., : product_BG.shape[-1]] + product_BG)
@@ -135,26 +138,28 @@ def _by_shards(recur: Callable[..., Any], num_shards: int) -> Callable[..., Any]
     return recur_by_shards
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recur(
+    norm_epsilon: float,
     weights: Weights,
     carry: LayerCarry,
     inputs: jax.Array,
     keep_TB: jax.Array | None,
 ) -> tuple[LayerCarry, jax.Array]:
     """Run the recurrence on halved sums; `inputs` are ids_TB of rows_EF, or drive_TBF itself."""
-    carry, (hidden_TBH,) = _scan(weights, carry, inputs, keep_TB, with_slopes=False)
+    carry, (hidden_TBH,) = _scan(norm_epsilon, weights, carry, inputs, keep_TB, with_slopes=False)
     return carry, hidden_TBH
 
 
 def _recur_forward(
+    norm_epsilon: float,
     weights: Weights,
     carry: LayerCarry,
     inputs: jax.Array,
     keep_TB: jax.Array | None,
 ) -> tuple[tuple[LayerCarry, jax.Array], Any]:
     last_carry, (hidden_TBH, slopes, normed) = _scan(
-        weights, carry, inputs, keep_TB, with_slopes=True
+        norm_epsilon, weights, carry, inputs, keep_TB, with_slopes=True
     )
     h_before_TBH = kept_rows(jnp.concatenate([carry[1][None], hidden_TBH[:-1]]), keep_TB)
     # The backward pass reads only the scales of what drives the gates, a fifth of it.
@@ -163,7 +168,8 @@ def _recur_forward(
     return (last_carry, hidden_TBH), (weights, kept)
 
 
-def _recur_backward(residuals: Any, grads: Any) -> tuple[Any, ...]:
+def _recur_backward(norm_epsilon: float, residuals: Any, grads: Any) -> tuple[Any, ...]:
+    del norm_epsilon  # it is in the root that was kept
     weights, (given, keep_TB, h_before_TBH, slopes, normed) = residuals
     kernel_HG, rows_EF, gain_G = weights
     last_carry_grad, hidden_grad_TBH = grads

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from charlstm.cudnn import cudnn_lstm
 from charlstm.fused import fused_lstm
-from charlstm.recurrence import LayerCarry, flax_lstm, init_lstm
+from charlstm.recurrence import NORM_EPSILON, LayerCarry, flax_lstm, init_lstm
 from charlstm.text import END, Vocab
 
 Carry = tuple[LayerCarry, ...]
@@ -37,6 +37,7 @@ class CharLSTM(nn.Module):
       scale_hidden: let what each layer reads scale the hidden state that its gates see, as in
         charlstm.recurrence.
       rms_norm: divide what the gates get from the hidden state by its root mean square, likewise.
+      norm_epsilon: what `rms_norm` adds to the mean square.
       input: 'one_hot', 'embed' (a learnt vector), or 'scaled' (the id divided by V).
       embed_size: E, where input is 'embed'.
       tie_embeddings: make the logits the product of a dense layer of size E with the vectors of
@@ -57,6 +58,7 @@ class CharLSTM(nn.Module):
     dropout_mask: str = "step"
     scale_hidden: bool = False
     rms_norm: bool = False
+    norm_epsilon: float = NORM_EPSILON
     input: str = "one_hot"
     embed_size: int = 64
     tie_embeddings: bool = False
@@ -84,9 +86,9 @@ class CharLSTM(nn.Module):
             raise ValueError(f"recurrence={self.recurrence!r}: must be one of {[*RECURRENCES]}")
         recur = RECURRENCES[self.recurrence]
         if self.recurrence == "flax":
-            recur = partial(recur, cell=self.cell)
+            recur = partial(recur, norm_epsilon=self.norm_epsilon, cell=self.cell)
         if self.recurrence == "fused":
-            recur = partial(recur, num_shards=self.num_shards)
+            recur = partial(recur, norm_epsilon=self.norm_epsilon, num_shards=self.num_shards)
         if self.dropout_mask not in DROPOUT_MASKS:
             raise ValueError(f"dropout_mask={self.dropout_mask!r}: must be step or window")
         check_carry(carry, ids_BT.shape[0], self.hidden_size, self.num_layers)

@@ -32,7 +32,9 @@ Params = dict[str, dict[str, jax.Array]]
 LayerCarry = tuple[jax.Array, jax.Array]
 
 GATES = "ifgo"
-NORM_EPSILON = 1e-5  # added to the mean square; an empty carry has 0
+# Much less makes the sums after an empty carry as large as all others, and rounding errors with
+# them: with 1e-5 a run on eight devices was 2 % off that on one after 50 steps.
+NORM_EPSILON = 0.1
 CELLS: dict[str, Any] = {"OptimizedLSTMCell": nn.OptimizedLSTMCell, "LSTMCell": nn.LSTMCell}
 
 
@@ -79,6 +81,7 @@ def flax_lstm(
     *,
     keep_TB: jax.Array | None = None,
     cell: str = "OptimizedLSTMCell",
+    norm_epsilon: float = NORM_EPSILON,
     dtype: Any = jnp.float32,
 ) -> tuple[LayerCarry, jax.Array]:
     """Run one LSTM layer over time by scanning the Flax cell: the readable twin.
@@ -89,6 +92,7 @@ def flax_lstm(
       inputs: inputs_TBE, or integers ids_TB that stand for one-hot vectors.
       keep_TB: bool, False where a time step begins from an empty carry; None is True everywhere.
       cell: a name in CELLS.
+      norm_epsilon: added to the mean square, where `norm` normalises.
       dtype: the type to compute the gates in.
 
     Returns:
@@ -108,7 +112,7 @@ def flax_lstm(
         if "norm" in params:
             # To divide what the cell makes of h is to divide h.
             product_BG = h_BH.astype(dtype) @ recurrent_kernel_HG
-            h_BH = h_BH * inverse_rms(product_BG.astype(h_BH.dtype))
+            h_BH = h_BH * inverse_rms(product_BG.astype(h_BH.dtype), norm_epsilon)
         new_carry, _ = flax_cell.apply({"params": cell_params}, (c_BH, h_BH), inputs_BE)
         # Rounding the cell state at every step would lose what it has to remember.
         c_BH, h_BH = (new.astype(old.dtype) for new, old in zip(new_carry, carry, strict=True))
@@ -132,10 +136,10 @@ def _with_gains(params: Params) -> Params:
     return cell
 
 
-def inverse_rms(product_BG: jax.Array) -> jax.Array:
+def inverse_rms(product_BG: jax.Array, epsilon: float) -> jax.Array:
     """Return one over the root mean square of each row, with its axis."""
     mean_B1 = jnp.mean(jnp.square(product_BG), axis=-1, keepdims=True)
-    return jax.lax.rsqrt(mean_B1 + NORM_EPSILON)
+    return jax.lax.rsqrt(mean_B1 + epsilon)
 
 
 def are_ids(inputs: jax.Array) -> bool:

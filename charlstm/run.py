@@ -23,7 +23,7 @@ from charlstm.text import END, Vocab
 
 # Raised whenever an older reader could misunderstand a newer folder. 1 had no checksums; before 3
 # there were no documents, and the validation part had no limit.
-SCHEMA = 5
+SCHEMA = 6
 # What runs did before a schema, which does not say so.
 BEFORE: dict[int, dict[str, Any]] = {
     4: {
@@ -32,6 +32,7 @@ BEFORE: dict[int, dict[str, Any]] = {
         "optimizer": {"b2": 0.999, "final_share": 0.0, "average_share": 0.0},
     },
     5: {"model": {"rms_norm": False}},
+    6: {"model": {"norm_epsilon": 1e-5}},
 }
 NUM_PROMPTS = 256
 # What may change between two starts of a run: how long it trains, how often it tells and saves,

@@ -29,7 +29,7 @@ def _steps(params, carry, inputs_TBE):
         step = {"x": x_BE, "h_before": h_BH, "c_before": c_BH, "scale": scale_BH, "seen": seen_BH}
         product_BG = np.hstack([seen_BH @ params["h" + gate]["kernel"] for gate in GATES])
         if "norm" in params:
-            step["root"] = 1 / np.sqrt((product_BG**2).mean(axis=1, keepdims=True) + 1e-5)
+            step["root"] = 1 / np.sqrt((product_BG**2).mean(axis=1, keepdims=True) + 0.1)
             step["normed"] = product_BG * step["root"]
             product_BG = step["normed"] * params["norm"]["gain"]
         for gate, product_BH in zip(GATES, np.split(product_BG, 4, axis=1), strict=True):

@@ -23,9 +23,9 @@ FLAGS = [
     "--config.eval_every_steps=25",
     "--config.checkpoint_every_steps=5",
     "--config.sample.length=40",
-    "--config.optimizer.learning_rate=2e-3",
     # As in test_devices.py.
-    "--config.model.rms_norm=False",
+    "--config.optimizer.learning_rate=2e-3",
+    "--config.optimizer.name=adamw",
     "--config.data.path=book.txt",
 ]
 

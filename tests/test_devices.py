@@ -42,12 +42,11 @@ def config_of(book_path, num_devices, **changes):
         "log_every_steps": 1,
         "model.hidden_size": 32,
         "model.num_layers": 2,
-        # Dividing the small sums after an empty carry magnifies their rounding, so that losses,
-        # equal to 1e-6 for eight steps, differ by 2 % after fifty.
-        "model.rms_norm": False,
         # Adam divides by a gradient's size, so that the rounding of one that is all but 0 moves a
         # weight by as much as the rate: with 8e-3 single weights differ by 3e-5 after 50 steps.
         "optimizer.learning_rate": 2e-3,
+        # A cautious one moves a weight or leaves it by the sign of such a gradient.
+        "optimizer.name": "adamw",
         "optimizer.warmup_steps": 10,
         "sample.length": 20,
         "mesh.data": num_devices,
@@ -62,11 +61,15 @@ def series(workdir, name):
     return [record[name] for record in records if name in record]
 
 
-def assert_same(workdir, reference):
-    """Assert what the order of sums allows: losses to 1e-6 relative, parameters to 1e-5."""
+def assert_same_losses(workdir, reference):
     for name, count in (("train/loss", 50), ("val/loss", 2)):
         assert len(series(workdir, name)) == count
-        np.testing.assert_allclose(series(workdir, name), series(reference, name), rtol=1e-6)
+        np.testing.assert_allclose(series(workdir, name), series(reference, name), rtol=2e-6)
+
+
+def assert_same(workdir, reference):
+    """Assert what the order of sums allows: losses to 2e-6 relative, parameters to 1e-5."""
+    assert_same_losses(workdir, reference)
     ours, theirs = (load_model(folder, "latest")[2] for folder in (workdir, reference))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), ours, theirs)
 
@@ -87,14 +90,11 @@ def test_eight_devices_train_as_one_does(on_one, tmp_path):
     assert_same(tmp_path / "run", reference)
 
 
-def test_eight_devices_begin_as_one_does_where_sums_are_normalised(on_one, tmp_path):
-    losses = []
+def test_eight_devices_train_cautiously_as_one_does_up_to_single_weights(on_one, tmp_path):
     for number in (1, NUM_DEVICES):
-        settings = {"num_steps": 6, "model.rms_norm": True}
-        assert train(config_of(on_one[1], number, **settings), tmp_path / str(number))
-        losses.append(series(tmp_path / str(number), "train/loss"))
-    assert len(losses[0]) == 6
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+        config = config_of(on_one[1], number, **{"optimizer.name": "cautious_adamw"})
+        assert train(config, tmp_path / str(number))
+    assert_same_losses(tmp_path / str(NUM_DEVICES), tmp_path / "1")
 
 
 @pytest.mark.parametrize("devices", [(8, 1), (8, 2), (1, 8), (2, 8)])
