@@ -1,15 +1,15 @@
 """The rule behind plan.py --minutes: settings for the best text in a time, by text and machine.
 
 A wider model learns more from each character and reads fewer of them. The recipes of two and of ten
-minutes that were found on two CPU cores with Dracula, configs/default.py and one of 768 units, read
-3.6 and 2.2 characters a parameter. So:
+minutes that were found on two CPU cores with Dracula, configs/default.py and ten_minutes.py, read
+3.7 and 3 characters a parameter. So:
 
 - the widest model that still reads CHARS_PER_PARAM characters a parameter in the time;
 - the text at most MAX_EPOCHS times, and so a width that needs no more of it;
-- 16 streams on a CPU, since many updates win over full vector units; 128 on an accelerator, where
-  few rows cost as much as many (not yet tried there);
-- a window of 50 below five minutes, since it gives twice the updates of 100, and then of 64;
-- dropout of 0.08 for each time that the text is read, up to a half;
+- 8 streams of 100 on a CPU below five minutes, since many updates win over full vector units, and
+  then 16 of 64, which a wide model reads faster; 128 on an accelerator, where few rows cost as much
+  as many (not yet tried there);
+- dropout of 0.06 for each time that the text is read, up to a half;
 - a learning rate of 0.012 up to 448 units, falling with their number beyond;
 - where the text is read MANY_EPOCHS times and more, a rate that ends at 0.4 of its peak: lower ones
   learn it by heart (512 units, 12 times over Dracula: 1.80 bits at a rate of 0, 1.74 before).
@@ -31,7 +31,7 @@ WIDTHS = (
     *((64, 1), (96, 1), (128, 1), (192, 1), (256, 1), (320, 1), (384, 1), (512, 1), (640, 1)),
     *((768, 1), (768, 2), (1024, 2), (1536, 2), (2048, 2)),
 )
-CHARS_PER_PARAM = 2.5
+CHARS_PER_PARAM = 3
 MAX_EPOCHS = 20
 MANY_EPOCHS = 6
 MAX_EVALUATIONS = 5
@@ -60,8 +60,11 @@ def choose_shape(seconds: float, num_chars: int, is_cpu: bool) -> Shape:
 
     Each stream has at least one window; a text too short for that has fewer and shorter ones.
     """
-    seq_len = min(50 if seconds < 300 else 64, max(1, (num_chars - 1) // 2))
-    return Shape(max(1, min(16 if is_cpu else 128, (num_chars - 1) // seq_len)), seq_len)
+    batch_size, seq_len = (8, 100) if seconds < 300 else (16, 64)
+    if not is_cpu:
+        batch_size = 128
+    seq_len = min(seq_len, max(1, (num_chars - 1) // 2))
+    return Shape(max(1, min(batch_size, (num_chars - 1) // seq_len)), seq_len)
 
 
 def with_streams(config: ConfigDict) -> ConfigDict:
@@ -120,7 +123,7 @@ def widest(
 def with_rates(config: ConfigDict, num_epochs: float) -> ConfigDict:
     """Return a copy of `config` with dropout and learning rate for `num_epochs` of the text."""
     config = config.copy_and_resolve_references()
-    config.model.dropout_rate = 0.0 if num_epochs < 1 else min(0.5, round(1.6 * num_epochs) / 20)
+    config.model.dropout_rate = 0.0 if num_epochs < 1 else min(0.5, round(1.2 * num_epochs) / 20)
     config.optimizer.final_share = 0.2 if num_epochs < MANY_EPOCHS else 0.4
     peak = 1.2e-2 * min(1.0, 448 / config.model.hidden_size)
     config.optimizer.learning_rate = float(f"{peak:.1e}")

@@ -163,7 +163,7 @@ def test_a_large_text_is_not_validated_for_most_of_the_time():
 
 
 @pytest.mark.parametrize(
-    ("epochs", "dropout"), [(0.5, 0.0), (1, 0.1), (3.7, 0.3), (5.2, 0.4), (100, 0.5)]
+    ("epochs", "dropout"), [(0.5, 0.0), (1, 0.05), (3.7, 0.2), (5.2, 0.3), (100, 0.5)]
 )
 def test_a_text_that_is_read_often_is_dropped_out_more(epochs, dropout):
     assert plan_rule.with_rates(base_config(), epochs).model.dropout_rate == dropout
