@@ -19,10 +19,10 @@ def base_config() -> ConfigDict:
     config.num_epochs = 4
     # How long to train, in steps; 0 means as many as num_epochs asks for.
     config.num_steps = 0
-    # Few streams mean many updates a minute: with 100 time steps 8 are 0.02 to 0.05 bits better than
-    # 16 (Dracula, 512 units, five epochs), and 0.03 better than 16 with 50 (320 units). Gains here
-    # and below are of single trials, all of which are in configs/trials.tsv; other seeds moved one
-    # of them by 0.04.
+    # Few streams mean many updates a minute: with 100 time steps 8 are 0.02 to 0.05 bits better
+    # than 16 (Dracula, 512 units, five epochs), and 0.03 better than 16 with 50 (320 units). Gains
+    # here and below are of single trials, all of which are in configs/trials.tsv; other seeds moved
+    # one of them by 0.04.
     config.batch_size = 8
     # How many characters the gradient reaches back; the carry reaches further.
     config.seq_len = 100

@@ -45,8 +45,6 @@ def config_of(book_path, num_devices, **changes):
         # Adam divides by a gradient's size, so that the rounding of one that is all but 0 moves a
         # weight by as much as the rate: with 8e-3 single weights differ by 3e-5 after 50 steps.
         "optimizer.learning_rate": 2e-3,
-        # A cautious one moves a weight or leaves it by the sign of such a gradient.
-        "optimizer.name": "adamw",
         "optimizer.warmup_steps": 10,
         "sample.length": 20,
         "mesh.data": num_devices,
@@ -61,17 +59,20 @@ def series(workdir, name):
     return [record[name] for record in records if name in record]
 
 
-def assert_same_losses(workdir, reference):
+def assert_same(workdir, reference):
+    """Assert what the order of sums allows: losses to 2e-6 relative, most parameters to 1e-5.
+
+    cautious_adamw moves a weight or leaves it by the sign of its gradient, which rounding decides
+    where that is all but 0: then the weight is off by one move, at most the rate.
+    """
     for name, count in (("train/loss", 50), ("val/loss", 2)):
         assert len(series(workdir, name)) == count
         np.testing.assert_allclose(series(workdir, name), series(reference, name), rtol=2e-6)
-
-
-def assert_same(workdir, reference):
-    """Assert what the order of sums allows: losses to 2e-6 relative, parameters to 1e-5."""
-    assert_same_losses(workdir, reference)
     ours, theirs = (load_model(folder, "latest")[2] for folder in (workdir, reference))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), ours, theirs)
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    off = np.concatenate([np.ravel(np.abs(a - b)) for a, b in pairs])
+    assert np.mean(off > 1e-5) < 0.01
+    assert off.max() < 2e-3
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +89,6 @@ def test_eight_devices_train_as_one_does(on_one, tmp_path):
     reference, path = on_one
     assert train(config_of(path, NUM_DEVICES), tmp_path / "run")
     assert_same(tmp_path / "run", reference)
-
-
-def test_eight_devices_train_cautiously_as_one_does_up_to_single_weights(on_one, tmp_path):
-    for number in (1, NUM_DEVICES):
-        config = config_of(on_one[1], number, **{"optimizer.name": "cautious_adamw"})
-        assert train(config, tmp_path / str(number))
-    assert_same_losses(tmp_path / str(NUM_DEVICES), tmp_path / "1")
 
 
 @pytest.mark.parametrize("devices", [(8, 1), (8, 2), (1, 8), (2, 8)])
