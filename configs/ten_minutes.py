@@ -1,6 +1,9 @@
 """Better text in ten minutes on two CPU cores.
 
 python launch/train.py --config=ten_minutes
+
+1.794 bits per character on the last tenth of Dracula, one seed, in 751 s on one core of an AMD EPYC
+while another training had the other.
 """
 
 from ml_collections import ConfigDict
