@@ -80,7 +80,7 @@ def test_parameters_are_as_many_as_the_model_has(model, kind):
 
 
 def test_the_default_model_has_the_parameters_that_readme_tells():
-    assert cost.count_params(base_config(), 96) == 1_064_544
+    assert cost.count_params(base_config(), 96) == 814_176
 
 
 @by_kind
