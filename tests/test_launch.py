@@ -18,6 +18,8 @@ from test_train import small_config
 from charlstm.train import train
 
 TINY = ["--config=tiny", "--config.num_steps=60", "--config.eval_every_steps=30"]
+# 60 cautious steps end so unsure of what they know that a temperature moves their bits by 0.27.
+TINY += ["--config.optimizer.name=adamw"]
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +228,7 @@ def test_learning_while_reading_is_told_beside_reading(trained):
     assert 0 < figures["bits_per_char"] - dynamic["bits_per_char"] < 1
     heat = figures["temperature"]
     assert 0.5 < heat["fitted"] < 2
-    assert abs(heat["bits_per_char"] - heat["bits_per_char_at_1"]) < 0.5
+    assert abs(heat["bits_per_char"] - heat["bits_per_char_at_1"]) < 0.2
     assert abs(heat["bits_per_char_at_1"] - figures["bits_per_char"]) < 0.2
     shown = warm_launcher()("evaluate", *flags, cwd=folder).stdout
     assert f"temperature of {heat['fitted']:.3f}, fitted on the first half" in shown
