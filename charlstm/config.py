@@ -83,6 +83,10 @@ def _model() -> ConfigDict:
     # step: drawn anew at each time step; window: one mask for all of a window (Gal and Ghahramani
     # 2016), which is 0.016 bits better and draws fewer numbers.
     model.dropout_mask = "window"
+    # The share of the hidden state that the gates do not see for a window: of no use while a text
+    # is new, but read 16 times, a quarter of a million characters had 1.931 bits with 0.15, where
+    # without it 2.002 was the least (384 units).
+    model.recurrent_dropout = 0.0
     # The character that is read scales the hidden state that the gates see: 0.017 bits better, for
     # some 5 % of the time.
     model.scale_hidden = True
@@ -200,6 +204,7 @@ _RULES: dict[str, Rule] = {
     "model.num_layers": _count(1),
     "model.dropout_rate": _fraction(),
     "model.dropout_mask": _one_of("step", "window"),
+    "model.recurrent_dropout": _fraction(),
     "model.input": _one_of("one_hot", "embed", "scaled"),
     "model.embed_size": _count(1),
     "model.norm_epsilon": _above(0),

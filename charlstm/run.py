@@ -23,7 +23,7 @@ from charlstm.text import END, Vocab
 
 # Raised whenever an older reader could misunderstand a newer folder. 1 had no checksums; before 3
 # there were no documents, and the validation part had no limit.
-SCHEMA = 6
+SCHEMA = 7
 # What runs did before a schema, which does not say so.
 BEFORE: dict[int, dict[str, Any]] = {
     4: {

@@ -140,7 +140,7 @@ def _with_width(job: Job, seconds: float) -> Job:
 
 def with_config(job: Job, config: ConfigDict) -> Job:
     """Return `job` with another width, dropout or length, its text and batches as they are."""
-    names = ("hidden_size", "num_layers", "dropout_rate")
+    names = ("hidden_size", "num_layers", "dropout_rate", "recurrent_dropout")
     model = job.model.clone(**{name: config.model[name] for name in names})
     num_steps = config.num_steps or job.num_steps
     return job._replace(run=job.run._replace(config=config), model=model, num_steps=num_steps)

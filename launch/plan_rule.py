@@ -10,6 +10,8 @@ minutes that were found on two CPU cores with Dracula, configs/default.py and te
   then 16 of 64, which a wide model reads faster; 128 on an accelerator, where few rows cost as much
   as many (not yet tried there);
 - dropout of 0.06 for each time that the text is read, up to a half;
+- 0.15 of the hidden state hidden from the gates where it is read RECURRENT_DROPOUT_EPOCHS times and
+  more, from which on that pays;
 - a learning rate of 0.012 up to 448 units, falling with their number beyond;
 - where the text is read MANY_EPOCHS times and more, a rate that ends at 0.4 of its peak: lower ones
   learn it by heart (512 units, 12 times over Dracula: 1.80 bits at a rate of 0, 1.74 before).
@@ -34,6 +36,7 @@ WIDTHS = (
 CHARS_PER_PARAM = 3
 MAX_EPOCHS = 20
 MANY_EPOCHS = 6
+RECURRENT_DROPOUT_EPOCHS = 8
 MAX_EVALUATIONS = 5
 EVALUATION_SHARE = 0.1  # of the time
 VAL_CHARS_PER_SECOND = 500
@@ -45,6 +48,7 @@ PROVISIONAL_STEPS = 10_000  # until the time of one is known
 ALWAYS = {
     *("batch_size", "seq_len", "num_steps", "eval_every_steps", "optimizer.learning_rate"),
     *("model.hidden_size", "model.num_layers", "model.dropout_rate", "optimizer.final_share"),
+    "model.recurrent_dropout",
 }
 
 
@@ -124,6 +128,7 @@ def with_rates(config: ConfigDict, num_epochs: float) -> ConfigDict:
     """Return a copy of `config` with dropout and learning rate for `num_epochs` of the text."""
     config = config.copy_and_resolve_references()
     config.model.dropout_rate = 0.0 if num_epochs < 1 else min(0.5, round(1.2 * num_epochs) / 20)
+    config.model.recurrent_dropout = 0.15 if num_epochs >= RECURRENT_DROPOUT_EPOCHS else 0.0
     config.optimizer.final_share = 0.2 if num_epochs < MANY_EPOCHS else 0.4
     peak = 1.2e-2 * min(1.0, 448 / config.model.hidden_size)
     config.optimizer.learning_rate = float(f"{peak:.1e}")

@@ -83,6 +83,7 @@ SENSELESS = {
     "model.num_layers": [0, -1],
     "model.dropout_rate": [1.0, 1.5, -0.1, NAN, INF],
     "model.dropout_mask": ["", "row", "Window"],
+    "model.recurrent_dropout": [1.0, -0.1, NAN, INF],
     "model.input": ["", "onehot"],
     "model.embed_size": [0, -1],
     "model.norm_epsilon": [0.0, -0.1, NAN, INF],

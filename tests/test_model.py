@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from lstm_numpy import lstm
 
-from charlstm.model import CharLSTM, predict, zero_carry
+from charlstm.model import CharLSTM, hide_units, predict, zero_carry
 
 # All different, so that no two axes can be mixed up unnoticed.
 B, T, V, H = 3, 6, 11, 10
@@ -240,6 +240,44 @@ def test_dropout_keeps_the_mean():
     deviation_BTV = np.std(many_BTV, axis=0) / np.sqrt(len(keys))
     wanted_BTV, _ = compiled_predict(model, params)(ids_BT, carry)
     assert np.all(np.abs(np.mean(many_BTV, axis=0) - wanted_BTV) < 5 * deviation_BTV)
+
+
+@pytest.mark.parametrize("recurrence", ["fused", "flax"])
+def test_what_recurrent_dropout_hides_reaches_no_gate(recurrence):
+    model = make_model(num_layers=2, recurrence=recurrence, recurrent_dropout=0.4)
+    params, ids_BT, carry = draw_params(model), draw_ids(), draw_carry(model)
+
+    def read(h_BH):
+        changed = ((carry[0][0], h_BH), carry[1])
+        return predict(model, params, ids_BT, changed, jax.random.key(1))[0]
+
+    # Which units of the first layer anything that is read depends on, in each row.
+    slopes_BTVBH = jax.jit(jax.jacrev(read))(carry[0][1])
+    seen_BH = np.stack([np.abs(slopes_BTVBH[row, ..., row, :]).max((0, 1)) for row in range(B)]) > 0
+    assert 0 < seen_BH[0].sum() < H
+    np.testing.assert_array_equal(seen_BH, seen_BH[:1].repeat(B, axis=0))
+    # It is off unless training.
+    plain = make_model(num_layers=2, recurrence=recurrence)
+    evaluated, wanted = (compiled_predict(m, params)(ids_BT, carry) for m in (model, plain))
+    assert_trees_close(evaluated, wanted)
+
+
+def test_hidden_units_are_drawn_at_their_rate_and_the_others_make_up_for_them():
+    params = draw_params(make_model())["lstm_0"]
+    keys = jax.random.split(jax.random.key(2), 2000)
+    many = jax.vmap(lambda key: hide_units(params, 0.3, key))(keys)
+    for name, leaves in params.items():
+        if name[0] == "i":
+            np.testing.assert_array_equal(many[name]["kernel"][-1], leaves["kernel"])
+            continue
+        np.testing.assert_array_equal(many[name]["bias"][-1], leaves["bias"])
+        scale_KHH = many[name]["kernel"] / leaves["kernel"]
+        # The same units in all four gates.
+        np.testing.assert_allclose(scale_KHH, many["hi"]["kernel"] / params["hi"]["kernel"], 1e-5)
+        assert_trees_close(np.unique(scale_KHH.round(4)), np.float32([0, 1 / 0.7]), 1e-4)
+        # Five standard errors of a mean of 2,000 draws from 0 and 1 / 0.7, which is 1.
+        error = 5 * np.sqrt(0.3 / 0.7 / len(keys))
+        np.testing.assert_allclose(scale_KHH.mean(0), 1, atol=error)
 
 
 @pytest.mark.parametrize("recurrence", ["fused", "flax"])

@@ -169,6 +169,11 @@ def test_a_text_that_is_read_often_is_dropped_out_more(epochs, dropout):
     assert plan_rule.with_rates(base_config(), epochs).model.dropout_rate == dropout
 
 
+@pytest.mark.parametrize(("epochs", "hidden"), [(0.5, 0.0), (7.9, 0.0), (8, 0.15), (100, 0.15)])
+def test_the_gates_see_less_of_a_text_that_is_read_very_often(epochs, hidden):
+    assert plan_rule.with_rates(base_config(), epochs).model.recurrent_dropout == hidden
+
+
 @pytest.mark.parametrize(("hidden_size", "rate"), [(64, 1.2e-2), (448, 1.2e-2), (1024, 5.25e-3)])
 def test_a_wider_model_has_a_lower_rate(hidden_size, rate):
     config = plan_rule.with_width(base_config(), (hidden_size, 1))
