@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from etils import epath
-from launching import command_of, run_command, train_on
+from launching import WarmLauncher, command_of, run_command, train_on
 
 from charlstm.checkpoint import Checkpoints, load_model, state_shapes, steps_in
 from charlstm.files import sole_writer
@@ -82,11 +82,11 @@ def reference(tmp_path_factory, book):
 
 
 def test_a_run_killed_at_every_named_point_ends_as_one_that_was_not(reference, tmp_path):
-    script = str(ROOT / "tests" / "killed_at.py")
-    for point in POINTS:
-        command = [sys.executable, script, point, *FLAGS, f"--workdir={tmp_path}/run"]
-        killed = subprocess.run(command, cwd=reference.parent, capture_output=True, timeout=120)
-        assert killed.returncode == -signal.SIGKILL, (point, killed.stderr.decode())
+    with closing(WarmLauncher("charlstm.train")) as launch:
+        for point in POINTS:
+            flags = [point, *FLAGS, f"--workdir={tmp_path}/run"]
+            killed = launch("../tests/killed_at", *flags, cwd=reference.parent)
+            assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
     result = run_command("train", *FLAGS, f"--workdir={tmp_path}/run", cwd=reference.parent)
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "run", reference)
