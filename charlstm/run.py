@@ -33,6 +33,7 @@ BEFORE: dict[int, dict[str, Any]] = {
     },
     5: {"model": {"rms_norm": False}},
     6: {"model": {"norm_epsilon": 1e-5}},
+    7: {"model": {"recurrent_dropout": 0.0}},
 }
 NUM_PROMPTS = 256
 # What may change between two starts of a run: how long it trains, how often it tells and saves,
