@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,7 @@ def serve():
             child = os.fork()  # before its first array JAX has no threads
             if child == 0:
                 code = 1
+                signal.alarm(120)  # as long as run_command waits
                 try:
                     os.chdir(cwd)
                     for file, number in ((open(os.devnull), 0), (out, 1), (err, 2)):
