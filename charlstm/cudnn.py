@@ -14,6 +14,7 @@ def cudnn_lstm(
     inputs: jax.Array,
     *,
     keep_TB: jax.Array | None = None,
+    mask_BH: jax.Array | None = None,
     dtype: Any = jnp.float32,
 ) -> tuple[LayerCarry, jax.Array]:
     """Run one LSTM layer over time as cuDNN does; not yet run on a GPU.
@@ -23,8 +24,8 @@ def cudnn_lstm(
 
     Raises:
       ValueError: without an NVIDIA GPU, for another dtype than float32, for keep_TB, since cuDNN
-        has no carry that begins anew within a sequence, and for `scale` and `norm`, which it does
-        not have.
+        has no carry that begins anew within a sequence, and for mask_BH, `scale` and `norm`, which
+        it does not have.
     """
     from jax.experimental import rnn
 
@@ -32,6 +33,8 @@ def cudnn_lstm(
         raise ValueError(f"dtype={dtype}: cuDNN's LSTM takes float32 only")
     if keep_TB is not None:
         raise ValueError("keep_TB: cuDNN's LSTM has no carry that begins anew within a sequence")
+    if mask_BH is not None:
+        raise ValueError("mask_BH: cuDNN's LSTM shows its gates the whole hidden state")
     if "scale" in params:
         raise ValueError("scale: cuDNN's LSTM does not scale its hidden state")
     if "norm" in params:

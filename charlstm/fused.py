@@ -1,5 +1,6 @@
 """The fast twin of charlstm.recurrence.flax_lstm: few, large products, and a gradient by hand."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ def fused_lstm(
     inputs: jax.Array,
     *,
     keep_TB: jax.Array | None = None,
+    mask_BH: jax.Array | None = None,
     norm_epsilon: float = NORM_EPSILON,
     dtype: Any = jnp.float32,
     num_shards: int = 1,
@@ -68,7 +70,7 @@ def fused_lstm(
         rows_EF = jnp.zeros((0, bias_F.size), dtype)
         inputs = inputs.astype(dtype) @ input_kernel_EF.astype(dtype) + bias_F.astype(dtype)
     recur = partial(_recur, norm_epsilon, (recurrent_kernel_HG.astype(dtype), rows_EF, gain_G))
-    return _by_shards(recur, num_shards)(carry, inputs, keep_TB)
+    return _by_shards(recur, num_shards)(carry, inputs, keep_TB, mask_BH)
 
 
 def _scan(
@@ -77,6 +79,7 @@ def _scan(
     carry: LayerCarry,
     inputs: jax.Array,
     keep_TB: jax.Array | None,
+    mask_BH: jax.Array | None,
     with_slopes: bool,
 ) -> tuple[LayerCarry, Any]:
     kernel_HG, rows_EF, gain_G = weights
@@ -86,8 +89,7 @@ def _scan(
         c_before_BH, h_BH = (kept_rows(leaf_BH, keep_B) for leaf_BH in carry)
         # Looked up here, where it stays in the cache, and not for all time steps before.
         drive_BF = rows_EF[inputs_B] if are_ids(inputs) else inputs_B
-        scale_BH = _scale(drive_BF, h_BH.shape[-1])
-        seen_BH = h_BH if scale_BH is None else h_BH * scale_BH
+        seen_BH = _product(h_BH, _scale(drive_BF, h_BH.shape[-1]), mask_BH)
         product_BG = jnp.dot(
             seen_BH.astype(kernel_HG.dtype), kernel_HG, preferred_element_type=c_before_BH.dtype
         )
@@ -118,20 +120,26 @@ def _scale(drive_XF: jax.Array, hidden_size: int) -> jax.Array | None:
     return scale_XH if scale_XH.shape[-1] else None
 
 
-def _by_shards(recur: Callable[..., Any], num_shards: int) -> Callable[..., Any]:
-    """Return recur(carry, inputs, keep_TB) done for groups of rows that know nothing of another."""
+def _product(h_XH: jax.Array, *factors: jax.Array | None) -> jax.Array:
+    """Return `h_XH` times the factors that there are; X are any other axes."""
+    return math.prod((factor for factor in factors if factor is not None), start=h_XH)
 
-    def recur_by_shards(carry: LayerCarry, inputs: jax.Array, keep_TB: Any) -> Any:
+
+def _by_shards(recur: Callable[..., Any], num_shards: int) -> Callable[..., Any]:
+    """Return recur of groups of rows that know nothing of another."""
+
+    def recur_by_shards(carry: LayerCarry, inputs: jax.Array, keep_TB: Any, mask_BH: Any) -> Any:
         batch_size = inputs.shape[1]
         if num_shards == 1 or batch_size % num_shards:
-            return recur(carry, inputs, keep_TB)
+            return recur(carry, inputs, keep_TB, mask_BH)
 
         def cut(leaf: jax.Array, axis: int) -> jax.Array:
             return leaf.reshape(*leaf.shape[:axis], num_shards, -1, *leaf.shape[axis + 1 :])
 
         over_time = jax.tree.map(partial(cut, axis=1), (inputs, keep_TB))
-        by_rows = jax.tree.map(partial(cut, axis=0), carry)
-        carry, hidden_TDBH = jax.vmap(recur, (0, 1, 1), (0, 1))(by_rows, *over_time)
+        by_rows, mask_DBH = jax.tree.map(partial(cut, axis=0), (carry, mask_BH))
+        shards = by_rows, *over_time, mask_DBH
+        carry, hidden_TDBH = jax.vmap(recur, (0, 1, 1, 0), (0, 1))(*shards)
         carry = jax.tree.map(lambda leaf_DBH: leaf_DBH.reshape(batch_size, -1), carry)
         return carry, hidden_TDBH.reshape(*inputs.shape[:2], -1)
 
@@ -145,9 +153,11 @@ def _recur(
     carry: LayerCarry,
     inputs: jax.Array,
     keep_TB: jax.Array | None,
+    mask_BH: jax.Array | None,
 ) -> tuple[LayerCarry, jax.Array]:
     """Run the recurrence on halved sums; `inputs` are ids_TB of rows_EF, or drive_TBF itself."""
-    carry, (hidden_TBH,) = _scan(norm_epsilon, weights, carry, inputs, keep_TB, with_slopes=False)
+    given = carry, inputs, keep_TB, mask_BH
+    carry, (hidden_TBH,) = _scan(norm_epsilon, weights, *given, with_slopes=False)
     return carry, hidden_TBH
 
 
@@ -157,27 +167,28 @@ def _recur_forward(
     carry: LayerCarry,
     inputs: jax.Array,
     keep_TB: jax.Array | None,
+    mask_BH: jax.Array | None,
 ) -> tuple[tuple[LayerCarry, jax.Array], Any]:
     last_carry, (hidden_TBH, slopes, normed) = _scan(
-        norm_epsilon, weights, carry, inputs, keep_TB, with_slopes=True
+        norm_epsilon, weights, carry, inputs, keep_TB, mask_BH, with_slopes=True
     )
     h_before_TBH = kept_rows(jnp.concatenate([carry[1][None], hidden_TBH[:-1]]), keep_TB)
     # The backward pass reads only the scales of what drives the gates, a fifth of it.
     given = inputs if are_ids(inputs) else _scale(inputs, carry[1].shape[-1])
-    kept = given, keep_TB, h_before_TBH, slopes, normed
+    kept = given, keep_TB, mask_BH, h_before_TBH, slopes, normed
     return (last_carry, hidden_TBH), (weights, kept)
 
 
 def _recur_backward(norm_epsilon: float, residuals: Any, grads: Any) -> tuple[Any, ...]:
     del norm_epsilon  # it is in the root that was kept
-    weights, (given, keep_TB, h_before_TBH, slopes, normed) = residuals
+    weights, (given, keep_TB, mask_BH, h_before_TBH, slopes, normed) = residuals
     kernel_HG, rows_EF, gain_G = weights
     last_carry_grad, hidden_grad_TBH = grads
     num_steps, batch_size, hidden_size = h_before_TBH.shape
     dtype = kernel_HG.dtype
     is_lookup = rows_EF.shape[0] > 0  # otherwise `given` is scale_TBH, or None
     scale_EH = _scale(rows_EF, hidden_size)
-    step = partial(_step_back, kernel_HG.T, gain_G)
+    step = partial(_step_back, kernel_HG.T, gain_G, mask_BH)
 
     def chunk_step(state: Any, chunk: Any) -> tuple[Any, jax.Array | None]:
         carry_grad, kernel_grad_HG, rows_grad_EF, gain_grad_G = state
@@ -188,7 +199,7 @@ def _recur_backward(norm_epsilon: float, residuals: Any, grads: Any) -> tuple[An
         carry_grad, drive_grad_tBF = jax.lax.scan(step, carry_grad, kept, reverse=True)
         sums_grad_tBG = drive_grad_tBF[..., : kernel_HG.shape[-1]]
         product_grad_tBG = _product_grad(sums_grad_tBG, gain_G, kept[2])
-        seen_tBH = h_before_tBH if scale_tBH is None else h_before_tBH * scale_tBH
+        seen_tBH = _product(h_before_tBH, scale_tBH, mask_BH)
         # One product over the rows of many time steps, where step would add small ones.
         kernel_grad_HG += jnp.einsum(
             "tbh,tbg->hg",
@@ -223,11 +234,15 @@ def _recur_backward(norm_epsilon: float, residuals: Any, grads: Any) -> tuple[An
     weights_grad = jax.tree.map(
         lambda grad, leaf: grad.astype(leaf.dtype), tuple(grads_of_weights), weights
     )
-    return weights_grad, carry_grad, inputs_grad, None
+    return weights_grad, carry_grad, inputs_grad, None, None
 
 
 def _step_back(
-    kernel_GH: jax.Array, gain_G: jax.Array | None, carry_grad: LayerCarry, kept: Any
+    kernel_GH: jax.Array,
+    gain_G: jax.Array | None,
+    mask_BH: jax.Array | None,
+    carry_grad: LayerCarry,
+    kept: Any,
 ) -> tuple[LayerCarry, Any]:
     """Return the gradient of the carry before a time step, and that of what drives its gates."""
     dc_BH, dh_BH = carry_grad
@@ -241,6 +256,7 @@ def _step_back(
     # Found once more for many time steps, since XLA is slow at writing it beside the sums' here.
     product_grad_BG = _product_grad(sums_grad_BG, gain_G, normed).astype(kernel_GH.dtype)
     dh_BH = jnp.dot(product_grad_BG, kernel_GH, preferred_element_type=dc_BH.dtype)
+    dh_BH = _product(dh_BH, mask_BH)
     if scale_BH is not None:
         scale_grad_BH = (dh_BH * h_before_BH).astype(kernel_GH.dtype)
         drive_grad_BF = jnp.concatenate([drive_grad_BF, scale_grad_BH], axis=-1)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from charlstm.cudnn import cudnn_lstm
 from charlstm.fused import fused_lstm
-from charlstm.recurrence import GATES, NORM_EPSILON, LayerCarry, Params, flax_lstm, init_lstm
+from charlstm.recurrence import NORM_EPSILON, LayerCarry, flax_lstm, init_lstm
 from charlstm.text import END, Vocab
 
 Carry = tuple[LayerCarry, ...]
@@ -35,7 +35,7 @@ class CharLSTM(nn.Module):
       dropout_mask: 'step', drawn anew at each time step, or 'window', one for all of a call (Gal
         and Ghahramani 2016, arXiv 1512.05287).
       recurrent_dropout: the share of each layer's hidden state that its own gates do not see while
-        training, as in hide_units.
+        training, one mask a row for all of a call, as in hidden_mask.
       scale_hidden: let what each layer reads scale the hidden state that its gates see, as in
         charlstm.recurrence.
       rms_norm: divide what the gates get from the hidden state by its root mean square, likewise.
@@ -103,10 +103,12 @@ class CharLSTM(nn.Module):
         for index, layer_carry in enumerate(carry):
             sizes, parts = (input_size, self.hidden_size), (self.scale_hidden, self.rms_norm)
             params = self.param(f"lstm_{index}", init_lstm, *sizes, *parts)
+            mask_BH = None
             if train and self.recurrent_dropout:
-                params = hide_units(params, self.recurrent_dropout, self.make_rng("dropout"))
+                rng = self.make_rng("dropout")
+                mask_BH = hidden_mask(rng, self.recurrent_dropout, layer_carry[1].shape)
             layer_carry, layer_TBE = recur(
-                params, layer_carry, layer, keep_TB=keep_TB, dtype=self.dtype
+                params, layer_carry, layer, keep_TB=keep_TB, mask_BH=mask_BH, dtype=self.dtype
             )
             layer = nn.Dropout(self.dropout_rate, broadcast_dims=shared)(
                 layer_TBE, deterministic=not train
@@ -140,21 +142,12 @@ class CharLSTM(nn.Module):
         return embed.attend(dense(layer_TBH)) + bias_V.astype(self.dtype)
 
 
-def hide_units(params: Params, rate: float, key: jax.Array) -> Params:
-    """Return one layer's `params` with a share of the hidden state hidden from the gates.
+def hidden_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    """Return mask_BH: 0 for the share `rate` of each row's units, 1 / (1 - `rate`) for the others.
 
-    The rows that read those units are 0 in the kernels of all four gates, the others divided by
-    1 - `rate`. So one mask serves all time steps and all rows of a batch, and costs next to nothing
-    beside them: between the mask a sequence of Gal and Ghahramani 2016 (arXiv 1512.05287) and the
-    dropped weights of Merity et al. 2018 (arXiv 1708.02182).
+    One mask for all time steps, as Gal and Ghahramani 2016 (arXiv 1512.05287) have it.
     """
-    num_units = params["hi"]["kernel"].shape[0]
-    scale_H1 = jax.random.bernoulli(key, 1 - rate, (num_units, 1)) / (1 - rate)
-    hidden = {
-        name: params[name] | {"kernel": params[name]["kernel"] * scale_H1}
-        for name in (f"h{gate}" for gate in GATES)
-    }
-    return params | hidden
+    return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
 
 
 def model_from_config(config: ConfigDict, vocab: Vocab) -> CharLSTM:

@@ -80,6 +80,7 @@ def flax_lstm(
     inputs: jax.Array,
     *,
     keep_TB: jax.Array | None = None,
+    mask_BH: jax.Array | None = None,
     cell: str = "OptimizedLSTMCell",
     norm_epsilon: float = NORM_EPSILON,
     dtype: Any = jnp.float32,
@@ -91,6 +92,8 @@ def flax_lstm(
       carry: (c_BH, h_BH).
       inputs: inputs_TBE, or integers ids_TB that stand for one-hot vectors.
       keep_TB: bool, False where a time step begins from an empty carry; None is True everywhere.
+      mask_BH: what the hidden state is multiplied by before the gates see it, such as a mask of
+        dropout, the same at all time steps; no gradient flows to it. None is 1 everywhere.
       cell: a name in CELLS.
       norm_epsilon: added to the mean square, where `norm` normalises.
       dtype: the type to compute the gates in.
@@ -109,6 +112,8 @@ def flax_lstm(
         if "scale" in params:
             scale_BH = 1 + inputs_BE.astype(dtype) @ params["scale"]["kernel"].astype(dtype)
             h_BH = (h_BH * scale_BH).astype(h_BH.dtype)
+        if mask_BH is not None:
+            h_BH = h_BH * jax.lax.stop_gradient(mask_BH)
         if "norm" in params:
             # To divide what the cell makes of h is to divide h.
             product_BG = h_BH.astype(dtype) @ recurrent_kernel_HG

@@ -9,23 +9,24 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def lstm(params, carry, inputs_TBE):
+def lstm(params, carry, inputs_TBE, mask_BH=1.0):
     """Return the last carry (c_BH, h_BH) and hidden_TBH, on the parameter tree of Flax's cell.
 
-    With the kernel `scale` as well the gates see (1 + x scale) * h in place of h. With `norm` what
-    they get from it is divided by its root mean square over all gates and multiplied by the gain.
+    The gates see mask_BH * h in place of h, and with the kernel `scale` (1 + x scale) times that.
+    With `norm` what they get from it is divided by its root mean square over all gates and
+    multiplied by the gain.
     """
-    steps = _steps(params, carry, inputs_TBE)
+    steps = _steps(params, carry, inputs_TBE, mask_BH)
     hidden_TBH = np.stack([step["h"] for step in steps])
     return (steps[-1]["c"], steps[-1]["h"]), hidden_TBH
 
 
-def _steps(params, carry, inputs_TBE):
+def _steps(params, carry, inputs_TBE, mask_BH):
     c_BH, h_BH = carry
     steps = []
     for x_BE in inputs_TBE:
         scale_BH = 1 + x_BE @ params["scale"]["kernel"] if "scale" in params else 1.0
-        seen_BH = scale_BH * h_BH
+        seen_BH = scale_BH * mask_BH * h_BH
         step = {"x": x_BE, "h_before": h_BH, "c_before": c_BH, "scale": scale_BH, "seen": seen_BH}
         product_BG = np.hstack([seen_BH @ params["h" + gate]["kernel"] for gate in GATES])
         if "norm" in params:
@@ -41,7 +42,7 @@ def _steps(params, carry, inputs_TBE):
     return steps
 
 
-def lstm_gradient(params, carry, inputs_TBE, carry_grad, hidden_grad_TBH):
+def lstm_gradient(params, carry, inputs_TBE, carry_grad, hidden_grad_TBH, mask_BH=1.0):
     """Return the gradients for (params, carry, inputs_TBE), by back-propagation through time.
 
     `carry_grad` and `hidden_grad_TBH` are the gradients of a loss for what lstm returns.
@@ -49,7 +50,7 @@ def lstm_gradient(params, carry, inputs_TBE, carry_grad, hidden_grad_TBH):
     params_grad = {name: {k: np.zeros_like(v) for k, v in p.items()} for name, p in params.items()}
     inputs_grad_TBE = np.zeros_like(inputs_TBE)
     dc_BH, dh_BH = carry_grad
-    steps = _steps(params, carry, inputs_TBE)
+    steps = _steps(params, carry, inputs_TBE, mask_BH)
     for time in reversed(range(len(steps))):
         step = steps[time]
         i_BH, f_BH, g_BH, o_BH = (step[gate] for gate in GATES)
@@ -78,6 +79,7 @@ def lstm_gradient(params, carry, inputs_TBE, carry_grad, hidden_grad_TBH):
         for gate, dp_BH in zip(GATES, np.split(product_grad_BG, 4, axis=1), strict=True):
             params_grad["h" + gate]["kernel"] += step["seen"].T @ dp_BH
             dh_BH += dp_BH @ params["h" + gate]["kernel"].T
+        dh_BH = dh_BH * mask_BH
         if "scale" in params:
             scale_grad_BH = dh_BH * step["h_before"]
             params_grad["scale"]["kernel"] += step["x"].T @ scale_grad_BH

@@ -269,10 +269,12 @@ def test_cudnn_takes_float32_only():
 
 
 def test_cudnn_has_the_plain_layer_only():
-    config = config_with({"model.recurrence": "cudnn"})
-    for key in ("scale_hidden", "rms_norm"):
-        assert refusal_of(config).startswith(f"config.model.{key}=True: ")
-        config.model[key] = False
+    config = config_with({"model.recurrence": "cudnn", "model.recurrent_dropout": 0.1})
+    for key, none in (("scale_hidden", False), ("rms_norm", False), ("recurrent_dropout", 0.0)):
+        message = refusal_of(config)
+        assert message.startswith(f"config.model.{key}={config.model[key]}: ")
+        assert message.endswith(f"config.model.{key}={none}")
+        config.model[key] = none
     assert validate(config) is None
 
 

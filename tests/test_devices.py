@@ -42,6 +42,7 @@ def config_of(book_path, num_devices, **changes):
         "log_every_steps": 1,
         "model.hidden_size": 32,
         "model.num_layers": 2,
+        "model.recurrent_dropout": 0.1,
         # Adam divides by a gradient's size, so that the rounding of one that is all but 0 moves a
         # weight by as much as the rate: with 8e-3 single weights differ by 3e-5 after 50 steps.
         "optimizer.learning_rate": 2e-3,

@@ -249,15 +249,35 @@ def test_a_row_that_begins_anew_is_run_and_differentiated_as_if_alone(
         assert_close(found, (value, slopes[: len(found[1])]), RELATIVE[dtype])
 
 
-def test_without_a_mask_the_program_has_no_trace_of_one():
+@each_dtype
+@each_kind
+@each_twin
+def test_a_mask_of_the_hidden_state_is_what_its_gates_see(name, kind, dtype, monkeypatch):
+    (params, carry, inputs), gradients = draw_case(24)
+    if kind == "ids":
+        inputs = draw_ids(24)
+    mask_BH = np.random.default_rng(24).integers(0, 3, (B, H)) / 2
+    monkeypatch.setitem(LSTMS, name, partial(LSTMS[name], mask_BH=mask_BH))
+    with enable_x64(dtype == "float64"):
+        found = value_and_gradients(name, (params, carry, inputs), gradients, dtype)
+        arguments = params, carry, np.eye(E)[inputs] if kind == "ids" else inputs
+        value, slopes = lstm(*arguments, mask_BH), lstm_gradient(*arguments, *gradients, mask_BH)
+        assert_close(found, (value, slopes[: len(found[1])]), RELATIVE[dtype])
+
+
+def test_without_masks_the_program_has_no_trace_of_them():
     params, carry, inputs_TBE = singles(draw_case(23)[0])
 
-    def program(keep_TB):
-        loss = lambda *arguments: fused_lstm(*arguments, keep_TB=keep_TB)[1].sum()  # noqa: E731
-        return str(jax.make_jaxpr(jax.grad(loss))(params, carry, inputs_TBE))
+    def size(**masks):
+        loss = lambda *arguments: fused_lstm(*arguments, **masks)[1].sum()  # noqa: E731
+        program = str(jax.make_jaxpr(jax.grad(loss))(params, carry, inputs_TBE))
+        return program.count("select_n"), program.count(" mul ")
 
-    assert "select_n" in program(np.ones((T, B), bool))
-    assert "select_n" not in program(None)
+    plain = size(keep_TB=None, mask_BH=None)
+    assert plain[0] == 0
+    assert size(keep_TB=np.ones((T, B), bool))[0] > 0
+    # In the forward pass, in the backward pass and in the gradient of the kernels.
+    assert size(mask_BH=np.ones((B, H), np.float32)) == (0, plain[1] + 3)
 
 
 def fused_loss(params, carry, inputs, gradients):
@@ -327,6 +347,11 @@ def test_what_cudnn_is_given_means_the_same_lstm(kind, cudnn_on_cpu):
 def test_cudnn_says_what_it_needs(dtype, message):
     with pytest.raises(ValueError, match=message):
         cudnn_lstm(*singles(draw_case(21, parts=())[0]), dtype=dtype)
+
+
+def test_cudnn_refuses_a_mask_of_the_hidden_state(cudnn_on_cpu):
+    with pytest.raises(ValueError, match="mask_BH: cuDNN"):
+        cudnn_lstm(*singles(draw_case(21, parts=())[0]), mask_BH=np.ones((B, H)))
 
 
 def test_cudnn_refuses_rows_that_begin_anew(cudnn_on_cpu):
