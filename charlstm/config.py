@@ -83,9 +83,9 @@ def _model() -> ConfigDict:
     # step: drawn anew at each time step; window: one mask for all of a window (Gal and Ghahramani
     # 2016), which is 0.016 bits better and draws fewer numbers.
     model.dropout_mask = "window"
-    # The share of the hidden state that the gates do not see, one mask a row for all of a window: of
-    # no use while a text is new, but a quarter of a million characters, read eight times, had 1.951
-    # bits with 0.15 and a dropout_rate of 0.2, where without it 2.002 was the least (384 units).
+    # The share of the hidden state that the gates do not see, one mask a row for a window: no use
+    # while a text is new, but a quarter of a million characters, read eight times, had 1.951 bits
+    # with 0.15 and a dropout_rate of 0.2, where without it 2.002 was the least (384 units).
     model.recurrent_dropout = 0.0
     # The character that is read scales the hidden state that the gates see: 0.017 bits better, for
     # some 5 % of the time.
