@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SHIPPED
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -176,7 +175,7 @@ def places_of_all_reduce(num_shards, batch_size, **sizes):
     )
     rows = NamedSharding(mesh, PartitionSpec("data"))
     inputs = state_shardings(state, mesh), jax.tree.map(lambda leaf: rows, batch)
-    step = jax.jit(make_train_step(model, optimizer), in_shardings=inputs, **SHIPPED)
+    step = jax.jit(make_train_step(model, optimizer), in_shardings=inputs)
     places, place = [], ""
     for line in step.lower(state, batch).compile().as_text().splitlines():
         if line and not line.startswith(" "):

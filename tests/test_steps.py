@@ -41,6 +41,12 @@ def assert_trees_close(actual, desired, rtol=1e-5, atol=1e-6):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, desired)
 
 
+def first_state(model, optimizer, seed=0, batch_size=B):
+    # Compiled as a whole, which takes a fraction of compiling each of its operations.
+    make = partial(init_state, model, optimizer, batch_size=batch_size)
+    return jax.jit(make)(jax.random.key(seed))
+
+
 @lru_cache
 def compiled_step(model, optimizer):
     return jax.jit(make_train_step(model, optimizer))
@@ -61,7 +67,7 @@ def unkeyed(state):
 
 def test_a_step_is_the_optimizer_applied_to_the_gradient_of_the_mean_loss(batches):
     model, optimizer = small_model(dropout_rate=0.0), optax.sgd(0.5)
-    state = init_state(model, optimizer, jax.random.key(0), B)
+    state = first_state(model, optimizer)
     batch = batches(batches.steps_per_epoch - 1)  # the padded one
 
     def mean_nats(params):
@@ -75,9 +81,9 @@ def test_a_step_is_the_optimizer_applied_to_the_gradient_of_the_mean_loss(batche
                     count += 1
         return total / count
 
-    loss, grads = jax.value_and_grad(mean_nats)(state.params)
+    loss, grads = jax.jit(jax.value_and_grad(mean_nats))(state.params)
     desired = jax.tree.map(lambda param, grad: param - 0.5 * grad, state.params, grads)
-    new_state, metrics = make_train_step(model, optimizer)(state, batch)
+    new_state, metrics = compiled_step(model, optimizer)(state, batch)
     assert 0 < metrics["count"] < B * T
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
@@ -87,14 +93,14 @@ def test_a_step_is_the_optimizer_applied_to_the_gradient_of_the_mean_loss(batche
 
 def test_a_position_of_weight_zero_has_no_influence(batches):
     model, optimizer = small_model(), optax.sgd(0.5)
-    state = init_state(model, optimizer, jax.random.key(0), B)
+    state = first_state(model, optimizer)
     batch = batches(batches.steps_per_epoch - 1)
     other = (batch.targets_BT + 1) % V
     changed = batch._replace(
         targets_BT=np.where(batch.weights_BT > 0, batch.targets_BT, other).astype(np.int32)
     )
     assert (changed.targets_BT != batch.targets_BT).any()
-    step = make_train_step(model, optimizer)
+    step = compiled_step(model, optimizer)
     assert_trees_close(step(state, batch)[0].params, step(state, changed)[0].params, 0, 0)
 
 
@@ -104,40 +110,41 @@ def test_what_is_not_finite_never_reaches_the_state(cause, batches):
     # parameters at which the loss is finite and the gradient too large for float32.
     model = small_model(dropout_rate=0.0)
     optimizer = optax.sgd(1e38 if cause == "parameters" else 0.5, momentum=0.9)
-    state = init_state(model, optimizer, jax.random.key(0), B)
+    state = first_state(model, optimizer)
     batch = batches(0)
     if cause == "loss":
         batch = batch._replace(weights_BT=batch.weights_BT * np.float32(np.nan))
     if cause == "gradient":
         batch = batch._replace(weights_BT=batch.weights_BT * np.float32(1e-30))
         state = state._replace(params=jax.tree.map(lambda leaf: leaf * 1e36, state.params))
-    new_state, metrics = jax.jit(make_train_step(model, optimizer))(state, batch)
+    new_state, metrics = compiled_step(model, optimizer)(state, batch)
     if cause == "parameters":
         state = new_state
-        new_state, metrics = jax.jit(make_train_step(model, optimizer))(state, batches(1))
+        new_state, metrics = compiled_step(model, optimizer)(state, batches(1))
     assert metrics["skipped"]
     assert new_state.step == state.step + 1
     unchanged = unkeyed(state)._replace(step=new_state.step)
     jax.tree.map(np.testing.assert_array_equal, unkeyed(new_state), unchanged)
     # And it goes on as if that batch had not been.
     if cause == "loss":
-        _, metrics = jax.jit(make_train_step(model, optimizer))(new_state, batches(1))
+        _, metrics = compiled_step(model, optimizer)(new_state, batches(1))
         assert not metrics["skipped"]
 
 
 def test_the_carry_is_handed_on_and_reset_where_a_row_begins_anew(batches):
     model, optimizer = small_model(dropout_rate=0.0), optax.sgd(0.0)
-    state = init_state(model, optimizer, jax.random.key(0), B)
+    state = first_state(model, optimizer)
     state, _ = run_steps(state, batches, 2, model, optimizer)
     both_BT = np.concatenate([batches(0).inputs_BT, batches(1).inputs_BT], axis=1)
-    _, whole = model.apply({"params": state.params}, both_BT, zero_carry(model, B))
+    apply = jax.jit(model.apply)
+    _, whole = apply({"params": state.params}, both_BT, zero_carry(model, B))
     assert_trees_close(state.carry, whole)
 
     reset_B = np.array([False, True, False, True])
     batch = batches(2)._replace(reset_B=reset_B)
-    after = make_train_step(model, optimizer)(state, batch)[0].carry
-    _, kept = model.apply({"params": state.params}, batch.inputs_BT, whole)
-    _, fresh = model.apply({"params": state.params}, batch.inputs_BT, zero_carry(model, B))
+    after = compiled_step(model, optimizer)(state, batch)[0].carry
+    _, kept = apply({"params": state.params}, batch.inputs_BT, whole)
+    _, fresh = apply({"params": state.params}, batch.inputs_BT, zero_carry(model, B))
     for after_BH, kept_BH, fresh_BH in zip(
         *map(jax.tree.leaves, (after, kept, fresh)), strict=True
     ):
@@ -148,8 +155,8 @@ def test_the_carry_is_handed_on_and_reset_where_a_row_begins_anew(batches):
 
 def test_dropout_depends_on_key_and_step_alone(batches):
     model, optimizer = small_model(dropout_rate=0.5), optax.sgd(0.0)
-    state = init_state(model, optimizer, jax.random.key(0), B)
-    step = jax.jit(make_train_step(model, optimizer))
+    state = first_state(model, optimizer)
+    step = compiled_step(model, optimizer)
     loss = step(state, batches(0))[1]["loss"]
     assert step(state, batches(0))[1]["loss"] == loss
     assert step(state._replace(step=state.step + 1), batches(0))[1]["loss"] != loss
@@ -158,7 +165,7 @@ def test_dropout_depends_on_key_and_step_alone(batches):
 
 def test_one_compilation_serves_all_steps(batches):
     model, optimizer = small_model(), optax.adam(1e-3)
-    state = init_state(model, optimizer, jax.random.key(0), B)
+    state = first_state(model, optimizer)
     step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
     for index in range(batches.steps_per_epoch + 1):
         state, _ = step(state, batches(index))
@@ -167,7 +174,7 @@ def test_one_compilation_serves_all_steps(batches):
 
 def test_many_steps_in_one_scan_equal_a_loop(batches):
     model, optimizer = small_model(), optax.adam(1e-2)
-    start = init_state(model, optimizer, jax.random.key(1), B)
+    start = first_state(model, optimizer, seed=1)
     looped, losses = run_steps(start, batches, 5, model, optimizer)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(batches, range(5)))
     scanned, metrics = jax.jit(partial(jax.lax.scan, make_train_step(model, optimizer)))(
@@ -179,8 +186,8 @@ def test_many_steps_in_one_scan_equal_a_loop(batches):
 
 def test_many_steps_in_one_call_equal_as_many_calls(batches):
     model, optimizer = small_model(dropout_rate=0.2), optax.adam(1e-2)
-    state = init_state(model, optimizer, jax.random.key(1), B)
-    step = jax.jit(make_train_step(model, optimizer))
+    state = first_state(model, optimizer, seed=1)
+    step = compiled_step(model, optimizer)
     steps = jax.jit(make_train_steps(make_train_step(model, optimizer)))
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(batches, range(5)))
     for count in (5, 3, 1):
@@ -237,16 +244,17 @@ def test_many_learning_rates_at_once(batches):
 def test_any_optax_optimizer_will_do(optimizer):
     model = small_model(dropout_rate=0.0)
     repeating = Streams(np.arange(300) % V, batch_size=B, seq_len=T)
-    state = init_state(model, optimizer, jax.random.key(0), B)
+    state = first_state(model, optimizer)
     _, losses = run_steps(state, repeating, 80, model, optimizer)
     assert losses[-1] < 0.5 * losses[0]
 
 
 def test_a_users_own_loss_can_be_differentiated_through_the_eval_step(batches):
     model = small_model()
-    state = init_state(model, optax.sgd(0.1), jax.random.key(0), B)
+    state = first_state(model, optax.sgd(0.1))
     eval_step = make_eval_step(model)
 
+    @jax.jit
     def own_loss(params):
         _, totals = eval_step(params, state.carry, batches(0))
         penalty = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
@@ -274,7 +282,7 @@ def test_rows_over_two_devices_under_shard_map_give_what_one_device_gives(batche
         return optax.chain(mean, optimizer)
 
     plain = optax.sgd(0.5)
-    state = init_state(model, plain, jax.random.key(0), B)
+    state = first_state(model, plain)
     desired, _ = run_steps(state, batches, 3, model, plain)
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     rows = jax.tree.map(lambda _: P("data"), state.carry)
@@ -302,8 +310,8 @@ def test_rows_over_two_devices_under_shard_map_give_what_one_device_gives(batche
 def test_evaluation_counts_every_character_once_without_dropout():
     model = small_model(dropout_rate=0.5)
     ids_M = random_ids(203, seed=5)
-    params = init_state(model, optax.sgd(0.1), jax.random.key(0), B).params
-    logits_1MV, _ = model.apply({"params": params}, ids_M[None, :-1], zero_carry(model, 1))
+    params = first_state(model, optax.sgd(0.1)).params
+    logits_1MV, _ = jax.jit(model.apply)({"params": params}, ids_M[None, :-1], zero_carry(model, 1))
     log_probs_MV = np.asarray(jax.nn.log_softmax(logits_1MV[0]))
     nats = -log_probs_MV[np.arange(202), ids_M[1:]].mean()
     accuracy = (log_probs_MV.argmax(axis=1) == ids_M[1:]).mean()
@@ -318,7 +326,7 @@ def test_evaluation_counts_every_character_once_without_dropout():
 def test_streams_with_context_give_nearly_the_figure_of_one_stream():
     model = small_model()
     ids_M = random_ids(2003, seed=6)
-    params = init_state(model, optax.sgd(0.1), jax.random.key(0), B).params
+    params = first_state(model, optax.sgd(0.1)).params
     params = jax.tree.map(lambda leaf: 4 * leaf, params)  # so that what was read matters
     eval_step = jax.jit(make_eval_step(model))
 
