@@ -111,7 +111,8 @@ def value_and_gradients(name, arguments, gradients, dtype="float32"):
 
     inputs = jnp.asarray(inputs) if is_ids else cast(inputs, dtype)
     # What people run is optimized.
-    compiled = jax.jit(run, **SHIPPED) if dtype == "float32" else jax.jit(run)
+    is_run = (name, dtype) == ("fused", "float32")
+    compiled = jax.jit(run, **SHIPPED) if is_run else jax.jit(run)
     return compiled(*cast((params, carry), dtype), inputs, cast(gradients, dtype))
 
 
