@@ -1,21 +1,20 @@
 """The rule behind plan.py --minutes: settings for the best text in a time, by text and machine.
 
-A wider model learns more from each character and reads fewer of them. The recipes of two and of ten
-minutes that were found on two CPU cores with Dracula, configs/default.py and ten_minutes.py, read
-3.7 and 2.3 characters a parameter. (That of thirty, the one tried of so long, reads 9.0; what a
-wider model would make of the same time is open.) So:
+A wider model learns more from each character and reads fewer of them. The recipes of two, ten and
+thirty minutes that were found on two CPU cores with Dracula, configs/default.py, ten_minutes.py and
+thirty_minutes.py, read 3.7, 2.3 and 4.5 characters a parameter. So:
 
 - the widest model that still reads CHARS_PER_PARAM characters a parameter in the time;
 - the text at most MAX_EPOCHS times, and so a width that needs no more of it;
 - 8 streams of 100 on a CPU below five minutes, since many updates win over full vector units, and
   then 16 of 64, which a wide model reads faster; 128 on an accelerator, where few rows cost as much
   as many (not yet tried there);
-- dropout of 0.06 for each time that the text is read, up to a half;
-- 0.15 of the hidden state hidden from the gates where it is read RECURRENT_DROPOUT_EPOCHS times and
-  more, from which on that pays;
+- dropout of 0.06 for each time that the text is read, up to 0.4;
+- where it is read MANY_EPOCHS times and more, a hundredth of the hidden state hidden from the gates
+  for each time, up to 0.15: read four times, that did not pay;
 - a learning rate of 0.012 up to 448 units, falling with their number beyond;
-- where the text is read MANY_EPOCHS times and more, a rate that ends at 0.4 of its peak: lower ones
-  learn it by heart (512 units, 12 times over Dracula: 1.80 bits at a rate of 0, 1.74 before).
+- where the text is read so often, a rate that ends at 0.4 of its peak: lower ones learn it by heart
+  (512 units, 12 times over Dracula: 1.80 bits at a rate of 0, 1.74 before).
 
 That characters and parameters should grow together is Hoffmann et al. 2022 (arXiv 2203.15556).
 """
@@ -37,7 +36,6 @@ WIDTHS = (
 CHARS_PER_PARAM = 3
 MAX_EPOCHS = 20
 MANY_EPOCHS = 6
-RECURRENT_DROPOUT_EPOCHS = 8
 MAX_EVALUATIONS = 5
 EVALUATION_SHARE = 0.1  # of the time
 VAL_CHARS_PER_SECOND = 500
@@ -128,9 +126,10 @@ def widest(
 def with_rates(config: ConfigDict, num_epochs: float) -> ConfigDict:
     """Return a copy of `config` with dropout and learning rate for `num_epochs` of the text."""
     config = config.copy_and_resolve_references()
-    config.model.dropout_rate = 0.0 if num_epochs < 1 else min(0.5, round(1.2 * num_epochs) / 20)
-    config.model.recurrent_dropout = 0.15 if num_epochs >= RECURRENT_DROPOUT_EPOCHS else 0.0
-    config.optimizer.final_share = 0.2 if num_epochs < MANY_EPOCHS else 0.4
+    is_many = num_epochs >= MANY_EPOCHS
+    config.model.dropout_rate = 0.0 if num_epochs < 1 else min(0.4, round(1.2 * num_epochs) / 20)
+    config.model.recurrent_dropout = min(0.15, round(num_epochs) / 100) if is_many else 0.0
+    config.optimizer.final_share = 0.4 if is_many else 0.2
     peak = 1.2e-2 * min(1.0, 448 / config.model.hidden_size)
     config.optimizer.learning_rate = float(f"{peak:.1e}")
     return config
