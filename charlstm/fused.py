@@ -126,7 +126,7 @@ def _product(h_XH: jax.Array, *factors: jax.Array | None) -> jax.Array:
 
 
 def _by_shards(recur: Callable[..., Any], num_shards: int) -> Callable[..., Any]:
-    """Return recur of groups of rows that know nothing of another."""
+    """Return recur of the same arguments, for groups of rows that know nothing of another."""
 
     def recur_by_shards(carry: LayerCarry, inputs: jax.Array, keep_TB: Any, mask_BH: Any) -> Any:
         batch_size = inputs.shape[1]
