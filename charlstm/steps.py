@@ -87,6 +87,8 @@ def make_train_steps(
     metrics of S steps, zeros for those not taken. Since `count` may be traced, one compilation
     serves any number of steps up to S.
     """
+    # Traced once: here it is needed for its shapes, and in the loop.
+    cached_step = jax.jit(train_step, inline=True)
 
     def train_steps(
         state: TrainState, batches: Batch, count: jax.Array | int
@@ -96,10 +98,10 @@ def make_train_steps(
 
         def body(index: jax.Array, so_far: Any) -> tuple[TrainState, Metrics]:
             state, metrics_S = so_far
-            state, metrics = train_step(state, batch_of(index))
+            state, metrics = cached_step(state, batch_of(index))
             return state, jax.tree.map(lambda all_S, m: all_S.at[index].set(m), metrics_S, metrics)
 
-        _, shapes = jax.eval_shape(train_step, state, batch_of(0))
+        _, shapes = jax.eval_shape(cached_step, state, batch_of(0))
         size = batches.reset_B.shape[0]
         metrics_S = jax.tree.map(lambda m: jnp.zeros((size, *m.shape), m.dtype), shapes)
         return jax.lax.fori_loop(0, count, body, (state, metrics_S))
