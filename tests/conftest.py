@@ -18,10 +18,8 @@ os.environ["XLA_FLAGS"] = (
     "--xla_cpu_use_fusion_emitters=false"
 )
 # One compilation for the whole session, its workers and the launchers' processes included.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("CHARLSTM_TESTS_CACHE") or (
-    tempfile.mkdtemp(prefix="charlstm-tests-")
-)
-os.environ["CHARLSTM_TESTS_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"]
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="charlstm-tests-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

@@ -41,9 +41,9 @@ def assert_trees_close(actual, desired, rtol=1e-5, atol=1e-6):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, desired)
 
 
-def first_state(model, optimizer, seed=0, batch_size=B):
+def first_state(model, optimizer, seed=0):
     # Compiled as a whole, which takes a fraction of compiling each of its operations.
-    make = partial(init_state, model, optimizer, batch_size=batch_size)
+    make = partial(init_state, model, optimizer, batch_size=B)
     return jax.jit(make)(jax.random.key(seed))
 
 
