@@ -13,9 +13,10 @@ import numpy as np
 
 from charlstm import cluster
 from charlstm.checkpoint import Checkpoints
+from charlstm.console import TrainingBar
 from charlstm.errors import DamagedError
 from charlstm.job import Job
-from charlstm.log import RunLog, TrainingBar, bits
+from charlstm.log import RunLog, bits
 from charlstm.steps import Metrics, TrainState
 
 logger = logging.getLogger(__name__)

@@ -66,7 +66,7 @@ def run(main: Callable[[], int | None]) -> None:
                 raise UserError(
                     f"{argv[1]}: not a flag; flags begin with --, and --help lists them"
                 )
-            from charlstm.log import show_logs
+            from charlstm.console import show_logs
 
             show_logs()
             keep_compilations()

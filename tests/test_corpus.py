@@ -514,7 +514,7 @@ def test_pages_that_were_read_can_be_let_go_of_and_read_again(cache, tmp_path):
 @pytest.fixture
 def launch(tmp_path):
     """Return launch(launcher, *flags) -> (stdout, stderr) of a success in tmp_path."""
-    warm = WarmLauncher("charlstm.train", "charlstm.log")
+    warm = WarmLauncher("charlstm.train", "charlstm.console")
 
     def launch(launcher, *flags):
         answer = warm(launcher, *flags, cwd=tmp_path)

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "originality": "text",
     "curves": "",
     "cost": "",
+    "console": "errors",
     "log": "curves errors files",
     "run": "config errors files text",
     "cluster": "errors",
@@ -44,11 +45,11 @@ MAY_IMPORT = {
     "checkpoint": "cluster devices errors files model optim run steps",
     "machine": "errors",
     "job": "corpus data devices errors machine model run source",
-    "journal": "checkpoint cluster errors job log steps",
+    "journal": "checkpoint cluster console errors job log steps",
     "assess": "cluster data devices job log model sample steps",
-    "train": "assess baselines checkpoint cluster config corpus cost cudnn curves data devices "
-    "dynamic errors files fused job journal log machine measure model optim originality recurrence "
-    "run sample source steps text",
+    "train": "assess baselines checkpoint cluster config console corpus cost cudnn curves data "
+    "devices dynamic errors files fused job journal log machine measure model optim originality "
+    "recurrence run sample source steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")

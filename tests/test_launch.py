@@ -31,7 +31,7 @@ def trained(tmp_path_factory, book):
 
 @cache
 def warm_launcher():
-    launcher = WarmLauncher("charlstm.train", "charlstm.log")
+    launcher = WarmLauncher("charlstm.train", "charlstm.console")
     atexit.register(launcher.close)
     return launcher
 

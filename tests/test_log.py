@@ -1,5 +1,4 @@
 import json
-import logging
 import math
 
 import pytest
@@ -7,17 +6,7 @@ from etils import epath
 
 from charlstm.errors import DamagedError
 from charlstm.files import write_file
-from charlstm.log import ConsoleHandler, RunLog, read_records
-
-
-def test_the_console_shows_control_characters_and_obeys_none(capsys):
-    text = "a sample:\n\x1b[2J\x1b]0;owned\x07\u009b31m[bold]:smile:\ttab"
-    record = logging.LogRecord("charlstm", logging.WARNING, "", 0, text, None, None)
-    ConsoleHandler().emit(record)
-    shown = capsys.readouterr().err
-    expected = r"warning: a sample:\n\x1b[2J\x1b]0;owned\x07\x9b31m[bold]:smile:"
-    assert shown.startswith(expected.replace(r"\n", "\n", 1))
-    assert shown.endswith("tab\n")
+from charlstm.log import RunLog, read_records
 
 
 def test_a_resumed_log_drops_what_a_lost_later_step_wrote(tmp_path):

@@ -198,7 +198,7 @@ def test_debug_shows_where_a_mistake_was_noticed(flag, tmp_path):
 @pytest.fixture(scope="module")
 def launch():
     """Return launch(launcher, *flags, cwd=...)."""
-    warm = WarmLauncher("charlstm.train", "charlstm.log")
+    warm = WarmLauncher("charlstm.train", "charlstm.console")
     yield warm
     warm.close()
 
