@@ -14,12 +14,19 @@ from charlstm.errors import DamagedError, UserError, one_line
 
 # A vocabulary of all of Unicode and 256 long prompts take a tenth of it.
 MAX_JSON_BYTES = 2**28
+# What the content of a lock file begins with.
+LOCK_TEXT = "process "
+
+
+def temporary_name(name: str) -> str:
+    """Return the name that write_file gives to the file `name` until it is whole."""
+    return f".{name}.tmp"
 
 
 def write_file(path: epath.Path, content: bytes | str) -> None:
     """Write a file so that a reader, or a crash, finds the old content or the new one whole."""
     raw = content.encode() if isinstance(content, str) else content
-    temporary = path.parent / f".{path.name}.tmp"
+    temporary = path.parent / temporary_name(path.name)
     # What is left of a crash; or a link, which would lead the content out of the folder.
     temporary.unlink(missing_ok=True)
     try:
@@ -63,6 +70,11 @@ def refuse_links(folder: epath.Path) -> None:
                 )
 
 
+def is_link(path: epath.Path) -> bool:
+    """Return whether `path` is a symbolic link of a local file system."""
+    return is_local(path) and os.path.islink(path)
+
+
 def is_local(path: epath.Path) -> bool:
     """Return whether `path` is of this machine's file systems, not of a bucket."""
     return "://" not in os.fspath(path)
@@ -86,7 +98,7 @@ def sole_writer(folder: epath.Path, remedy: str = "choose another --workdir") ->
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        path.write_text(f"{LOCK_TEXT}{os.getpid()} on {socket.gethostname()}")
     except Timeout:
         holder = one_line(path.read_text() or "another process")
         raise UserError(

@@ -14,7 +14,7 @@ from charlstm.devices import describe, make_mesh
 from charlstm.errors import UserError
 from charlstm.machine import this_machine
 from charlstm.model import CharLSTM, model_from_config
-from charlstm.run import Run, adapt_run, has_run, load_run, random_prompts
+from charlstm.run import Run, adapt_run, check_free, has_run, load_run, random_prompts
 from charlstm.source import PYTHON_MANUAL
 
 logger = logging.getLogger(__name__)
@@ -73,10 +73,12 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
 
     Raises:
       UserError: for a text that can't be used, devices that can't share a batch, or a folder of
-        another run.
+        another run or of somebody else.
     """
     mesh = make_mesh(config)
     run = load_run(workdir) if has_run(workdir) else None
+    if not run:
+        check_free(workdir)
     is_manual = run and not config.data.path and run.text["source"] == PYTHON_MANUAL
     changes: list[str] = []
     if run:

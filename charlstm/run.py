@@ -18,7 +18,14 @@ from ml_collections import ConfigDict
 
 from charlstm.config import base_config, flatten, validate
 from charlstm.errors import DamagedError, UserError, one_line
-from charlstm.files import read_json, refuse_links, write_file
+from charlstm.files import (
+    LOCK_TEXT,
+    is_link,
+    read_json,
+    refuse_links,
+    temporary_name,
+    write_file,
+)
 from charlstm.text import END, Vocab
 
 # Raised whenever an older reader could misunderstand a newer folder. 1 had no checksums; before 3
@@ -76,7 +83,7 @@ def write_run(run: Run) -> None:
     """Write what identifies a run, or what has changed of it; config.json comes last.
 
     Raises:
-      UserError: if the folder cannot be written.
+      UserError: if the folder cannot be written, or holds another run or somebody else's files.
     """
     files = {
         "vocab.json": run.vocab.to_json() + "\n",
@@ -92,6 +99,7 @@ def write_run(run: Run) -> None:
     about["checksum"] = _checksum(about)
     files["config.json"] = json.dumps(about, indent=2) + "\n"
     try:
+        _check_ours(run, files)
         for name, content in files.items():
             path = run.workdir / name
             if not path.exists() or path.read_bytes() != content.encode():
@@ -103,9 +111,60 @@ def write_run(run: Run) -> None:
         ) from None
 
 
+def _check_ours(run: Run, files: dict[str, str]) -> None:
+    """Raise UserError if writing `run` would replace what a start of the same run did not write."""
+    if has_run(run.workdir):
+        # Another process may have made it since `run` was prepared.
+        adapt_run(load_run(run.workdir), run.config)
+        return
+    check_free(run.workdir)
+    for name, content in files.items():
+        path = run.workdir / name
+        if path.exists() and path.read_bytes() != content.encode():
+            raise _occupied(run.workdir, [name])
+
+
 def has_run(workdir: epath.Path) -> bool:
     """Return whether there is a run in `workdir`."""
     return (workdir / "config.json").exists()
+
+
+def check_free(workdir: epath.Path) -> None:
+    """Raise UserError if a new run in `workdir` could replace files of somebody else.
+
+    The folder may hold what a start leaves that was killed before it wrote config.json, and an
+    empty folder `checkpoints`, perhaps a link to another disk.
+    """
+    if not workdir.exists():
+        return
+    try:
+        entries = list(workdir.iterdir())
+    except OSError as error:
+        raise UserError(
+            f"{workdir}: cannot be read ({error.strerror or error}); choose another --workdir"
+        ) from None
+    if names := sorted(path.name for path in entries if not _may_stay(path)):
+        raise _occupied(workdir, names)
+
+
+def _may_stay(path: epath.Path) -> bool:
+    if path.name == "checkpoints":
+        return path.is_dir() and not any(path.iterdir())
+    if not path.is_file() or is_link(path):
+        return False
+    if path.name == ".lock":
+        return path.read_bytes()[: len(LOCK_TEXT)] in (b"", LOCK_TEXT.encode())
+    written = "vocab.json", "prompts.json"
+    return path.name in written or path.name in [
+        temporary_name(name) for name in (*written, "config.json")
+    ]
+
+
+def _occupied(workdir: epath.Path, names: list[str]) -> UserError:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return UserError(
+        f"{workdir}: is not empty and not a run (it holds {shown}); choose another --workdir"
+    )
 
 
 def load_run(workdir: epath.Path) -> Run:
@@ -122,7 +181,10 @@ def load_run(workdir: epath.Path) -> Run:
     about = read_json(path)
     schema = about.get("schema") if isinstance(about, dict) else None
     if not isinstance(schema, int) or schema < 1:
-        raise DamagedError(f"{path}: not the config.json of a run; bring the file back")
+        raise DamagedError(
+            f"{path}: not the config.json of a run; bring the file "
+            "back, or choose another --workdir"
+        )
     if schema > SCHEMA:
         raise UserError(f"{workdir}: written by a newer version of charlstm; upgrade to read it")
     is_sealed = schema > 1 or "checksum" in about
