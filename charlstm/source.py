@@ -9,6 +9,7 @@ import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -89,7 +90,7 @@ def find_source(path: str, source: str = "", remedy: str = "give another one") -
       UserError: if there are none, or one cannot be read.
     """
     if not path and source != PYTHON_MANUAL:
-        path = _fetch_dracula()
+        path = fetch_dracula()
     if not path:
         return Source(PYTHON_MANUAL, [_python_manual()])
     given = epath.Path(path)
@@ -249,55 +250,37 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CHARLSTM_CACHE") or pooch.os_cache("charlstm"))
 
 
-class _DownloadBar:
-    """A rich progress bar with the four names that pooch's downloader calls."""
+def fetch_dracula() -> str:
+    """Return the path of Dracula in the user's cache, downloaded if need be; '' if that fails.
 
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import DownloadColumn, Progress
-
-        columns = (*Progress.get_default_columns(), DownloadColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        self._task = self._progress.add_task("downloading", total=None)
-        self.total = 0
-
-    def update(self, amount: int) -> None:
-        self._progress.start()  # at the first byte, so that a dead address shows no bar
-        self._progress.update(self._task, advance=amount, total=self.total or None)
-
-    def reset(self) -> None:
-        self._progress.reset(self._task)
-
-    def close(self) -> None:
-        self._progress.stop()
+    A process tries, and warns, only once.
+    """
+    return _fetch_into(cache_folder())
 
 
-def _fetch_dracula() -> str:
-    """Return the path of Dracula in the user's cache, downloaded if need be; '' if that fails."""
+@cache
+def _fetch_into(folder: Path) -> str:
     import requests  # comes with pooch, which raises its errors
 
-    cache = cache_folder()
-    target = cache / "pg345.txt"
+    target = folder / "pg345.txt"
     if target.exists():
         return str(target)
     reason = ""
     pooch.get_logger().setLevel("ERROR")
+    logger.info("downloading Dracula from Project Gutenberg to %s", target)
     for url in DRACULA_URLS:
-        bar = _DownloadBar()
         try:
             # Gutenberg mends its books now and then, so the bytes have no lasting hash.
             pooch.retrieve(
                 url,
                 known_hash=None,
                 fname=target.name,
-                path=cache,
-                downloader=pooch.HTTPDownloader(progressbar=bar, timeout=5),
+                path=folder,
+                downloader=pooch.HTTPDownloader(timeout=5),
             )
         except (requests.RequestException, OSError, ValueError) as error:
             reason = f"{type(error).__name__} from {url}"
             continue
-        finally:
-            bar.close()
         if b"Dracula" in target.read_bytes()[:2000]:
             return str(target)
         target.unlink()  # a captive portal's page, say
