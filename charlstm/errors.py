@@ -11,6 +11,10 @@ class DamagedError(UserError):
     """A file of a run folder that is not as it was written."""
 
 
+class OccupiedError(UserError):
+    """A run folder that belongs to something else, so that another one is needed."""
+
+
 class RunError(UserError):
     """A run that cannot go on through nobody's typing mistake, such as a full disk."""
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from charlstm.corpus import Corpus, open_corpus
 from charlstm.data import Streams, Windows, evaluation_batches, split, training_batches
 from charlstm.devices import describe, make_mesh
-from charlstm.errors import UserError
+from charlstm.errors import OccupiedError, UserError
 from charlstm.machine import this_machine
 from charlstm.model import CharLSTM, model_from_config
 from charlstm.run import Run, adapt_run, check_free, has_run, load_run, random_prompts
@@ -72,8 +72,8 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
     """Read the text of `config`, and the run in `workdir` if there is one; write nothing.
 
     Raises:
-      UserError: for a text that can't be used, devices that can't share a batch, or a folder of
-        another run or of somebody else.
+      UserError: for a text that can't be used or devices that can't share a batch.
+      OccupiedError: for a folder of another run or of somebody else.
     """
     mesh = make_mesh(config)
     run = load_run(workdir) if has_run(workdir) else None
@@ -86,7 +86,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
     source = PYTHON_MANUAL if is_manual else ""
     text = open_corpus(config.data, config.data.path, source=source)
     if run and (run.text["sha256"] != text.sha256 or run.vocab.characters != text.vocab.characters):
-        raise UserError(
+        raise OccupiedError(
             f"{text.source}: has changed since the run in {workdir} began, or is not its text; "
             f"bring back the text with SHA-256 {run.text['sha256'][:64]}, "
             "or choose another --workdir"

@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from charlstm.config import base_config, flatten, validate
-from charlstm.errors import DamagedError, UserError, one_line
+from charlstm.errors import DamagedError, OccupiedError, UserError, one_line
 from charlstm.files import (
     LOCK_TEXT,
     is_link,
@@ -130,7 +130,7 @@ def has_run(workdir: epath.Path) -> bool:
 
 
 def check_free(workdir: epath.Path) -> None:
-    """Raise UserError if a new run in `workdir` could replace files of somebody else.
+    """Raise OccupiedError if a new run in `workdir` could replace files of somebody else.
 
     The folder may hold what a start leaves that was killed before it wrote config.json, and an
     empty folder `checkpoints`, perhaps a link to another disk.
@@ -160,9 +160,9 @@ def _may_stay(path: epath.Path) -> bool:
     ]
 
 
-def _occupied(workdir: epath.Path, names: list[str]) -> UserError:
+def _occupied(workdir: epath.Path, names: list[str]) -> OccupiedError:
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return UserError(
+    return OccupiedError(
         f"{workdir}: is not empty and not a run (it holds {shown}); choose another --workdir"
     )
 
@@ -220,7 +220,7 @@ def adapt_run(run: Run, config: ConfigDict) -> tuple[Run, list[str]]:
     """Return `run` with `config`, and a line for each setting that has changed.
 
     Raises:
-      UserError: naming those that differ and may not.
+      OccupiedError: naming those that differ and may not.
     """
     theirs, ours = flatten(run.config), flatten(config)
     changes = {
@@ -234,9 +234,9 @@ def adapt_run(run: Run, config: ConfigDict) -> tuple[Run, list[str]]:
         if key not in FREE_KEYS and not key.startswith("sample.")
     ]
     if fixed:
-        raise UserError(
+        raise OccupiedError(
             f"{run.workdir}: belongs to another config ({'; '.join(fixed)}); "
-            "choose another --workdir, or repeat the run's own settings"
+            "repeat the run's own settings, or choose another --workdir"
         )
     return run._replace(config=config), list(changes.values())
 

@@ -1,6 +1,6 @@
 """Measure how well a trained run predicts a text, and what to compare that with.
 
-  python launch/evaluate.py --workdir=runs/default [--text=FILE] [--dynamic] [--json]
+  python launch/evaluate.py --workdir=runs/default-pg345 [--text=FILE] [--dynamic] [--json]
 
 Without --text: the validation part of the run's own text. Two standards, since published figures
 follow either, and a third that asks for more:
@@ -28,6 +28,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import app
+import folders
 from absl import flags
 
 from charlstm.errors import UserError
@@ -41,7 +42,7 @@ logger = logging.getLogger("charlstm.launch.evaluate")
 
 COLD_CHARS = 2**13  # that cold windows are read at once: few enough to be in the cache
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/default", "the run folder")
+WORKDIR = flags.DEFINE_string("workdir", "", "the run folder; the last trained in runs/ if none")
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
 TEXT = flags.DEFINE_string("text", "", "a UTF-8 text; none: the run's validation part")
 UNKNOWN = flags.DEFINE_enum(
@@ -175,12 +176,13 @@ def main() -> None:
 
     from charlstm.checkpoint import load_model
 
-    run, model, params = load_model(WORKDIR.value, CHECKPOINT.value)
+    workdir = folders.trained_workdir(WORKDIR.value)
+    run, model, params = load_model(workdir, CHECKPOINT.value)
     if not TEXT.value and not run.config.data.val_fraction:
-        raise UserError(f"{WORKDIR.value}: this run has no validation part; give --text=FILE")
+        raise UserError(f"{workdir}: this run has no validation part; give --text=FILE")
     if DYNAMIC.value and run.config.data.order == "windows":
         raise UserError(
-            f"{WORKDIR.value}: was trained on windows, and --dynamic reads on and on; "
+            f"{workdir}: was trained on windows, and --dynamic reads on and on; "
             "give a run of config.data.order=streams"
         )
     train_M, ids_M, name = open_parts(run)

@@ -1,6 +1,6 @@
 """Write new text with a trained run.
 
-  python launch/sample.py --workdir=runs/default --prompt='The castle ' --length=1000
+  python launch/sample.py --workdir=runs/default-pg345 --prompt='The castle ' --length=1000
 
 With --adapt_to=FILE the model first reads that text and learns from it, and writes as it then is;
 the run folder stays as it was.
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import app
+import folders
 from absl import flags
 
 from charlstm.config import check_setting
@@ -40,7 +41,7 @@ logger = logging.getLogger("charlstm.launch.sample")
 # read by the other.
 STREAM_CHUNK = 16
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/default", "the run folder")
+WORKDIR = flags.DEFINE_string("workdir", "", "the run folder; the last trained in runs/ if none")
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
 PROMPT = flags.DEFINE_string(
     "prompt", "", "the text to go on from; none: a new document, or else a place of the book"
@@ -187,7 +188,7 @@ def main() -> None:
     from charlstm.originality import words
     from charlstm.sample import SIZE, stream, until_end
 
-    run, model, params = load_model(WORKDIR.value, CHECKPOINT.value)
+    run, model, params = load_model(folders.trained_workdir(WORKDIR.value), CHECKPOINT.value)
     train_M = open_training_part(run) if CHECK.value else None
     settings = run.config.sample.to_dict() | changed
     if ADAPT_TO.value:

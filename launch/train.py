@@ -2,8 +2,8 @@
 
   python launch/train.py [--config=NAME or FILE] [--workdir=DIR] [--config.KEY=VALUE ...]
 
-Without flags: configs/default.py on Dracula, in runs/default. The settings and their meaning are
-in charlstm/config.py. The same command again goes on where it stopped.
+Without flags: configs/default.py on Dracula, in runs/default-pg345. The settings and their meaning
+are in charlstm/config.py. The same command again goes on where it stopped.
 
 Several processes train one run where JAX finds a cluster (Cloud TPU, Slurm, Open MPI, Kubernetes),
 or where each is told:
@@ -12,17 +12,19 @@ or where each is told:
 """
 
 import logging
+import shlex
 import signal
-from pathlib import Path
+import sys
 
 import app
+import folders
 from absl import flags
 
-from charlstm.errors import UserError
+from charlstm.errors import OccupiedError, UserError
 
 CONFIG = app.define_config()
 flags.adopt_module_key_flags(app)  # so that --help lists --config
-WORKDIR = flags.DEFINE_string("workdir", "", "the run folder; runs/NAME-OF-CONFIG if not given")
+WORKDIR = flags.DEFINE_string("workdir", "", "the run folder; runs/CONFIG-TEXT if not given")
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT at which process 0 of several awaits the others"
 )
@@ -66,8 +68,15 @@ def main() -> int:
 
         if not cluster.is_first():
             logging.getLogger("charlstm").setLevel(logging.ERROR)  # the first tells it all
-        workdir = WORKDIR.value or str(Path("runs") / app.config_name(CONFIG))
-        finished = train(config, workdir, should_stop=stop, profile=PROFILE.value)
+        workdir = WORKDIR.value or folders.default_workdir(
+            app.config_name(CONFIG), config.data.path
+        )
+        try:
+            finished = train(config, workdir, should_stop=stop, profile=PROFILE.value)
+        except OccupiedError as error:
+            free = f"--workdir={folders.free_workdir(workdir)}"
+            command = shlex.join([sys.executable, *sys.argv, free])
+            raise UserError(f"{error}, for example: {command}") from error
     # Perhaps the signal came to another process.
     return 0 if finished else 128 + (stop.number or signal.SIGTERM)
 

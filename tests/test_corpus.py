@@ -533,14 +533,14 @@ def test_a_run_on_documents_writes_one_and_stops(tmp_path, launch):
     flags = ["--config=tiny", "--config.num_steps=150", "--config.data.path=stories"]
     flags += ["--config.data.document_separator=<|end|>", "--config.optimizer.learning_rate=0.02"]
     _, told = launch("train", *flags)
-    samples = (tmp_path / "runs/tiny/samples.txt").read_text()
+    samples = (tmp_path / "runs/tiny-stories/samples.txt").read_text()
     assert "<|end|>" in samples
     assert END not in samples + told
-    vocab = json.loads((tmp_path / "runs/tiny/vocab.json").read_text())
+    vocab = json.loads((tmp_path / "runs/tiny-stories/vocab.json").read_text())
     assert vocab == sorted({*story, END})
 
     def sample(*flags):
-        words = ("--workdir=runs/tiny", "--length=600", "--temperature=0", *flags)
+        words = ("--workdir=runs/tiny-stories", "--length=600", "--temperature=0", *flags)
         return launch("sample", *words)[0]
 
     assert sample() == sample("--stream") == story + "\n"
@@ -552,8 +552,8 @@ def test_a_run_on_documents_writes_one_and_stops(tmp_path, launch):
     assert len(endless) > 600
     assert END not in endless
     (tmp_path / "new.txt").write_text(story)
-    figures, _ = launch("evaluate", "--workdir=runs/tiny", "--text=new.txt")
+    figures, _ = launch("evaluate", "--workdir=runs/tiny-stories", "--text=new.txt")
     assert re.search(rf"characters +{len(story)}\n", figures)  # its END is one, too
-    figures, _ = launch("evaluate", "--workdir=runs/tiny")
+    figures, _ = launch("evaluate", "--workdir=runs/tiny-stories")
     assert f"the last {round(0.1 * 300 * len(story + END)):,} characters of" in figures
     assert f"{tmp_path}/stories\n" in figures

@@ -24,7 +24,7 @@ TINY += ["--config.optimizer.name=adamw"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, book):
-    """Return (folder, result) of a run that was trained by command in folder/runs/tiny."""
+    """Return (folder, result) of a run that was trained by command in folder/runs/tiny-book."""
     folder = tmp_path_factory.mktemp("launch")
     return folder, train_on(book, folder, *TINY)
 
@@ -37,7 +37,7 @@ def warm_launcher():
 
 
 def sample(folder, *flags):
-    result = warm_launcher()("sample", "--workdir=runs/tiny", *flags, cwd=folder)
+    result = warm_launcher()("sample", "--workdir=runs/tiny-book", *flags, cwd=folder)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -61,7 +61,7 @@ def test_training_tells_what_it_reads_does_and_how_to_go_on(trained, book):
         "validation",
         "a sample at step 30",
         "best validation",
-        "python launch/sample.py --workdir=runs/tiny",
+        "python launch/sample.py --workdir=runs/tiny-book",
     ):
         assert expected in result.stderr
 
@@ -102,7 +102,12 @@ def test_without_a_prompt_it_goes_on_from_the_training_text_though_that_is_gone(
 
 
 def test_a_reader_that_has_enough_ends_a_stream_in_silence(trained):
-    command = [sys.executable, str(ROOT / "launch/sample.py"), "--workdir=runs/tiny", "--stream"]
+    command = [
+        sys.executable,
+        str(ROOT / "launch/sample.py"),
+        "--workdir=runs/tiny-book",
+        "--stream",
+    ]
     flags = ["--length=1000000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command + flags, cwd=trained[0], **pipes)
@@ -116,9 +121,9 @@ def test_a_reader_that_has_enough_ends_a_stream_in_silence(trained):
 @pytest.mark.parametrize("flags", [(), ("--raw",)])
 def test_a_terminal_gets_no_control_characters_unless_asked(flags, tmp_path, book):
     (tmp_path / "book.txt").write_text("\x1b[31m" + book, encoding="utf-8")
-    train(small_config(tmp_path / "book.txt", num_steps=1), tmp_path / "runs" / "tiny")
+    train(small_config(tmp_path / "book.txt", num_steps=1), tmp_path / "runs" / "tiny-book")
     ours, theirs = os.openpty()
-    command = command_of("sample", "--workdir=runs/tiny", "--prompt=\x1b[31mso", "--length=1")
+    command = command_of("sample", "--workdir=runs/tiny-book", "--prompt=\x1b[31mso", "--length=1")
     subprocess.run([*command, *flags], cwd=tmp_path, stdout=theirs, check=True, timeout=60)
     os.close(theirs)
     shown = os.read(ours, 1000)
@@ -186,7 +191,7 @@ def test_a_prompt_from_a_file_and_characters_that_are_unknown(trained):
     folder, _ = trained
     (folder / "prompt.txt").write_text("to € her", encoding="utf-8")
     flags = ("--prompt_file=prompt.txt", "--length=5")
-    result = run_command("sample", "--workdir=runs/tiny", *flags, cwd=folder)
+    result = run_command("sample", "--workdir=runs/tiny-book", *flags, cwd=folder)
     assert result.returncode == 2
     assert "'€' (U+20AC) at position 3" in result.stderr
     assert sample(folder, *flags, "--unknown=drop").stdout.startswith("to  her")
@@ -195,10 +200,10 @@ def test_a_prompt_from_a_file_and_characters_that_are_unknown(trained):
 
 def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(trained, book):
     folder, _ = trained
-    result = warm_launcher()("evaluate", "--workdir=runs/tiny", "--json", cwd=folder)
+    result = warm_launcher()("evaluate", "--workdir=runs/tiny-book", "--json", cwd=folder)
     figures = json.loads(result.stdout)
     assert figures["characters"] == len(book) // 10 - 1
-    best = json.loads((folder / "runs/tiny/metrics.jsonl").read_text().splitlines()[-1])
+    best = json.loads((folder / "runs/tiny-book/metrics.jsonl").read_text().splitlines()[-1])
     # The run reads its validation part as several streams, evaluate.py as one.
     assert abs(figures["bits_per_char"] - best["val/bits_per_char"]) < 0.02
     assert figures["cold"]["window"] == 256
@@ -211,7 +216,7 @@ def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(tra
         *("uniform", "unigram", "5-gram", "7-gram", "gzip -9", "bz2 -9", "xz -9e")
     ]
     (folder / "other.txt").write_text(book[:500], encoding="utf-8")
-    other = run_command("evaluate", "--workdir=runs/tiny", "--text=other.txt", cwd=folder)
+    other = run_command("evaluate", "--workdir=runs/tiny-book", "--text=other.txt", cwd=folder)
     assert "bits/char" in other.stdout
     assert re.search(r"characters +499\n", other.stdout)
     assert re.search(r"\n7-gram +\d", other.stdout)
@@ -221,7 +226,7 @@ def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(tra
 
 def test_learning_while_reading_is_told_beside_reading(trained):
     folder, _ = trained
-    flags = ("--workdir=runs/tiny", "--dynamic", "--temperature", "--nobaselines")
+    flags = ("--workdir=runs/tiny-book", "--dynamic", "--temperature", "--nobaselines")
     figures = json.loads(warm_launcher()("evaluate", *flags, "--json", cwd=folder).stdout)
     dynamic = figures["dynamic"]
     assert dynamic["characters"] == figures["characters"]
@@ -252,7 +257,7 @@ def test_another_text_is_evaluated_without_baselines_where_the_runs_own_has_gone
     (folder / "new.txt").write_text(book[:300], encoding="utf-8")
     (folder / "book.txt").rename(folder / "gone.txt")
     try:
-        flags = ("--workdir=runs/tiny", "--text=new.txt", "--json")
+        flags = ("--workdir=runs/tiny-book", "--text=new.txt", "--json")
         result = warm_launcher()("evaluate", *flags, cwd=folder)
         silent = warm_launcher()("evaluate", *flags, "--nobaselines", cwd=folder)
     finally:
@@ -359,7 +364,7 @@ def test_half_an_entry_of_our_cache_of_compilations_is_replaced(trained, tmp_pat
     folder, _ = trained
     environment = os.environ | {"CHARLSTM_CACHE": str(tmp_path)}
     del environment["JAX_COMPILATION_CACHE_DIR"]
-    flags = ("--workdir=runs/tiny", "--length=1", "--prompt=so")
+    flags = ("--workdir=runs/tiny-book", "--length=1", "--prompt=so")
 
     def entries():
         return {path: path.stat().st_size for path in tmp_path.rglob("*-cache")}

@@ -6,6 +6,7 @@ Nothing is created or changed by any of them.
 import gzip
 import json
 import os
+import shlex
 import shutil
 import subprocess
 
@@ -296,6 +297,21 @@ def test_a_run_of_other_settings_is_refused_with_what_differs(flag, messages, re
     check(launch("train", *TINY, *words, cwd=ready), messages, ready, before)
 
 
+def test_a_refused_run_comes_with_a_command_that_trains_elsewhere(ready, launch, tmp_path):
+    shutil.copytree(ready / "runs", tmp_path / "runs")
+    shutil.copy(ready / "other.txt", tmp_path)
+    flags = [*TINY, "--workdir=runs/full", "--config.data.path=other.txt"]
+    refusal = launch("train", *flags, cwd=tmp_path)
+    assert refusal.returncode == 2
+    # The same flags again, and one more, after interpreter and script.
+    command = shlex.split(refusal.stderr)[-len(flags) - 3 :]
+    assert command[1].endswith("train.py")
+    assert command[-1] == "--workdir=runs/full-2"
+    answer = launch("train", *command[2:], cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert (tmp_path / "runs" / "full-2" / "config.json").exists()
+
+
 READING = [
     ("sample", "--workdir=nowhere", "nowhere: no run there|train one"),
     ("sample", "--workdir=file", "file: no run there"),
@@ -441,12 +457,12 @@ def test_a_text_that_has_gone_or_changed_is_told(command, remedy, ready, launch,
     launcher, *flags = command.split()
     (tmp_path / "book.txt").write_text("Something else.")
     before = snapshot(tmp_path)
-    answer = launch(launcher, "--workdir=runs/tiny", *flags, cwd=tmp_path)
+    answer = launch(launcher, "--workdir=runs/tiny-book", *flags, cwd=tmp_path)
     wanted = f"book.txt: has changed since the run was trained; {remedy}"
     check(answer, wanted, tmp_path, before)
     (tmp_path / "book.txt").unlink()
     before = snapshot(tmp_path)
-    answer = launch(launcher, "--workdir=runs/tiny", *flags, cwd=tmp_path)
+    answer = launch(launcher, "--workdir=runs/tiny-book", *flags, cwd=tmp_path)
     check(answer, f"book.txt: no such file; {remedy}", tmp_path, before)
 
 

@@ -1,0 +1,93 @@
+"""Which run folder a launcher uses where --workdir is not given."""
+
+import glob
+import logging
+import os
+import re
+from pathlib import Path
+
+from etils import epath
+
+from charlstm.errors import UserError
+
+logger = logging.getLogger("charlstm.launch.folders")
+
+RUNS = Path("runs")
+DRACULA = "pg345"  # the stem of the file that an empty config.data.path downloads
+MANUAL = "python-manual"  # what trains instead where the download fails
+_ENDINGS = re.compile(r"(\.txt)?(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
+_MAX_NAME = 80
+
+
+def text_name(path: str) -> str:
+    """Return a name for the text at config.data.path `path`, safe as part of a file name.
+
+    A file gives its stem, a folder its name, and a pattern that of the folder it searches. The
+    text is not read, since the name must be the same at every start.
+    """
+    if not path:
+        return DRACULA
+    given = Path(os.path.expanduser(path))
+    if glob.has_magic(path) and not given.exists():
+        depth = [glob.has_magic(part) for part in given.parts].index(True)
+        given = Path(*given.parts[:depth])
+    if given.name in ("", ".."):
+        given = given.resolve()
+    name = _ENDINGS.sub("", given.name, count=1)
+    return re.sub(r"[^\w.-]+", "-", name)[:_MAX_NAME].strip("-.") or "text"
+
+
+def default_workdir(config_name: str, path: str) -> str:
+    """Return the run folder for a config and config.data.path: runs/CONFIG-TEXT."""
+    usual = RUNS / f"{config_name}-{text_name(path)}"
+    if path or is_run(usual):
+        return str(usual)
+    manual = RUNS / f"{config_name}-{MANUAL}"
+    if is_run(manual):
+        return str(manual)
+    from charlstm.source import fetch_dracula
+
+    return str(usual if fetch_dracula() else manual)
+
+
+def free_workdir(workdir: str) -> str:
+    """Return `workdir`, or where there is something, the first of WORKDIR-2, WORKDIR-3, ... ."""
+    number, free = 1, workdir
+    while epath.Path(free).exists():
+        number += 1
+        free = f"{workdir.rstrip('/')}-{number}"
+    return free
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether there is a run in `folder`."""
+    return (folder / "config.json").is_file()
+
+
+def existing_runs() -> list[Path]:
+    """Return the runs in runs/, the one that was trained last first."""
+
+    def trained_at(folder: Path) -> float:
+        files = (folder / name for name in ("config.json", "metrics.jsonl"))
+        return max(path.stat().st_mtime for path in files if path.exists())
+
+    runs = [folder for folder in RUNS.glob("*") if is_run(folder)]
+    return sorted(runs, key=lambda folder: (-trained_at(folder), folder.name))
+
+
+def trained_workdir(given: str) -> str:
+    """Return the --workdir that was given, or the run in runs/ that was trained last; log which.
+
+    Raises:
+      UserError: if none was given and there is no run.
+    """
+    if given:
+        return given
+    runs = existing_runs()
+    if not runs:
+        raise UserError(
+            f"no run in {RUNS.absolute()}; give --workdir=DIR, or train one with launch/train.py"
+        )
+    others = f", the last trained of {len(runs)} in {RUNS}/" if len(runs) > 1 else ""
+    logger.info("run folder: %s%s", runs[0], others)
+    return str(runs[0])

@@ -1,0 +1,107 @@
+import os
+import sys
+
+import pytest
+from conftest import ROOT
+
+import charlstm.source
+from charlstm.errors import UserError
+
+sys.path.insert(0, str(ROOT / "launch"))
+
+import folders
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Return an empty current folder, without a cached book and without a network."""
+    folder = tmp_path / "my poems"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("CHARLSTM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(charlstm.source, "DRACULA_URLS", ("http://127.0.0.1:9/x",))
+    return folder
+
+
+def make_run(name, trained_at=None):
+    run = folders.RUNS / name
+    run.mkdir(parents=True)
+    (run / "config.json").touch()
+    if trained_at is not None:
+        (run / "metrics.jsonl").touch()
+        os.utime(run / "metrics.jsonl", (trained_at, trained_at))
+        os.utime(run / "config.json", (1, 1))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("", "pg345"),
+        ("pg345.txt", "pg345"),
+        ("/data/My Book.TXT", "My-Book"),
+        ("v1.2.txt", "v1.2"),
+        ("wiki.txt.gz", "wiki"),
+        ("wiki.zst", "wiki"),
+        ("krieg_und_frieden-ü.txt.xz", "krieg_und_frieden-ü"),
+        ("texts/", "texts"),
+        (".", "my-poems"),
+        ("..", None),
+        ("*.txt", "my-poems"),
+        ("a/b/*/c*.txt", "b"),
+        ("books/**/*.txt", "books"),
+        ("gs://bucket/corpus", "corpus"),
+        ("a$_^$b[1]\\c.txt", "a-_-b-1-c"),
+        ("caf\udce9.txt", "caf"),
+        ("-rf .txt", "rf"),
+        ("...", "text"),
+        ("/", "text"),
+        ("x" * 300 + ".txt", "x" * 80),
+    ],
+)
+def test_a_text_gives_its_run_folder_a_safe_name(path, name, here):
+    (here / "a$_^$b[1]\\c.txt").touch()  # exists, so its brackets are no pattern
+    wanted = name or here.parent.name
+    assert folders.text_name(path) == wanted
+    if path:
+        assert folders.default_workdir("tiny", path) == f"runs/tiny-{wanted}"
+
+
+def test_without_a_path_the_folder_says_which_text_stands_for_dracula(here, monkeypatch):
+    # Python's manual, as long as there is neither a network nor a run of the book.
+    assert folders.default_workdir("tiny", "") == "runs/tiny-python-manual"
+    # A run that began with it goes on with it, even where Dracula has come since.
+    manual = make_run("tiny-python-manual")
+    cache = here.parent / "other cache"
+    cache.mkdir()
+    (cache / "pg345.txt").write_text("Dracula")
+    monkeypatch.setenv("CHARLSTM_CACHE", str(cache))
+    assert folders.default_workdir("tiny", "") == str(manual)
+    assert folders.default_workdir("default", "") == "runs/default-pg345"
+    # A run of Dracula goes on without a look at the cache or the network.
+    make_run("tiny-pg345")
+    monkeypatch.setattr(charlstm.source, "fetch_dracula", lambda: pytest.fail("not needed"))
+    assert folders.default_workdir("tiny", "") == "runs/tiny-pg345"
+
+
+def test_a_free_folder_is_one_where_nothing_is(here):
+    assert folders.free_workdir("runs/x") == "runs/x"
+    make_run("x")
+    assert folders.free_workdir("runs/x") == "runs/x-2"
+    (folders.RUNS / "x-2").write_text("a file")
+    assert folders.free_workdir("runs/x/") == "runs/x-3"
+
+
+def test_the_run_that_was_trained_last_is_taken_where_none_is_given(here):
+    with pytest.raises(UserError, match=r"no run in .*my poems/runs; give --workdir"):
+        folders.trained_workdir("")
+    assert folders.trained_workdir("given") == "given"
+    make_run("older", trained_at=1000)
+    (folders.RUNS / "sweep" / "texts").mkdir(parents=True)
+    assert folders.trained_workdir("") == "runs/older"
+    make_run("latest", trained_at=2000)
+    make_run("oldest", trained_at=500)
+    assert folders.trained_workdir("") == "runs/latest"
+    assert folders.existing_runs() == [
+        folders.RUNS / name for name in ("latest", "older", "oldest")
+    ]
