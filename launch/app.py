@@ -1,5 +1,9 @@
 """What the launchers share: flags in, mistakes as one line out."""
 
+import early
+import signals
+
+# isort: split
 import ctypes
 import difflib
 import os
@@ -12,7 +16,6 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from absl import app, flags, logging
@@ -21,7 +24,9 @@ from ml_collections import ConfigDict, config_flags
 from charlstm.config import base_config, check_key, flatten, validate
 from charlstm.errors import UserError, one_line
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+StopSignal = signals.StopSignal
+
+REPOSITORY = Path(early.REPOSITORY)
 DEFAULT_CONFIG = REPOSITORY / "configs" / "default.py"
 DEBUG = flags.DEFINE_boolean("debug", False, "show where in the code a mistake was noticed")
 _CONFIG_FLAG = re.compile(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", re.DOTALL)
@@ -51,8 +56,6 @@ def run(main: Callable[[], int | None]) -> None:
     # The orthogonal initialiser is slow, and its result depends on the machine, where OpenBLAS
     # spreads over threads. It reads this when it is loaded, which JAX does, not imported yet.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    # Whatever the locale is: a text's characters are Unicode's.
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # JAX and Orbax tell much that is not about the run, and of a failed save in pages.
     logging.set_verbosity(logging.FATAL)
@@ -82,27 +85,6 @@ def run(main: Callable[[], int | None]) -> None:
             return 0
 
     app.run(guarded, flags_parser=_parse)
-
-
-class StopSignal:
-    """Becomes true at SIGTERM or Ctrl-C; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._catch)
-
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        # Not by logging, which this may have interrupted; and the bar hides the cursor.
-        cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-        os.write(2, f"{cursor}stopping once the step is saved; another signal ends now\n".encode())
-
-    def __call__(self) -> bool:
-        """Return whether a signal has come."""
-        return self.number != 0
 
 
 def keep_compilations() -> None:

@@ -19,21 +19,25 @@ on the last tenth of Dracula, or of --text. They train one after another, each a
 --minutes at most; DIR/quality.png shows their curves.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -P` leaves it out
+import app  # first, since it handles signals
+
+# isort: split
 import datetime
 import importlib.metadata
 import importlib.util
 import json
 import logging
 import math
-import os
 import platform
 import re
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import app
 from absl import flags
 from bench_sections import FULL, QUICK, Bench, Settings, Shape
 from rich.console import Console

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import signals
 from bench_case import SPACING, sampled_starts, tell_sample
 from bench_race import LAUNCH, Worker, refuse_failure
 
@@ -104,6 +105,7 @@ def train_and_keep(flags: Sequence[str], folder: Path, seconds: float) -> list[K
     with open(folder / "train.log", "w+") as log:
         start = time.time()
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
+        signals.cleanups.append(process.kill)
         try:
             kept = list(watch(process, workdir, start, seconds))
         finally:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import signals
 from bench_case import Case, most_memory
 
 from charlstm.errors import RunError
@@ -47,6 +48,7 @@ class Worker:
             text=True,
             env=environment,
         )
+        signals.cleanups.append(self._process.kill)
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
         """Send a request and wait for the answer."""
@@ -165,6 +167,7 @@ def run_training(flags: Sequence[str], folder: Path, cache: str, to_the_end: boo
     with open(workdir.with_suffix(".log"), "w+") as log:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
+        signals.cleanups.append(process.kill)
         ended = 0
         while not ended:
             if math.isnan(first_line_seconds) and metrics.exists():

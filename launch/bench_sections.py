@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import bench_quality_report
 import bench_report
+import signals
 from bench_case import Case
 from bench_entropy import known_sources, learn
 from bench_quality import KERAS, OURS, measure_keras, measure_ours
@@ -96,6 +97,7 @@ class Bench:
         self._about = about
         self._workers: dict[str, Worker] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="charlstm-bench-")
+        signals.cleanups.append(self._folder.cleanup)
         self.pictures: dict[str, bytes] = {}  # PNGs by the names of their files
 
     def close(self) -> None:

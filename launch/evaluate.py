@@ -22,12 +22,18 @@ warning says so. --nobaselines leaves them out. With --temperature a softmax tem
 on the first half of the text, and what it is worth measured on the second.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -P` leaves it out
+import app  # first, since it handles signals
+
+# isort: split
 import json
 import logging
 import math
 from typing import TYPE_CHECKING, Any
 
-import app
 import folders
 from absl import flags
 

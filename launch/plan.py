@@ -11,13 +11,19 @@ accelerators on paper, by the formulae of charlstm/cost.py; with --seconds=0 not
   python launch/plan.py --config=tpu --chips=v5e:16 --seconds=0
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -P` leaves it out
+import app  # first, since it handles signals
+
+# isort: split
 import json
 import logging
 import math
 import re
 from typing import Any
 
-import app
 from absl import flags
 
 from charlstm import cost

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import plan_rule
 import plan_trial
+import signals
 from etils import epath
 from ml_collections import ConfigDict
 from plan_trial import Estimate, Parts
@@ -28,9 +29,16 @@ SHORT = 1.5  # seconds that a width is timed for; the one that is chosen, for lo
 MARGIN = 0.03  # of the time that is asked for, since no two runs take the same
 
 
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make a folder that is removed at the end of its block, or when a signal ends the process."""
+    folder = tempfile.TemporaryDirectory(prefix="charlstm-plan-")
+    signals.cleanups.append(folder.cleanup)
+    return folder
+
+
 def read(config: ConfigDict) -> Job:
     """Return the job of `config` in a run folder that is not there."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         return prepare(config, epath.Path(folder) / "run")
 
 
@@ -148,7 +156,7 @@ def with_config(job: Job, config: ConfigDict) -> Job:
 
 def _rehearse(job: Job, seconds: float) -> Parts:
     logger.info("timing the parts of a run")
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         return plan_trial.rehearse(job, epath.Path(folder), seconds)
 
 

@@ -17,13 +17,18 @@ not count. A copied run is as long as it can be. Both are exact, and take about 
 million characters of the run's text.
 """
 
-import logging
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -P` leaves it out
+import app  # first, since it handles signals
+
+# isort: split
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import app
 import folders
 from absl import flags
 

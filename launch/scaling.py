@@ -10,13 +10,18 @@ scaling) and with the same rows for each (weak scaling). All figures go to DIR/s
 picture to DIR/scaling.png.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -P` leaves it out
+import app  # first, since it handles signals
+
+# isort: split
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
-import app
 from absl import flags
 
 from charlstm import cost

@@ -21,13 +21,19 @@ The same command goes on where it was stopped, and may have more values, texts a
 that has its line is not run again; take the line out to try a failed one anew.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -P` leaves it out
+import app  # first, since it handles signals
+
+# isort: split
 import json
 import logging
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-import app
 import sweep_plan
 import sweep_table
 import sweep_trial
@@ -89,10 +95,10 @@ def search(
         else:
             logger.warning("%s: %s", what, row["status"])
 
-    stop = app.StopSignal()
-    if not sweep_trial.run_trials(waiting, out, shares, stop, record):
-        logger.info("stopped; the same command goes on")
-        return 128 + (stop.number or signal.SIGTERM)
+    with app.StopSignal() as stop:
+        if not sweep_trial.run_trials(waiting, out, shares, stop, record):
+            logger.info("stopped; the same command goes on")
+            return 128 + (stop.number or signal.SIGTERM)
     return show(trials, sweep_table.read_table(table, columns))
 
 

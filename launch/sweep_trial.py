@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import signals
 from ml_collections import ConfigDict
 
 from charlstm.config import flatten
@@ -29,8 +30,9 @@ UNREAD = 0.1  # the last part of a text, which no trial sees
 VAL_FRACTION = 1 / 18  # of the rest, which is 5 % of the whole
 POLL_SECONDS = 0.05
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
-# How a run ends that somebody has stopped: before it can catch a signal, and after.
-STOPPED = [code for n in (signal.SIGINT, signal.SIGTERM) for code in (-n, 128 + n)]
+# The exit codes of a run that a signal has stopped: before it can catch the signal, and after.
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+STOPPED = [code for number in SIGNALS for code in (-number, 128 + number)]
 
 
 class Text(NamedTuple):
@@ -195,6 +197,7 @@ def start(trial: Trial, out: Path, cores: set[int], is_alone: bool) -> Running:
             start_new_session=True,
             preexec_fn=make_settle(cores),
         )
+    signals.cleanups.append(process.kill)
     return Running(trial, process, cores, begin if is_timed else None)
 
 

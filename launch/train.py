@@ -11,12 +11,17 @@ or where each is told:
   python launch/train.py --coordinator=HOST:PORT --num_processes=N --process_id=0 to N-1
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -P` leaves it out
+import app  # first, since it handles signals
+
+# isort: split
 import logging
 import shlex
 import signal
-import sys
 
-import app
 import folders
 from absl import flags
 
@@ -62,8 +67,7 @@ def main() -> int:
     check_cluster_flags(*given)
     from charlstm import cluster  # JAX takes a second to load, mistakes should not
 
-    with cluster.joined(*given, JOIN_TIMEOUT.value):
-        stop = app.StopSignal()
+    with cluster.joined(*given, JOIN_TIMEOUT.value), app.StopSignal() as stop:
         from charlstm.train import train
 
         if not cluster.is_first():

@@ -1,0 +1,58 @@
+"""What a launcher does before any import that takes long: see to its streams and its end.
+
+It imports only what Python itself has loaded already.
+"""
+
+import os
+import sys
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+REPOSITORY = os.path.dirname(HERE)
+
+
+def open_descriptors() -> None:
+    """Open what is closed of the descriptors 0, 1, 2, which the next file would get otherwise."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    # Python has no stream for a descriptor that was closed.
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+
+
+def prepare_stdout() -> None:
+    """Write stdout in UTF-8 whatever the locale, line by line."""
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):  # a notebook's has none
+        reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+
+
+def is_launcher() -> bool:
+    """Return whether the program of this process is a launcher."""
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    return program is not None and os.path.dirname(os.path.realpath(program)) == HERE
+
+
+def is_notebook() -> bool:
+    """Return whether the process is IPython's, whose signals are not ours."""
+    return "IPython" in sys.modules
+
+
+def show_uncaught(kind, error, trace) -> None:  # type: ignore[no-untyped-def]
+    """Show an exception that nothing has caught: a missing package is one line, Ctrl-C none."""
+    if issubclass(kind, KeyboardInterrupt):
+        os._exit(130)
+    if not issubclass(kind, ModuleNotFoundError) or "--debug" in sys.argv:
+        sys.__excepthook__(kind, error, trace)
+        return
+    remedy = f"install it with: {sys.executable} -m pip install -e {REPOSITORY}"
+    environment = os.path.join(REPOSITORY, ".venv", "bin", "python")
+    if os.path.exists(environment) and environment != sys.executable:
+        remedy = f"start the launcher with {environment}, or {remedy}"
+    name = os.path.basename(sys.argv[0])
+    print(f"{name}: error: {sys.executable} has no module {error.name}; {remedy}", file=sys.stderr)
+
+
+if is_launcher():
+    sys.excepthook = show_uncaught
+    open_descriptors()
+    prepare_stdout()

@@ -1,0 +1,104 @@
+"""What launchers meet around them: signals, descriptors, variables, users, other interpreters."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from launching import command_of
+from test_train import small_config
+
+from charlstm.train import train
+
+# Runs a launcher that gets SIGINT when it imports a module, or while it compiles for the first
+# time after that.
+INTERRUPTED = """
+import os, runpy, signal, sys, threading
+moment, script, *words = sys.argv[1:]
+module, _, is_later = moment.partition("+")
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+def interrupt_compilation(event, **about):
+    if "compile_requests" in event:
+        threading.Timer(0.02, interrupt).start()
+
+def hook(event, args):
+    if event == "import" and args[0] == module:
+        if not is_later:
+            interrupt()
+        else:
+            from jax import monitoring
+            monitoring.register_event_listener(interrupt_compilation)
+
+sys.addaudithook(hook)
+sys.argv = [script, *words]
+sys.path[0] = os.path.dirname(script)
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, book):
+    folder = tmp_path_factory.mktemp("signals")
+    (folder / "book.txt").write_text(book, encoding="utf-8")
+    train(small_config(folder / "book.txt", num_steps=1), folder / "run")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("moment", "launcher", "flags"),
+    [
+        ("absl", "sweep", ()),
+        ("numpy.random.bit_generator", "train", ("--config.data.path=book.txt",)),
+        ("jaxlib._jax", "sample", ()),
+        ("charlstm.dynamic+compilation", "evaluate", ("--workdir=run", "--dynamic")),
+        ("charlstm.assess+compilation", "plan", ("--config=tiny", "--config.data.path=book.txt")),
+    ],
+)
+def test_ctrl_c_ends_a_launcher_with_its_code_and_no_words(
+    moment, launcher, flags, trained, tmp_path
+):
+    folders = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "empty"), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", INTERRUPTED, moment, *command_of(launcher, *flags)[1:]]
+    answer = subprocess.run(
+        command, cwd=trained, env=os.environ | folders, capture_output=True, text=True, timeout=60
+    )
+    assert answer.returncode == 128 + signal.SIGINT, answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert "Fatal" not in answer.stderr
+    assert answer.stdout == ""
+    assert [path for path in tmp_path.iterdir() if path.name != "empty"] == []
+
+
+def stopped_by(*numbers):
+    """Return how a process ends that uses StopSignal and gets signals, each once it has answered.
+
+    It ignores SIGHUP from its beginning if `numbers` says so by a negative first one.
+    """
+    numbers = tuple(map(int, numbers))
+    program = (
+        f"import signal, sys, time; sys.path.insert(0, {str(ROOT / 'launch')!r})\n"
+        f"if {numbers[0] < 0}: signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "import app, signals; signals.watch.start()\n"
+        "with app.StopSignal() as stop:\n"
+        f"    for number in {numbers}:\n"
+        "        signal.raise_signal(abs(number))\n"
+        "        time.sleep(0.2)\n"
+        "        print(stop.number, flush=True)\n"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    return answer.returncode, [int(word) for word in answer.stdout.split()]
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    assert stopped_by(signal.SIGHUP, signal.SIGTERM) == (128 + signal.SIGTERM, [signal.SIGHUP])
+
+
+def test_a_hangup_that_nohup_ignores_is_ignored():
+    assert stopped_by(-signal.SIGHUP, signal.SIGINT) == (0, [0, signal.SIGINT])
