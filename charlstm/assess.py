@@ -90,7 +90,7 @@ def write_sample(job: Job, params: Any, step: int, should_stop: ShouldStop) -> s
     config, run = job.run.config, job.run
     place = np.random.default_rng((config.seed, step)).integers(len(run.prompts))
     prompts = [run.vocab.encode(run.prompts[place])]
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    key = jax.random.fold_in(run.key(config.seed), step)
     lengths = {"seq_len": config.seq_len, "chunk": SAMPLE_CHUNK}
     pieces = stream(job.model, params, prompts, key, **lengths, **config.sample.to_dict())
     ids_BL = np.concatenate(list(until(should_stop, pieces)), axis=1)

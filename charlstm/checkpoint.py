@@ -19,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers
 from charlstm import cluster
 from charlstm.devices import whole
 from charlstm.errors import DamagedError, RunError, UserError, one_line
-from charlstm.files import read_json
+from charlstm.files import check_readable, read_json
 from charlstm.model import CharLSTM, model_from_config
 from charlstm.optim import averaged_params, make_optimizer, make_schedule
 from charlstm.run import Run, load_run
@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 # What was noted beside a state before schema 2, without checksums.
 UNSEALED = {"seconds", "since_log", "since_eval"}
+
+# What the name of a damaged checkpoint begins with, before its step.
+ASIDE = "damaged-"
 
 
 class Checkpoints:
@@ -97,7 +100,12 @@ class Checkpoints:
         if loss is None and step in self._manager.all_steps():
             return
         loss = None if loss is None or not math.isfinite(loss) else float(loss)
-        sealed = {"notes": notes, "loss": loss, "crc32": checksums(state)}
+        sealed = {
+            "notes": notes,
+            "loss": loss,
+            "crc32": checksums(state),
+            "types": _by_name(_type_of, state),
+        }
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             notes=ocp.args.JsonSave(sealed | {"seal": _seal(sealed)}),
@@ -114,14 +122,18 @@ class Checkpoints:
             ) from error
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Return the state and the notes of `step`; `like` gives tree, shapes and shardings.
+        """Return the state and the notes of `step`; `like` gives tree, types and shardings.
 
         Without a sharding an array comes to the first device of this process.
 
         Raises:
           DamagedError: if they are not what was saved.
+          UserError: if what was saved has another tree or other types than `like`.
+          RunError: if they cannot be read, for want of permission or memory.
         """
-        sealed = read_notes(self._folder / str(step))
+        folder = self._folder / str(step)
+        sealed = read_notes(folder)
+        _check_types(folder, sealed, like)
         # Explicit devices, since the state may have been saved on others.
         default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
@@ -133,16 +145,19 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         try:
             state = self._manager.restore(step, args=args).state
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            raise RunError(f"{folder}: could not be loaded ({one_line(error)})") from error
         except Exception as error:  # Orbax has six types for damage
-            raise _damaged(self._folder / str(step) / "state", one_line(error)) from error
+            check_readable(folder)
+            raise _damaged(folder / "state", one_line(error)) from error
         # Orbax itself restores other types, and flipped bits, without a word.
         if jax.tree.map(_type_of, state) != jax.tree.map(_type_of, like):
-            raise _damaged(self._folder / str(step) / "state", "it has other types")
+            raise _damaged(folder / "state", "it has other types")
         found = checksums(state)
         saved = sealed.get("crc32", found)
         if differing := [name for name in found | saved if found.get(name) != saved.get(name)]:
             reason = f"the checksum of {', '.join(differing)} differs"
-            raise _damaged(self._folder / str(step) / "state", reason)
+            raise _damaged(folder / "state", reason)
         return state, sealed["notes"]
 
     def restore_newest(
@@ -153,24 +168,25 @@ class Checkpoints:
         Damaged ones are set aside, with a warning.
 
         Raises:
-          UserError: if all that there are are damaged.
+          UserError: if there is none and damaged ones are set aside, by this start or an earlier
+            one; or if one was saved with another tree or other types than `like`.
         """
-        damage = None
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 state, notes = self.restore(step, like)
             except DamagedError as error:
-                damage = error
                 cluster.together(partial(self._set_aside, step, error))
                 self._manager.reload()
                 continue
             if is_wanted(notes):
                 self._delete(low=step + 1)
                 return state, notes
-        if damage:
+        names = sorted(path.name for path in self._folder.iterdir())
+        if aside := [name for name in names if name.startswith(ASIDE)]:
             raise UserError(
-                f"{self._folder}: no checkpoint is left that is not damaged; choose another "
-                "--workdir to begin anew"
+                f"{self._folder}: no checkpoint is left that is not damaged; bring the files of "
+                f"{', '.join(aside)} back under the step's number, choose another --workdir to "
+                "begin anew, or delete them to begin anew here, which replaces the run's records"
             )
         self._delete(low=0)
         return None
@@ -202,9 +218,10 @@ class Checkpoints:
     def _set_aside(self, step: int, error: DamagedError) -> None:
         if not cluster.is_first():
             return
-        aside = self._folder / f"damaged-{step}"
+        aside = self._folder / f"{ASIDE}{step}"
+        while aside.exists():  # from an earlier start
+            aside = self._folder / f"{aside.name}-too"
         logger.warning("%s; set aside as %s, and not used", error, aside.name)
-        aside.rmtree(missing_ok=True)
         (self._folder / str(step)).rename(aside)
 
 
@@ -224,7 +241,7 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
     model = model_from_config(run.config, run.vocab)
     if model.recurrence == "cudnn":
         model = model.clone(recurrence="fused")
-    like = state_shapes(run.config, model)
+    like = state_shapes(run.config, model, run.prng_impl)
     while True:
         before = steps_in(run.workdir / "checkpoints")
         try:
@@ -240,11 +257,14 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
                 raise
 
 
-def state_shapes(config: ConfigDict, model: CharLSTM) -> TrainState:
-    """Return the state of a run with a jax.ShapeDtypeStruct for each array."""
+def state_shapes(config: ConfigDict, model: CharLSTM, prng_impl: str | None = None) -> TrainState:
+    """Return the state of a run with a jax.ShapeDtypeStruct for each array.
+
+    `prng_impl` is the kind of its random key, by default JAX's own default.
+    """
     optimizer = make_optimizer(config, make_schedule(config, num_steps=1))
     make_state = partial(init_state, model, optimizer, batch_size=config.batch_size)
-    return jax.eval_shape(make_state, jax.random.key(0))
+    return jax.eval_shape(make_state, jax.random.key(0, impl=prng_impl))
 
 
 def steps_in(folder: epath.Path) -> list[int]:
@@ -269,7 +289,7 @@ def read_notes(folder: epath.Path) -> dict[str, Any]:
         return {"notes": sealed}
     if sealed.pop("seal", None) != _seal(sealed):
         raise _damaged(path, "its checksum differs")
-    kinds = {"notes": dict, "loss": float | None, "crc32": dict}
+    kinds = {"notes": dict, "loss": float | None, "crc32": dict, "types": dict | None}
     if not all(isinstance(sealed.get(name), kind) for name, kind in kinds.items()):
         raise _damaged(path, "it is no note of a checkpoint")
     if metrics.get("loss") != (math.inf if sealed["loss"] is None else sealed["loss"]):
@@ -282,8 +302,34 @@ def checksums(state: Any) -> dict[str, int]:
 
     They are the same however the state lies on devices and processes.
     """
+    return _by_name(_crc, state)
+
+
+def _by_name(function: Callable[[Any], Any], state: Any) -> dict[str, Any]:
+    """Return what `function` gives for each leaf of `state`, by the leaf's path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): _crc(x) for path, x in leaves}
+    name_of = partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name_of(path): function(leaf) for path, leaf in leaves}
+
+
+def _check_types(folder: epath.Path, sealed: dict[str, Any], like: TrainState) -> None:
+    """Raise UserError if the checkpoint in `folder` was saved with other arrays than `like` has."""
+    here = _by_name(_type_of, like)
+    # Schema 7 and earlier note no types.
+    there = sealed.get("types") or {
+        name: here.get(name, "an array") for name in sealed.get("crc32", here)
+    }
+    differing = [
+        f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+        for name in sorted(there | here)
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"{folder}: was saved by another version of charlstm or with other settings of JAX "
+            f"({'; '.join(differing[:3])}{more}); use those that it was saved with"
+        )
 
 
 def _type_of(leaf: Any) -> str:

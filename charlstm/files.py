@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from etils import epath
 from filelock import FileLock, Timeout
 
-from charlstm.errors import DamagedError, UserError, one_line
+from charlstm.errors import DamagedError, RunError, UserError, one_line
 
 # A vocabulary of all of Unicode and 256 long prompts take a tenth of it.
 MAX_JSON_BYTES = 2**28
@@ -42,17 +43,57 @@ def read_json(path: epath.Path) -> Any:
 
     Raises:
       DamagedError: if it is missing, too large, or not JSON.
+      RunError: if it is there and cannot be read.
     """
     try:
-        if not path.is_file():
+        if not _is_file(path):
             raise ValueError("no such file")
-        if path.stat().length > MAX_JSON_BYTES:
+        with path.open("rb") as file:
+            raw = file.read(MAX_JSON_BYTES + 1)
+        if len(raw) > MAX_JSON_BYTES:
             raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(raw.decode())
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
         raise DamagedError(
             f"{path}: missing or damaged ({one_line(error)}); bring the file back, or train anew"
         ) from error
+
+
+def _is_file(path: epath.Path) -> bool:
+    # Path.is_file also denies a file whose folder may not be entered.
+    if not is_local(path):
+        return path.is_file()
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def unreadable(path: epath.PathLike, error: OSError) -> RunError:
+    """Return the error for a file that is there and cannot be read."""
+    return RunError(
+        f"{path}: cannot be read ({error.strerror or error}); make it readable, and give the same "
+        "command again"
+    )
+
+
+def check_readable(folder: epath.Path) -> None:
+    """Raise RunError if a file in `folder` cannot be opened, as for want of permission."""
+    if not is_local(folder):
+        return
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise unreadable(error.filename, error) from error
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        for name in names:
+            try:
+                open(os.path.join(parent, name), "rb").close()
+            except OSError as error:
+                refuse(error)
 
 
 def refuse_links(folder: epath.Path) -> None:

@@ -12,7 +12,7 @@ from charlstm.corpus import Corpus, open_corpus
 from charlstm.data import Streams, Windows, evaluation_batches, split, training_batches
 from charlstm.devices import describe, make_mesh
 from charlstm.errors import OccupiedError, UserError
-from charlstm.machine import this_machine
+from charlstm.machine import default_prng_impl, this_machine
 from charlstm.model import CharLSTM, model_from_config
 from charlstm.run import Run, adapt_run, check_free, has_run, load_run, random_prompts
 from charlstm.source import PYTHON_MANUAL
@@ -102,7 +102,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
         tell_changes(run, changes, here)
     else:
         prompts = random_prompts(train_ids, text.vocab, config.seq_len, config.seed)
-        run = Run(workdir, config, text.vocab, about, prompts, here)
+        run = Run(workdir, config, text.vocab, about, prompts, here, default_prng_impl())
     model = model_from_config(config, text.vocab).clone(num_shards=mesh.size)
     return Job(run, mesh, model, batches, val_batches, num_steps)
 

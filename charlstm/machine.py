@@ -25,6 +25,11 @@ def this_machine() -> dict[str, Any]:
     return {"versions": versions, "devices": [str(device) for device in jax.devices()]}
 
 
+def default_prng_impl() -> str:
+    """Return JAX's name for the kind of random keys that it makes by default."""
+    return str(jax.random.key_impl(jax.random.key(0)))
+
+
 def check_backend(config: ConfigDict) -> None:
     """Raise UserError if `config` asks for what the machine does not have."""
     if config.model.recurrence == "cudnn" and jax.default_backend() != "gpu":

@@ -12,6 +12,7 @@ import hashlib
 import json
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -43,6 +44,7 @@ BEFORE: dict[int, dict[str, Any]] = {
     7: {"model": {"recurrent_dropout": 0.0}},
 }
 NUM_PROMPTS = 256
+PRNG_IMPLS = "threefry2x32", "rbg", "unsafe_rbg"
 # What may change between two starts of a run: how long it trains, how often it tells and saves,
 # where the text lies (its hash may not change), which twin of the recurrence computes, and on how
 # many devices.
@@ -67,6 +69,11 @@ class Run(NamedTuple):
     text: dict[str, Any]  # source, sha256, characters, training_characters, ...
     prompts: list[str]
     machine: dict[str, Any]  # versions and devices that the run began with
+    prng_impl: str  # JAX's name for the kind of its random keys
+
+    def key(self, seed: int) -> jax.Array:
+        """Return a random key of the run's kind, whatever JAX's default is."""
+        return jax.random.key(seed, impl=self.prng_impl)
 
     def encode(self, text: str, unknown: str = "error") -> np.ndarray:
         """Return the ids of a text in which the run's separator stands between documents."""
@@ -94,6 +101,7 @@ def write_run(run: Run) -> None:
         "config": run.config.to_dict(),
         "text": run.text,
         **run.machine,
+        "prng_impl": run.prng_impl,
         "sha256": {name: _sha256(content) for name, content in files.items()},
     }
     about["checksum"] = _checksum(about)
@@ -206,6 +214,9 @@ def load_run(workdir: epath.Path) -> Run:
         text = {name: str(about["text"][name]) for name in ("source", "sha256")}
         machine = {"versions": dict(about["versions"]), "devices": list(about["devices"])}
         hashes = dict(about["sha256"]) if is_sealed else {}
+        prng_impl = about.get("prng_impl", PRNG_IMPLS[0])
+        if prng_impl not in PRNG_IMPLS:
+            raise ValueError(f"prng_impl is {prng_impl!r}")
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError, UserError) as error:
         raise DamagedError(f"{path}: not a config of this version ({one_line(error)})") from error
     vocab = _read_vocab(workdir / "vocab.json", hashes)
@@ -213,7 +224,7 @@ def load_run(workdir: epath.Path) -> Run:
     known = set(vocab.characters)
     if not prompts or not all(prompt and known.issuperset(prompt) for prompt in prompts):
         raise DamagedError(f"{workdir}/prompts.json: holds no prompts of this vocabulary")
-    return Run(workdir, config, vocab, text, prompts, machine)
+    return Run(workdir, config, vocab, text, prompts, machine, prng_impl)
 
 
 def adapt_run(run: Run, config: ConfigDict) -> tuple[Run, list[str]]:

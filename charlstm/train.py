@@ -100,7 +100,7 @@ def make_ready(config: ConfigDict, workdir: epath.Path) -> tuple[Job, TrainState
 
 def placed_shapes(config: ConfigDict, job: Job) -> TrainState:
     """Return the tree, shapes and shardings of the state of `job` with the B of `config`."""
-    like = state_shapes(config, job.model)
+    like = state_shapes(config, job.model, job.run.prng_impl)
     places = state_shardings(like, job.mesh)
     return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), like, places)
 
@@ -195,7 +195,7 @@ def first_state(job: Job, like: TrainState) -> TrainState:
     optimizer = make_optimizer(config, make_schedule(config, job.num_steps))
     make_state = partial(init_state, job.model, optimizer, batch_size=config.batch_size)
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return jax.jit(make_state, out_shardings=places)(jax.random.key(config.seed))
+    return jax.jit(make_state, out_shardings=places)(job.run.key(config.seed))
 
 
 def compile_train_steps(
@@ -222,6 +222,7 @@ def what_must_agree(job: Job) -> dict[str, Any]:
     settings = {f"config.{name}": value for name, value in flatten(job.run.config).items()}
     del settings["config.data.path"]
     # Of this process, where job.run.machine tells with which the run began.
+    settings["the kind of random keys"] = job.run.prng_impl
     return settings | {"the text": job.run.text["sha256"], **this_machine()["versions"]}
 
 

@@ -186,7 +186,6 @@ def main() -> None:
         raise UserError(f"--num_samples={NUM_SAMPLES.value}: --stream shows one text at a time")
     prompt, changed = read_prompt(), changed_settings()
     listed = read_file(WORDS) if WORDS.value else ""
-    import jax
     from sample_check import open_training_part, report
 
     from charlstm.checkpoint import load_model
@@ -201,7 +200,7 @@ def main() -> None:
     prompts, opening = encode_prompts(run, prompt, settings["method"])
     settings |= {"seq_len": run.config.seq_len, "chunk": STREAM_CHUNK if STREAM.value else SIZE}
     end_id = model.end_id if STOP_AT_END.value else None
-    pieces = stream(model, params, prompts, jax.random.key(SEED.value), **settings)
+    pieces = stream(model, params, prompts, run.key(SEED.value), **settings)
     made = write(run, opening, until_end(pieces, end_id), end_id)
     if train_M is not None:
         for line in report(made, train_M, run.vocab, set(words(listed))):

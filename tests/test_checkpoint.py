@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 from contextlib import closing
 
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from charlstm.checkpoint import Checkpoints, checksums, steps_in
-from charlstm.errors import DamagedError, UserError
+from charlstm.errors import DamagedError, RunError, UserError
 from charlstm.steps import TrainState
 
 NOTES = {"seconds": 1.5, "streak": 0}
@@ -86,8 +87,82 @@ def test_all_being_damaged_is_no_reason_to_begin_anew_in_silence(tmp_path):
     written(tmp_path, [3.0, 2.0])
     for step in (1, 2):
         shutil.rmtree(tmp_path / "checkpoints" / str(step) / "state")
-    with pytest.raises(UserError, match="no checkpoint is left that is not damaged"):
+    # However often it is tried, until the user decides.
+    for _ in range(3):
+        with pytest.raises(UserError, match=r"no checkpoint is left.*delete them to begin anew"):
+            newest(tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "damaged-1",
+        "damaged-2",
+    }
+    for path in (tmp_path / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    assert newest(tmp_path) is None
+
+
+def test_a_damaged_checkpoint_that_is_aside_already_is_kept(tmp_path):
+    for mark in ("first", "second"):
+        written(tmp_path, [3.0, 2.0])
+        (tmp_path / "checkpoints" / "2" / "mark").write_text(mark)
+        (tmp_path / "checkpoints" / "2" / "notes" / "metadata").unlink()
         newest(tmp_path)
+        shutil.rmtree(tmp_path / "checkpoints" / "1")
+    marks = [path.read_text() for path in (tmp_path / "checkpoints").glob("damaged-2*/mark")]
+    assert sorted(marks) == ["first", "second"]
+
+
+OTHERS = {
+    "key is key<fry>() there and key<rbg>() here": lambda state: state._replace(
+        key=jax.random.key(0, impl="rbg")
+    ),
+    "params/w is float32(3, 4) there and float16(3, 4) here": lambda state: state._replace(
+        params=state.params | {"w": state.params["w"].astype(jnp.float16)}
+    ),
+    "params/w is float32(3, 4) there and float32(4, 4) here": lambda state: state._replace(
+        params=state.params | {"w": jnp.zeros((4, 4))}
+    ),
+    "params/more is missing there and float32(2,) here": lambda state: state._replace(
+        params=state.params | {"more": jnp.zeros(2)}
+    ),
+    "opt_state/0 is float32(3, 4) there and missing here": lambda state: state._replace(
+        opt_state=()
+    ),
+}
+
+
+@pytest.mark.parametrize("difference", OTHERS)
+def test_a_state_of_other_arrays_is_refused_by_their_names_and_not_renamed(difference, tmp_path):
+    written(tmp_path, [2.0, 1.0])
+    like = jax.eval_shape(lambda: OTHERS[difference](state_at(0)))
+    with closing(Checkpoints(epath.Path(tmp_path))) as checkpoints:
+        with pytest.raises(UserError, match=re.escape(difference)) as caught:
+            checkpoints.restore_newest(like)
+        assert not isinstance(caught.value, DamagedError)
+        assert_is(checkpoints.restore_newest(LIKE)[0], 2)
+
+
+@pytest.mark.parametrize("name", ["notes/metadata", "state/manifest.ocdbt", "state/_METADATA"])
+def test_a_file_that_cannot_be_read_is_not_damage(name, tmp_path):
+    written(tmp_path, [2.0, 1.0])
+    path = tmp_path / "checkpoints" / "2" / name
+    # A link to itself, since whoever is root may read everything.
+    whole = path.rename(path.with_name("whole"))
+    path.symlink_to(path.name)
+    with pytest.raises(RunError, match=f"2/{name}: cannot be read"):
+        newest(tmp_path)
+    path.unlink()
+    whole.rename(path)
+    assert_is(newest(tmp_path)[0], 2)
+
+
+def test_files_of_an_owner_without_a_name_are_read(tmp_path, monkeypatch):
+    def nameless(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", nameless)
+    monkeypatch.setattr("grp.getgrgid", nameless)
+    written(tmp_path, [1.0])
+    assert_is(newest(tmp_path)[0], 1)
 
 
 def test_a_checksum_tells_types_shapes_and_keys_apart():

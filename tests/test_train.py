@@ -146,6 +146,19 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp
     assert timeless(tmp_path / "other") != timeless(workdir)
 
 
+def test_the_kind_of_random_keys_is_the_runs_whatever_is_jaxs_default(book_path, tmp_path):
+    config = small_config(book_path, num_steps=6, eval_every_steps=3)
+    for default, others in (("rbg", "threefry2x32"), ("threefry2x32", "rbg")):
+        whole, parts = tmp_path / default / "whole", tmp_path / default / "parts"
+        with jax.default_prng_impl(default):
+            assert train(config, whole)
+            assert not train(config, parts, should_stop=stop_after(2))
+        with jax.default_prng_impl(others):
+            assert train(config, parts)
+            assert_same_run(parts, whole)
+        assert json.loads((whole / "config.json").read_text())["prng_impl"] == default
+
+
 def test_a_finished_run_is_left_alone(finished):
     config, workdir = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
@@ -267,7 +280,7 @@ def poison(monkeypatch, is_poisoned):
 def states_of(workdir):
     """Return (state, notes) of every checkpoint of a run by its step."""
     run = load_run(epath.Path(workdir))
-    like = state_shapes(run.config, model_from_config(run.config, run.vocab))
+    like = state_shapes(run.config, model_from_config(run.config, run.vocab), run.prng_impl)
     with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
         steps = steps_in(run.workdir / "checkpoints")
         return {step: checkpoints.restore(step, like) for step in steps}
