@@ -28,14 +28,15 @@ from etils import epath
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
+from charlstm.encoding import decode
 from charlstm.errors import DamagedError, RunError, UserError
 from charlstm.files import read_json, write_file
 from charlstm.source import File, Source, cache_folder, find_source, hash_of, read_blocks
-from charlstm.text import END, Cleaning, Vocab, clean, count_characters
+from charlstm.text import END, Cleaning, Vocab, count_characters
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raised whenever the same text would give other ids
+FORMAT = 2  # raised whenever the same text would give other ids
 # Up to so many characters a text is numbered in memory, anew at each start: a second at most.
 SMALL_CHARS = 2**24
 SMALL_BYTES = 2**24  # on disk; above it the passes are worth a progress bar
@@ -85,7 +86,7 @@ def open_corpus(
       RunError: if the ids of a large text cannot be written.
     """
     found = find_source(path, source, remedy)
-    cleaning = Cleaning(data.lowercase, data.strip_punctuation, data.document_separator)
+    cleaning = Cleaning.from_config(data)
     characters = vocab.characters if vocab else None
     recipe = [FORMAT, *cleaning, data.min_count, characters, unknown]
     if corpus := _reopen(found, recipe):
@@ -124,9 +125,10 @@ def read_characters(
     tally: Counter[str],
     heard: Callable[[File, bytes], Any],
 ) -> Iterator[str]:
-    """Yield the cleaned characters of all files, one after the other: see clean, read_blocks."""
+    """Yield the cleaned characters of all files in order: see Cleaning.apply and read_blocks."""
     for file in source.files:
-        yield from clean(read_blocks(file, partial(heard, file)), file.where, cleaning, tally)
+        blocks = read_blocks(file, partial(heard, file))
+        yield from cleaning.apply(decode(blocks, file.where), tally)
 
 
 def take_survey(source: Source, cleaning: Cleaning) -> Survey:

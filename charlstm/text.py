@@ -1,71 +1,69 @@
-"""Characters: how a text is cleaned, as a stream, and which integer each character gets."""
+"""Clean the characters of a text as a stream, and map them to integer ids."""
 
-import codecs
-import io
-import itertools
 import json
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from charlstm.errors import UserError
+from charlstm.gutenberg import cut_gutenberg
 
 END = "\x03"  # Unicode's END OF TEXT: the end of a document, where there are documents
 UNKNOWN = "\ufffd"  # REPLACEMENT CHARACTER: what characters too rare to be learnt fold into
 NUM_CODES = 0x110000
 
-# In how many characters at a file's beginning and end Project Gutenberg's frame is looked for: a
-# licence has 19,000, and a file of many books has frames in its middle.
-FRAME_CHARS = 2**17
-# New editions frame the book in '***' lines; those before 2004 end their preface in '*END*'.
-_GUTENBERG_START = re.compile(
-    r"^\*{3}[ \t]*START OF (?:THE|THIS) PROJECT GUTENBERG E(?:BOOK|TEXT)[^*]{0,300}\*{3}[ \t]*$"
-    r"|^\*END[* ]+THE SMALL PRINT![^\n]*\*END\*[ \t]*$",
-    re.IGNORECASE | re.MULTILINE,
-)
-_GUTENBERG_END = re.compile(
-    r"^(?:\*{3}[ \t]*)?END OF (?:THE |THIS )?PROJECT GUTENBERG\b",
-    re.IGNORECASE | re.MULTILINE,
-)
+MAX_WORD_CHARS = 2**17  # of which one may be held back
 
 
 class Cleaning(NamedTuple):
-    """What is done to a text before it is numbered."""
+    """What is done to the characters of a text before they become ids."""
 
     lowercase: bool = False
     strip_punctuation: bool = False  # drops the characters of Unicode's categories P and S
     separator: str = ""  # becomes END, which each file then ends with
 
+    @classmethod
+    def from_config(cls, data: ConfigDict) -> "Cleaning":
+        """Return the cleaning that `config.data` asks for."""
+        # A text's line ends are newlines when the separator is looked for.
+        separator = normalize_newlines(data.document_separator)
+        return cls(data.lowercase, data.strip_punctuation, separator)
 
-def clean(
-    blocks: Iterable[bytes], name: str, cleaning: Cleaning, tally: Counter[str]
-) -> Iterator[str]:
-    """Return the characters of one UTF-8 file in chunks, whose borders mean nothing.
+    def apply(
+        self, chunks: Iterable[str], tally: Counter[str], is_file: bool = True
+    ) -> Iterator[str]:
+        """Yield the cleaned characters of a text in chunks, whose borders mean nothing.
 
-    Byte-order mark, carriage returns and Project Gutenberg's header and licence are left out.
+        Project Gutenberg's headers, footers and licences are left out.
 
-    Args:
-      blocks: the file, cut anywhere.
-      name: the file, for errors.
-      cleaning: what else to do.
-      tally: counts `cut` characters of a frame, and `separators`.
+        Args:
+          chunks: the text, cut anywhere, with newlines as line ends.
+          tally: counts the `cut` characters of headers, footers and licences, and `separators`.
+          is_file: with a separator, END follows the last document.
+        """
+        chunks = _counted(chunks, tally, "cut", 1)
+        chunks = _counted(cut_gutenberg(chunks), tally, "cut", -1)
+        if self.separator:
+            chunks = replace_separator(chunks, self.separator, tally)
+            chunks = end_document(chunks) if is_file else chunks
+        if self.lowercase:
+            chunks = map(str.lower, break_at_space(chunks))
+        if self.strip_punctuation:
+            chunks = map(drop_punctuation, chunks)
+        return chunks
 
-    Raises:
-      UserError: if the file is not UTF-8, once that is found.
-    """
-    chunks = _counted(decode(blocks, name), tally, "cut", 1)
-    chunks = _counted(cut_gutenberg(chunks), tally, "cut", -1)
-    if cleaning.separator:
-        chunks = mark_documents(chunks, cleaning.separator, tally)
-    if cleaning.lowercase:
-        chunks = map(str.lower, break_at_space(chunks))
-    if cleaning.strip_punctuation:
-        chunks = map(drop_punctuation, chunks)
-    return chunks
+    def apply_to(self, text: str) -> str:
+        """Return a text, such as a prompt, cleaned as the files of a text are."""
+        return "".join(self.apply([normalize_newlines(text)], Counter(), is_file=False))
+
+
+def normalize_newlines(text: str) -> str:
+    """Return `text` with newlines for all line ends."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _counted(chunks: Iterable[str], tally: Counter[str], name: str, factor: int) -> Iterator[str]:
@@ -74,73 +72,27 @@ def _counted(chunks: Iterable[str], tally: Counter[str], name: str, factor: int)
         yield chunk
 
 
-def decode(blocks: Iterable[bytes], name: str) -> Iterator[str]:
-    """Yield the characters of a UTF-8 file without byte-order mark, all line ends as newlines.
-
-    Raises:
-      UserError: naming the first byte that is not UTF-8, and its offset.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    num_bytes, is_begun = 0, False
-    for block in itertools.chain(blocks, [None]):
-        kept = len(decoder.getstate()[0])  # the bytes of a character that is not whole yet
-        try:
-            text = decoder.decode(block or b"", final=block is None)
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{name}: not UTF-8 (byte 0x{error.object[error.start]:02x} at offset "
-                f"{num_bytes - kept + error.start}); "
-                "convert it, for example with: iconv -f latin1 -t utf-8"
-            ) from None
-        num_bytes += len(block or b"")
-        if text and not is_begun:
-            # Not by 'utf-8-sig', whose errors count from behind the byte-order mark.
-            text, is_begun = text.removeprefix("\ufeff"), True
-        if text := newlines.decode(text, final=block is None):
-            yield text
-
-
-def cut_gutenberg(chunks: Iterable[str]) -> Iterator[str]:
-    """Yield a text without Project Gutenberg's frame and the empty lines next to it.
-
-    The frame begins among the first FRAME_CHARS characters and ends among the last.
-    """
-    chunks = iter(chunks)
-    held, is_whole = "", True  # nothing of the text is yielded yet
-    while len(held) < FRAME_CHARS and (chunk := next(chunks, "")):
-        held += chunk
-    start = _GUTENBERG_START.search(held, 0, FRAME_CHARS)
-    if start:
-        held = held[start.end() :]
-    for chunk in itertools.chain([""], chunks):
-        held += chunk
-        if start and is_whole:
-            held = held.lstrip("\n")
-        # One character more, which tells whether the first line of the last ones is whole.
-        if len(held) > FRAME_CHARS + 1:
-            yield held[: -FRAME_CHARS - 1]
-            held, is_whole = held[-FRAME_CHARS - 1 :], False
-    end = _GUTENBERG_END.search(held, 0 if is_whole else 1)
-    if start or end:
-        held = held[: end.start()] if end else held
-        held = (held.strip("\n") if is_whole else held.rstrip("\n")) + "\n"
-    yield held
-
-
-def mark_documents(chunks: Iterable[str], separator: str, tally: Counter[str]) -> Iterator[str]:
-    """Yield a file with END for each `separator`, and at its end, unless it has no characters."""
-    held = last = ""
+def replace_separator(chunks: Iterable[str], separator: str, tally: Counter[str]) -> Iterator[str]:
+    """Yield a text with END in place of each `separator`."""
+    held = ""
     for chunk in chunks:
         *documents, held = (held + chunk).split(separator)
         tally["separators"] += len(documents)
         # What is held may be the beginning of a separator.
         cut = max(0, len(held) - len(separator) + 1)
-        text = "".join(document + END for document in documents) + held[:cut]
-        held, last = held[cut:], text[-1:] or last
-        yield text
-    is_ended = (held or last)[-1:] in ("", END)
-    yield held if is_ended else held + END
+        yield "".join(document + END for document in documents) + held[:cut]
+        held = held[cut:]
+    yield held
+
+
+def end_document(chunks: Iterable[str]) -> Iterator[str]:
+    """Yield a text with END after it, unless it ends with one or has no characters."""
+    last = ""
+    for chunk in chunks:
+        last = chunk[-1:] or last
+        yield chunk
+    if last not in ("", END):
+        yield END
 
 
 def break_at_space(chunks: Iterable[str]) -> Iterator[str]:
@@ -152,7 +104,7 @@ def break_at_space(chunks: Iterable[str]) -> Iterator[str]:
     for chunk in chunks:
         held += chunk
         cut = max(held.rfind(" "), held.rfind("\n")) + 1
-        if not cut and len(held) > FRAME_CHARS:
+        if not cut and len(held) > MAX_WORD_CHARS:
             cut = len(held)
         yield held[:cut]
         held = held[cut:]

@@ -126,9 +126,8 @@ def main() -> int:
     seeds = sweep_plan.distinct("--seeds", [app.parse_setting("seed", word) for word in words])
     # Before the texts are read, which may take long.
     sweep_plan.make_trials(config, combinations, ["any"], seeds)
-    data = config.data
-    cleaning = Cleaning(data.lowercase, data.strip_punctuation, data.document_separator)
-    texts = [sweep_trial.open_text(path, cleaning) for path in TEXTS.value or [data.path]]
+    cleaning = Cleaning.from_config(config.data)
+    texts = [sweep_trial.open_text(path, cleaning) for path in TEXTS.value or [config.data.path]]
     names = sweep_plan.distinct("--texts", [text.name for text in texts])
     trials = sweep_plan.make_trials(config, combinations, names, seeds)
     sweep_plan.refuse_other(out / "sweep.json", sweep_plan.common(trials))

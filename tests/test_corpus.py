@@ -26,9 +26,11 @@ import charlstm.corpus
 import charlstm.text
 from charlstm.config import base_config
 from charlstm.corpus import forget_pages, open_corpus, texts_folder
+from charlstm.encoding import decode
 from charlstm.errors import RunError, UserError
+from charlstm.gutenberg import cut_gutenberg
 from charlstm.source import find_source, read_blocks
-from charlstm.text import END, UNKNOWN, Cleaning, Vocab, clean
+from charlstm.text import END, UNKNOWN, Cleaning, Vocab
 
 START = "*** START OF THE PROJECT GUTENBERG EBOOK X ***"
 FINISH = "*** END OF THE PROJECT GUTENBERG EBOOK X ***"
@@ -73,13 +75,9 @@ CLEANINGS = st.builds(
 
 
 def cleaned_whole(raw, cleaning):
-    """Return what clean should, by plain operations on the whole text."""
+    """Return what Cleaning.apply should, by plain operations on the whole text."""
     text = raw.decode().removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    start = charlstm.text._GUTENBERG_START.search(text)
-    begin = start.end() if start else 0
-    end = charlstm.text._GUTENBERG_END.search(text, begin)
-    if start or end:
-        text = text[begin : end.start() if end else len(text)].strip("\n") + "\n"
+    text = "".join(cut_gutenberg([text]))  # see test_gutenberg.py
     if cleaning.separator:
         text = text.replace(cleaning.separator, END)
         text += END * (text[-1:] not in ("", END))
@@ -100,38 +98,8 @@ def blocks_of(raw, size):
 @example(f"x\n{START}\n\n\nB\n\n\n{FINISH}\nx", 1, Cleaning())
 def test_a_file_cut_anywhere_is_cleaned_as_the_whole(text, size, cleaning):
     raw = text.encode()
-    chunks = clean(blocks_of(raw, size), "name", cleaning, Counter())
+    chunks = cleaning.apply(decode(blocks_of(raw, size), "name"), Counter())
     assert "".join(chunks) == cleaned_whole(raw, cleaning)
-
-
-@given(st.lists(PIECES, max_size=60).map("".join), st.integers(1, 40), CLEANINGS)
-def test_of_a_long_file_only_its_ends_are_searched_for_a_frame_wherever_it_is_cut(
-    text, size, cleaning
-):
-    raw = text.encode()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(charlstm.text, "FRAME_CHARS", 70)
-        one, other = (
-            "".join(clean(blocks_of(raw, n), "name", cleaning._replace(lowercase=False), Counter()))
-            for n in (size, len(raw) + 1)
-        )
-    assert one == other
-
-
-def test_talk_of_an_end_is_none_wherever_the_last_characters_begin(monkeypatch):
-    monkeypatch.setattr(charlstm.text, "FRAME_CHARS", 70)
-    for length in range(80):
-        text = "x" * 200 + "End of Project Gutenberg" + " " * length
-        assert "".join(charlstm.text.cut_gutenberg([text])) == text
-
-
-def test_a_file_of_many_books_loses_the_first_header_and_the_last_licence_only(tmp_path):
-    book = f"A header.\n{START}\n\n{'So it went on and on. ' * 9000}\n\n{FINISH}\nA licence.\n"
-    (tmp_path / "books.txt").write_text(book * 3)
-    text = read(tmp_path / "books.txt")
-    assert text.startswith("So it went on")
-    assert text.endswith("on and on. \n")
-    assert (text.count(START), text.count(FINISH)) == (2, 2)
 
 
 @given(st.text("aab \n", min_size=2, max_size=50), st.text("xyz", max_size=9), st.integers(1, 5))

@@ -20,9 +20,11 @@ MAY_IMPORT = {
     "errors": "",
     "files": "errors",
     "config": "errors",
-    "text": "errors",
-    "source": "errors files",
-    "corpus": "errors files source text",
+    "gutenberg": "",
+    "encoding": "errors",
+    "text": "errors gutenberg",
+    "source": "encoding errors files",
+    "corpus": "encoding errors files source text",
     "data": "errors text",
     "recurrence": "",
     "fused": "recurrence",
@@ -48,8 +50,8 @@ MAY_IMPORT = {
     "journal": "checkpoint cluster console errors job log steps",
     "assess": "cluster data devices job log model sample steps",
     "train": "assess baselines checkpoint cluster config console corpus cost cudnn curves data "
-    "devices dynamic errors files fused job journal log machine measure model optim originality "
-    "recurrence run sample source steps text",
+    "devices dynamic encoding errors files fused gutenberg job journal log machine measure model "
+    "optim originality recurrence run sample source steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")

@@ -18,7 +18,7 @@ from charlstm.config import base_config
 from charlstm.corpus import open_corpus
 from charlstm.errors import UserError
 from charlstm.source import PYTHON_MANUAL
-from charlstm.text import Vocab, cut_gutenberg, drop_punctuation
+from charlstm.text import Vocab, drop_punctuation
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DRACULA = ROOT.parent / "shared" / "corpora" / "pg345.txt"
@@ -200,64 +200,12 @@ def test_a_text_tells_its_origin_and_the_hash_and_size_of_the_raw_file(tmp_path)
     assert Path(text.source) == (tmp_path / "text.txt").resolve()
 
 
-FRAMES = {
-    "new": (f"A header.\n\n{NEW_START}\n", f"{NEW_END}\nA licence.\n"),
-    "this": (
-        "A header.\n*** START OF THIS PROJECT GUTENBERG EBOOK X ***\n",
-        "*** END OF THIS PROJECT GUTENBERG EBOOK X ***\nA licence.\n",
-    ),
-    "title over two lines": (
-        "A header.\n*** START OF THE PROJECT GUTENBERG EBOOK X,\nVOLUME I ***\n",
-        "*** END OF THE PROJECT GUTENBERG EBOOK X,\nVOLUME I ***\nA licence.\n",
-    ),
-    # Many books have both ends: the first one counts.
-    "two ends": (
-        f"A header.\n{NEW_START}\n",
-        f"End of the Project Gutenberg EBook of X, by Y\n\n{NEW_END}\nA licence.\n",
-    ),
-    "1993": (
-        "A preface.\n*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\n",
-        "End of Project Gutenberg's Etext of X, by Y\n",
-    ),
-    "2002": (
-        "A preface.\n*END THE SMALL PRINT! FOR PUBLIC DOMAIN EBOOKS*Ver.02/11/02*END*\n",
-        "End of the Project Gutenberg EBook of X, by Y\nA licence.\n",
-    ),
-    "curly apostrophe": (f"{NEW_START}\n", "End of Project Gutenberg\u2019s Etext of X, by Y\n"),
-    # An end before the beginning ends nothing.
-    "end in the header": (f"{NEW_END}\nA header.\n{NEW_START}\n", f"{NEW_END}\nA licence.\n"),
-    "start only": (f"A header.\n{NEW_START}\n", ""),
-    "end only": ("", f"{NEW_END}\nA licence.\n"),
-}
-
-
-@pytest.mark.parametrize("frame", FRAMES)
-def test_gutenbergs_frame_is_cut_off(frame):
-    before, after = FRAMES[frame]
-    content = f"{before}\n\n{BOOK}\n\n{after}"
-    assert "".join(cut_gutenberg([content])) == BOOK
-
-
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 def test_a_frame_is_found_whatever_the_line_ends(tmp_path, newline):
     content = f"A header.\n{NEW_START}\n\n{BOOK}\n{NEW_END}\nA licence.\n"
     text = load_bytes(tmp_path, content.replace("\n", newline).encode())
     assert text.content == BOOK
     assert text.num_cut == len(content) - len(BOOK)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "\n\n  A text of one's own.\n\n",
-        "no newline at the end",
-        # Talk about a frame is none: a frame has a line of its own.
-        f"He wrote: {NEW_START}\nand then: {NEW_END}\n",
-        "",
-    ],
-)
-def test_a_text_without_a_frame_is_not_changed(content):
-    assert "".join(cut_gutenberg([content])) == content
 
 
 def test_a_frame_with_nothing_inside_is_an_empty_text(tmp_path):
@@ -299,7 +247,6 @@ def test_punctuation_goes_only_if_asked_for(tmp_path):
         (b"...!?\n", {"strip_punctuation": True}, "empty"),
         (b"abc\xffdef", {}, "byte 0xff at offset 3"),
         ("abc\u00e9".encode("latin1"), {}, "byte 0xe9 at offset 3"),
-        ("abc".encode("utf-16"), {}, "byte 0xff at offset 0"),
         # Counted from the beginning of the file, the mark included.
         (b"\xef\xbb\xbfabc\xffdef", {}, "byte 0xff at offset 6"),
     ],
