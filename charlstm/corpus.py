@@ -50,7 +50,8 @@ class Corpus(NamedTuple):
     source: str
     sha256: str  # see source.hash_of
     num_bytes: int  # of the files
-    num_cut: int  # characters of Project Gutenberg's header and licence left out
+    num_cut: int  # characters of Project Gutenberg's headers, footers and licences left out
+    num_unknown: int  # characters that are not in `vocab`, replaced or dropped
 
 
 class Survey(NamedTuple):
@@ -89,22 +90,34 @@ def open_corpus(
     cleaning = Cleaning.from_config(data)
     characters = vocab.characters if vocab else None
     recipe = [FORMAT, *cleaning, data.min_count, characters, unknown]
-    if corpus := _reopen(found, recipe):
-        return corpus
-    survey = take_survey(found, cleaning)
-    check_survey(survey, found, cleaning, remedy, is_own=vocab is None)
-    if vocab is None:
-        vocab = Vocab.from_counts(survey.counts, data.min_count)
-        unknown = "replace" if data.min_count > 1 else "error"
+    corpus = _reopen(found, recipe)
+    if corpus is None:
+        survey = take_survey(found, cleaning)
+        check_survey(survey, found, cleaning, remedy, is_own=vocab is None)
+        used = vocab or Vocab.from_counts(survey.counts, data.min_count)
+        if vocab is None and data.min_count > 1:
+            unknown = "replace"
+        corpus = _prepare(found, cleaning, survey, used, unknown, recipe)
+    log_cut(corpus, is_own=vocab is None)
+    return corpus
+
+
+def _prepare(
+    found: Source, cleaning: Cleaning, survey: Survey, vocab: Vocab, unknown: str, recipe: list[Any]
+) -> Corpus:
+    """Return a text whose ids are in memory, or in the cache if there are many."""
     pieces = number(found, cleaning, vocab, unknown)
     num_chars = int(survey.counts.sum())
+    num_unknown = num_chars - int(survey.counts[[ord(char) for char in vocab.characters]].sum())
     if num_chars <= SMALL_CHARS:
         ids_M = np.concatenate(list(pieces))
-        return Corpus(ids_M, vocab, found.path, survey.sha256, found.num_bytes, survey.num_cut)
+        origin = found.path, survey.sha256, found.num_bytes, survey.num_cut, num_unknown
+        return Corpus(ids_M, vocab, *origin)
     about = {
         "vocabulary": vocab.characters,
         "sha256": survey.sha256,
         "characters_cut": survey.num_cut,
+        "characters_unknown": num_unknown,
     }
     folder = texts_folder() / _hash([survey.sha256, recipe])
     num_bytes = num_chars * vocab.dtype.itemsize
@@ -117,6 +130,19 @@ def open_corpus(
     if corpus is None:
         raise RunError(f"{folder}: has vanished; give the same command again")
     return corpus
+
+
+def log_cut(text: Corpus, is_own: bool = True) -> None:
+    """Log how much was left out of a text: if that is a lot, or if the text is not the run's."""
+    is_much = 10 * text.num_cut > text.num_cut + len(text.ids_M)
+    if is_much or (text.num_cut and not is_own):
+        logger.log(
+            logging.WARNING if is_much else logging.INFO,
+            "%s: left out %s characters of Project Gutenberg's headers and licences, %s remain",
+            text.source,
+            f"{text.num_cut:,}",
+            f"{len(text.ids_M):,}",
+        )
 
 
 def read_characters(
@@ -168,6 +194,10 @@ def check_survey(
     found = "".join(map(chr, np.flatnonzero(survey.counts))).replace(END, "")
     if not found.strip():
         raise UserError(f"{source.path}: the text is empty; {remedy}")
+    if num_nul := survey.counts[0]:
+        logger.warning(
+            "%s: holds %s NUL characters (U+0000), as damaged files do", source.path, f"{num_nul:,}"
+        )
     is_missing = cleaning.separator and not survey.num_separators
     if is_own and is_missing and len(source.files) == 1:
         raise UserError(
@@ -276,8 +306,10 @@ def _open(folder: Path, source: Source) -> Corpus | None:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if len(mapped) == about["bytes"]:
             ids_M = np.frombuffer(mapped, vocab.dtype)
-            origin = source.path, about["sha256"], source.num_bytes, about["characters_cut"]
-            return Corpus(ids_M, vocab, *origin)
+            origin = source.path, about["sha256"], source.num_bytes
+            return Corpus(
+                ids_M, vocab, *origin, about["characters_cut"], about["characters_unknown"]
+            )
     return None
 
 

@@ -176,7 +176,7 @@ def report(job: Job, step: int, num_params: int) -> None:
     }
     if text["characters_cut"]:
         lines["total characters"] += (
-            f" ({text['characters_cut']:,} of Project Gutenberg's header and licence cut off)"
+            f" ({text['characters_cut']:,} of Project Gutenberg's headers and licences left out)"
         )
     if isinstance(job.batches, Windows):
         lines["total patterns"] = f"{job.batches.num_windows:,}"

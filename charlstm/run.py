@@ -27,7 +27,7 @@ from charlstm.files import (
     temporary_name,
     write_file,
 )
-from charlstm.text import END, Vocab
+from charlstm.text import END, Cleaning, Vocab
 
 # Raised whenever an older reader could misunderstand a newer folder. 1 had no checksums; before 3
 # there were no documents, and the validation part had no limit.
@@ -75,14 +75,18 @@ class Run(NamedTuple):
         """Return a random key of the run's kind, whatever JAX's default is."""
         return jax.random.key(seed, impl=self.prng_impl)
 
+    @property
+    def cleaning(self) -> Cleaning:
+        """What was done to the run's text, and is done to all that its model reads."""
+        return Cleaning.from_config(self.config.data)
+
     def encode(self, text: str, unknown: str = "error") -> np.ndarray:
-        """Return the ids of a text in which the run's separator stands between documents."""
-        separator = self.config.data.document_separator
-        return self.vocab.encode(text.replace(separator, END) if separator else text, unknown)
+        """Return the ids of a text such as a prompt, cleaned as the run's text was."""
+        return self.vocab.encode(self.cleaning.apply_to(text), unknown)
 
     def decode(self, ids: Any) -> str:
         """Return the text of `ids`, with the run's separator where a document ends."""
-        separator, text = self.config.data.document_separator, self.vocab.decode(ids)
+        separator, text = self.cleaning.separator, self.vocab.decode(ids)
         return text.replace(END, separator) if separator else text
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 import charlstm.source
 from charlstm.config import base_config
 from charlstm.corpus import open_corpus
+from charlstm.encoding import decode
 from charlstm.errors import UserError
+from charlstm.run import Run
 from charlstm.source import PYTHON_MANUAL
-from charlstm.text import Vocab, drop_punctuation
+from charlstm.text import END, Cleaning, Vocab, drop_punctuation
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DRACULA = ROOT.parent / "shared" / "corpora" / "pg345.txt"
@@ -40,6 +43,7 @@ class Loaded(NamedTuple):
     sha256: str
     num_bytes: int
     num_cut: int
+    num_unknown: int
 
 
 def load_text(path="", source="", **settings) -> Loaded:
@@ -176,6 +180,8 @@ def load_bytes(tmp_path, raw, **options):
     ("raw", "content"),
     [
         (b"one\ntwo\n", "one\ntwo\n"),
+        ("one\r\n\u20ac\U0001f987".encode("utf-16"), "one\n\u20ac\U0001f987"),
+        (b"\xfe\xff" + "one\n\u20ac".encode("utf-16-be"), "one\n\u20ac"),
         (b"\xef\xbb\xbfone\ntwo", "one\ntwo"),
         (b"one\r\ntwo\r\n", "one\ntwo\n"),
         (b"one\rtwo\r", "one\ntwo\n"),
@@ -216,6 +222,19 @@ def test_a_frame_with_nothing_inside_is_an_empty_text(tmp_path):
     assert "empty" in message
 
 
+@pytest.mark.parametrize(("size", "is_much"), [(2000, False), (700, True)])
+def test_a_cut_of_more_than_a_tenth_of_a_text_is_a_warning(
+    tmp_path, caplog, monkeypatch, size, is_much
+):
+    monkeypatch.setattr(logging.getLogger("charlstm"), "propagate", True)
+    frame = f"{NEW_START}\n", f"{NEW_END}\nA licence.\n"
+    text = load_bytes(tmp_path, (frame[0] + "ab" * (size // 2) + "\n" + frame[1]).encode())
+    assert text.num_cut == sum(map(len, frame)) == 115
+    warnings = warnings_in(caplog)
+    assert len(warnings) == is_much
+    assert not is_much or "115 characters" in warnings[0]
+
+
 def test_lowercase_is_the_lower_case_of_all_of_unicode(tmp_path):
     raw = "The COUNT, \u00c9mile \u0414\u0420\u0410\u041a\u0423\u041b\u0410".encode()
     text = load_bytes(tmp_path, raw, lowercase=True)
@@ -233,6 +252,31 @@ def test_punctuation_goes_only_if_asked_for(tmp_path):
     raw = "\u201cNo,\u201d she said\u2014$5 + 5!\n".encode()
     assert load_bytes(tmp_path, raw).content == raw.decode()
     assert load_bytes(tmp_path, raw, strip_punctuation=True).content == "No she said5  5\n"
+
+
+@given(
+    st.lists(st.sampled_from("aA \u00c9.#\r\n\u03a3"), max_size=20).map("".join),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["", "#", "\r\n", ".\r\n"]),
+)
+def test_a_prompt_is_cleaned_as_a_text_is(text, lowercase, strip, separator):
+    data = base_config().data
+    data.lowercase, data.strip_punctuation, data.document_separator = lowercase, strip, separator
+    cleaning = Cleaning.from_config(data)
+    blocks = [f"{text}b".encode()]
+    of_file = "".join(cleaning.apply(decode(blocks, "name"), Counter()))
+    assert cleaning.apply_to(f"{text}b") == (of_file.removesuffix(END) if separator else of_file)
+
+
+def test_a_run_cleans_its_prompts():
+    config, vocab = base_config(), Vocab(sorted({*"the castl\n", END}))
+    config.data.lowercase = config.data.strip_punctuation = True
+    config.data.document_separator = "\r\n%\r\n"
+    run = Run(None, config, vocab, {}, [], {}, "threefry2x32")
+    ids = run.encode("The\r\n%\r\nCASTLE\r\n--")
+    assert vocab.decode(ids) == f"the{END}castle\n"
+    assert run.decode(ids) == "the\n%\ncastle\n"
 
 
 # --- texts that cannot be had ---
@@ -380,9 +424,9 @@ def test_a_download_writes_nothing_to_stdout(cache, capsys):
 
 def test_dracula_in_the_cache_is_read_without_a_network(cache, caplog, monkeypatch):
     monkeypatch.setattr("pooch.retrieve", refuse_to_download)
-    (cache / "pg345.txt").write_text(f"A header.\n{NEW_START}\n\n{BOOK}\n{NEW_END}\n")
+    (cache / "pg345.txt").write_text(f"A header.\n{NEW_START}\n\n{BOOK * 20}\n{NEW_END}\n")
     text = load_text()
-    assert text.content == BOOK
+    assert text.content == BOOK * 20
     assert Path(text.source) == (cache / "pg345.txt").resolve()
     assert warnings_in(caplog) == []
 
