@@ -6,7 +6,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers
 from charlstm import cluster
 from charlstm.devices import whole
 from charlstm.errors import DamagedError, RunError, UserError, one_line
-from charlstm.files import check_readable, read_json
+from charlstm.files import check_readable, is_local, read_json, without_pattern
 from charlstm.model import CharLSTM, model_from_config
 from charlstm.optim import averaged_params, make_optimizer, make_schedule
 from charlstm.run import Run, load_run
@@ -47,6 +47,7 @@ class Checkpoints:
         """
         self._folder = (workdir / "checkpoints").resolve()
         self._trash = self._folder / "trash"
+        self._stack = ExitStack()
         if read_only:
             for step in steps_in(self._folder):
                 read_notes(self._folder / str(step))
@@ -78,7 +79,10 @@ class Checkpoints:
                 ),
                 **best,
             )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        if not read_only and is_local(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        literal = self._stack.enter_context(without_pattern(self._folder))
+        self._manager = ocp.CheckpointManager(literal, options=options)
 
     def latest_step(self) -> int | None:
         """Return the newest step on disk, None where there is none."""
@@ -194,6 +198,7 @@ class Checkpoints:
     def close(self) -> None:
         """Release Orbax's threads."""
         self._manager.close()
+        self._stack.close()
 
     def _delete(self, low: int, high: float = math.inf) -> None:
         for step in list(self._manager.all_steps()):

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from charlstm.errors import DamagedError, RunError, UserError, one_line
 MAX_JSON_BYTES = 2**28
 # What the content of a lock file begins with.
 LOCK_TEXT = "process "
+# glob takes the first four for a pattern, and TensorStore the last one for a slash.
+PATTERN_CHARS = set("[]*?\\") - {os.sep}
 
 
 def temporary_name(name: str) -> str:
@@ -119,6 +122,34 @@ def is_link(path: epath.Path) -> bool:
 def is_local(path: epath.Path) -> bool:
     """Return whether `path` is of this machine's file systems, not of a bucket."""
     return "://" not in os.fspath(path)
+
+
+@contextmanager
+def without_pattern(folder: epath.Path) -> Iterator[epath.Path]:
+    """Yield a path of `folder` that is not taken for a pattern, as Orbax takes some paths.
+
+    Where a name on the way to `folder` has brackets or the like, the path is a link in a temporary
+    folder that exists until the end of the block.
+
+    Raises:
+      UserError: if there can be no such link.
+    """
+    if not is_local(folder) or not PATTERN_CHARS.intersection(os.fspath(folder)):
+        yield folder
+        return
+    refusal = UserError(
+        f"{folder}: checkpoints cannot have any of {' '.join(sorted(PATTERN_CHARS))} in their path "
+        "here; rename the folder, or choose another --workdir"
+    )
+    if PATTERN_CHARS.intersection(tempfile.gettempdir()):
+        raise refusal
+    with tempfile.TemporaryDirectory(prefix="charlstm-") as home:
+        link = os.path.join(home, folder.name)
+        try:
+            os.symlink(folder, link)
+        except OSError as error:  # as on Windows without the right to
+            raise refusal from error
+        yield epath.Path(link)
 
 
 @contextmanager

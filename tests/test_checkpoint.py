@@ -57,6 +57,22 @@ def test_what_is_saved_is_what_is_restored(tmp_path):
     assert notes == NOTES | {"told": 1}
 
 
+@pytest.mark.parametrize("name", ["My [texts]", "[x]", "a*b?c", "a\\b", "[[", "%41 {a}#'\n\""])
+def test_any_name_of_a_folder_will_do(name, tmp_path):
+    for parent in (tmp_path / name, tmp_path / "moved" / name):
+        if not parent.exists():
+            parent.parent.mkdir(exist_ok=True)
+            written(parent, [3.0, 2.0, 1.0])
+        with closing(Checkpoints(epath.Path(parent), read_only=True)) as checkpoints:
+            assert_is(checkpoints.restore(checkpoints.best_step(), LIKE)[0], 3)
+        assert_is(newest(parent)[0], 3)
+        assert steps_in(epath.Path(parent / "checkpoints")) == [2, 3]
+        assert [path.name for path in parent.parent.iterdir()] == [name]
+        if parent.parent == tmp_path:
+            (tmp_path / "moved").mkdir()
+            parent.rename(tmp_path / "moved" / name)
+
+
 def test_a_state_that_is_there_gives_way_to_one_with_a_loss_only(tmp_path):
     with closing(Checkpoints(epath.Path(tmp_path))) as checkpoints:
         checkpoints.save(state_at(1), NOTES, 1.0)
