@@ -42,7 +42,8 @@ def base_config() -> ConfigDict:
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    # A UTF-8 text, a folder or a glob of them, .txt, .txt.gz or .txt.zst; empty means Dracula.
+    # A UTF-8 text, a pattern, or a folder, of which .txt and .gz, .zst, .bz2 and .xz are read; empty
+    # means Dracula.
     data.path = ""
     # Fewer distinct characters are easier to learn, at the price of capital letters.
     data.lowercase = False

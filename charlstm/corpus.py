@@ -31,7 +31,8 @@ from ml_collections import ConfigDict
 from charlstm.encoding import decode
 from charlstm.errors import DamagedError, RunError, UserError
 from charlstm.files import read_json, write_file
-from charlstm.source import File, Source, cache_folder, find_source, hash_of, read_blocks
+from charlstm.find import cache_folder
+from charlstm.source import File, Source, find_source, hash_of, read_blocks
 from charlstm.text import END, Cleaning, Vocab, count_characters
 
 logger = logging.getLogger(__name__)

@@ -1,14 +1,14 @@
 """Where a text comes from: files, folders, patterns or Dracula, and their bytes, decompressed."""
 
-import glob
+import bz2
 import hashlib
 import io
 import logging
+import lzma
 import os
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -17,8 +17,10 @@ import pooch
 import zstandard
 from etils import epath
 
+from charlstm.encoding import compression_of
 from charlstm.errors import UserError
 from charlstm.files import is_local
+from charlstm.find import cache_folder, ending_of, find_files, readable
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +31,9 @@ DRACULA_URLS = (
     "https://aleph.pglaf.org/cache/epub/345/pg345.txt",
 )
 PYTHON_MANUAL = "pydoc_data.topics"
-ENDINGS = (".txt", ".txt.gz", ".zst")  # of the files of a folder that are read
 BLOCK = 2**20
-# Of a compressed file, of which a piece may grow a thousand times.
-COMPRESSED_BLOCK = 2**14
+# Of a compressed file, of which a piece may grow ten thousand times.
+COMPRESSED_BLOCK = 2**12
 
 
 class File(NamedTuple):
@@ -81,10 +82,10 @@ def find_source(path: str, source: str = "", remedy: str = "give another one") -
     """Return the files that `path` means.
 
     Args:
-      path: a file, a folder (all files in it that end in ENDINGS, hidden ones apart), or a
-        pattern with *, ? or [; empty means Dracula, downloaded once, or else Python's manual.
+      path: a file, a folder or a pattern: see find_files. Empty means Dracula, downloaded once, or
+        else Python's manual.
       source: what an earlier run read; PYTHON_MANUAL keeps it from taking Dracula instead.
-      remedy: what the error of a text that can't be had tells to do.
+      remedy: what to do, for errors.
 
     Raises:
       UserError: if there are none, or one cannot be read.
@@ -93,24 +94,9 @@ def find_source(path: str, source: str = "", remedy: str = "give another one") -
         path = fetch_dracula()
     if not path:
         return Source(PYTHON_MANUAL, [_python_manual()])
-    given = epath.Path(path)
-    with readable(path, remedy):
-        root, origin = given, given.resolve()
-        if is_folder := given.is_dir():
-            paths = [found for found in _walk(given) if found.name.endswith(ENDINGS)]
-        elif glob.has_magic(path) and not given.exists():
-            # Names are relative to the part before the first *.
-            depth = [glob.has_magic(part) for part in given.parts].index(True)
-            root, pattern = epath.Path(*given.parts[:depth]), "/".join(given.parts[depth:])
-            origin = root.resolve() / pattern
-            paths = [found for found in _glob(root, pattern) if not found.is_dir()]
-        else:
-            root, paths = given.parent, [given]
-    if not paths:
-        what = f"no {', '.join(ENDINGS)} in this folder" if is_folder else "no file matches"
-        raise UserError(f"{path}: {what}; {remedy}")
-    named = sorted((found.relative_to(root).as_posix(), found) for found in paths)
-    return Source(os.fspath(origin), [_file(found, name, remedy) for name, found in named])
+    found = find_files(path, remedy)
+    files = [_file(file, name, remedy) for name, file in found.files.items()]
+    return Source(os.fspath(found.origin), files)
 
 
 def hash_of(source: Source, digests: list[str]) -> str:
@@ -132,19 +118,20 @@ def read_blocks(file: File, heard: Callable[[bytes], Any] = len) -> Iterator[byt
     """Yield what a file holds, decompressed, in blocks of BLOCK bytes.
 
     Args:
-      file: compressed if its name ends in .gz or .zst.
+      file: compressed if its name says so.
       heard: called with all bytes as they lie on the disk, in order.
 
     Raises:
       UserError: if it cannot be read, or decompressed to its end.
     """
-    make = next((make for end, make in DECOMPRESSORS.items() if file.name.endswith(end)), None)
+    ending = ending_of(file.name)
+    make = DECOMPRESSORS.get(ending)
     try:
         with readable(file.where, "mend it, or leave it out"), file.open() as stream:
             size = COMPRESSED_BLOCK if make else BLOCK
             pieces = _heard(iter(lambda: stream.read(size), b""), heard)
-            yield from _regroup(_decompress(pieces, make)) if make else pieces
-    except (zlib.error, zstandard.ZstdError, EOFError) as error:
+            yield from _regroup(_decompress(pieces, ending)) if make else pieces
+    except DecompressionError as error:
         raise UserError(
             f"{file.where}: cannot be decompressed ({error}); fetch or compress it again"
         ) from None
@@ -156,29 +143,39 @@ def _heard(pieces: Iterable[bytes], heard: Callable[[bytes], Any]) -> Iterator[b
         yield piece
 
 
-def _gunzip() -> Any:
-    return zlib.decompressobj(wbits=31)  # with gzip's header and checksum
+class DecompressionError(Exception):
+    """A compressed file that is not as it was written."""
 
 
-def _unzstd() -> Any:
-    return zstandard.ZstdDecompressor().decompressobj()
+DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(wbits=31),  # with gzip's header and checksum
+    ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lzma.LZMADecompressor,
+}
 
 
-DECOMPRESSORS: dict[str, Callable[[], Any]] = {".gz": _gunzip, ".zst": _unzstd}
-
-
-def _decompress(pieces: Iterable[bytes], make: Callable[[], Any]) -> Iterator[bytes]:
+def _decompress(pieces: Iterable[bytes], ending: str) -> Iterator[bytes]:
     """Yield the content of compressed files that may stand one behind the other."""
-    # Not by the libraries' own readers: zstandard's takes half a file for a whole one.
-    decompressor = make()
+    # Not by the libraries' own readers: some take half a file for a whole one, or ignore its end.
+    make = DECOMPRESSORS[ending]
+    decompressor, is_first = make(), True
     for piece in pieces:
+        other = compression_of(piece) if is_first else ""
+        if other not in ("", ending):
+            raise DecompressionError(f"its name should end in {other}")
+        is_first = False
         while piece:
             if decompressor.eof:
                 decompressor = make()
-            yield decompressor.decompress(piece)
+            try:
+                content = decompressor.decompress(piece)
+            except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError) as error:
+                raise DecompressionError(error) from None
+            yield content
             piece = decompressor.unused_data
     if not decompressor.eof:
-        raise EOFError("it ends too soon")
+        raise DecompressionError("it ends too soon")
 
 
 def _regroup(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -189,36 +186,6 @@ def _regroup(pieces: Iterable[bytes]) -> Iterator[bytes]:
             yield bytes(held)
             held.clear()
     yield bytes(held)
-
-
-@contextmanager
-def readable(path: str, remedy: str) -> Iterator[None]:
-    """Turn what keeps a path from being read within the block into one line."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {remedy}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from None
-
-
-def _glob(root: epath.Path, pattern: str) -> Iterable[epath.Path]:
-    if is_local(root):  # as a shell does, with ** and without hidden files
-        return [root / name for name in glob.glob(pattern, root_dir=root, recursive=True)]
-    if "**" in pattern:
-        raise UserError(f"{root}/{pattern}: ** is for local folders only; give the folder itself")
-    return root.glob(pattern)
-
-
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-    """Yield all files in `folder` but hidden ones; a link to another folder is not followed."""
-    for found in folder.iterdir():
-        if found.name.startswith("."):
-            continue
-        if not found.is_dir():
-            yield found
-        elif not os.path.islink(found):
-            yield from _walk(found)
 
 
 def _file(path: epath.Path, name: str, remedy: str) -> File:
@@ -243,11 +210,6 @@ def _python_manual() -> File:
     raw = "\n".join(topics[key] for key in sorted(topics)).encode()
     size = (len(raw),)
     return File(PYTHON_MANUAL, PYTHON_MANUAL, size, lambda: size, lambda: io.BytesIO(raw))
-
-
-def cache_folder() -> Path:
-    """Return the folder for what is kept between runs: CHARLSTM_CACHE, or the user's cache."""
-    return Path(os.environ.get("CHARLSTM_CACHE") or pooch.os_cache("charlstm"))
 
 
 def fetch_dracula() -> str:

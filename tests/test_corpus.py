@@ -1,9 +1,12 @@
 """A text of any size: what is streamed is what the whole text gives, and nothing is half-made."""
 
+import bz2
+import glob
 import gzip
 import hashlib
 import json
 import logging
+import lzma
 import os
 import re
 import signal
@@ -24,6 +27,7 @@ from launching import WarmLauncher
 
 import charlstm.corpus
 import charlstm.text
+from charlstm import find
 from charlstm.config import base_config
 from charlstm.corpus import forget_pages, open_corpus, texts_folder
 from charlstm.encoding import decode
@@ -126,6 +130,14 @@ def test_what_is_unknown_elsewhere_folds_too_where_there_is_something_to_fold_in
 # --- files, folders, patterns ---
 
 
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Return a folder with texts of all kinds, and files that are none."""
@@ -136,6 +148,7 @@ def folder(tmp_path):
     (folder / "a.txt.gz").write_bytes(gzip.compress(b"Fi") + gzip.compress(b"rst. "))
     compressed = zstandard.compress(b"Thi") + zstandard.compress(b"rd. ")
     (folder / "more" / "a.txt.zst").write_bytes(compressed)
+    (folder / "notes.tar.gz").write_bytes(gzip.compress(b"No text. "))
     for name in ("notes.md", ".secret.txt", ".hidden/a.txt"):
         (folder / name).write_text("Not to be read. ")
     return folder
@@ -147,10 +160,88 @@ def test_a_folder_is_its_texts_in_order_of_their_names(folder):
 
 @pytest.mark.parametrize(
     ("pattern", "text"),
-    [("*.txt*", "First. Second. "), ("**/*.zst", "Third. "), ("[ab].*", "First. Second. ")],
+    [
+        ("*.txt*", "First. Second. "),
+        ("**/*.zst", "Third. "),
+        ("[ab].*", "First. Second. "),
+        ("**/a*", "First. Third. "),
+        ("*/*.zst", "Third. "),
+        ("../*/more/**", "Third. "),
+    ],
 )
 def test_a_pattern_is_the_files_that_match_it(folder, pattern, text):
     assert read(folder / pattern) == text
+
+
+@given(st.lists(st.sampled_from(["a", "b.x", "c[d]"]), min_size=1, max_size=4), st.data())
+def test_a_pattern_matches_what_the_shell_would(tmp_path_factory, names, data):
+    words = st.sampled_from(["*", "**", "?", "a", "b.*", "c[[]d]", "[!a]*"])
+    pattern = data.draw(st.lists(words, min_size=1, max_size=4))
+    root = tmp_path_factory.mktemp("tree")
+    path = root.joinpath(*names, "file")
+    path.parent.mkdir(parents=True)
+    path.touch()
+    found = glob.glob("/".join([*pattern, "file"]), root_dir=root, recursive=True)
+    assert find._matches([*names, "file"], [*pattern, "file"]) == bool(found)
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("name", ["a.txt{}", "a{}", "A.TXT{}", "a.Txt{}"])
+def test_an_ending_means_the_same_in_any_case_and_in_all_places(tmp_path, ending, name):
+    name = name.format(ending.upper() if "TXT" in name else ending)
+    (tmp_path / name).write_bytes(COMPRESS[ending](b"A text."))
+    for path in (name, "", "*"):
+        assert read(tmp_path / path) == "A text."
+
+
+def test_an_ending_of_a_plain_text_may_be_in_capitals(tmp_path):
+    for name in ("A.TXT", "b.Txt", "c.txt"):
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path) == "A.TXTb.Txtc.txt"
+
+
+def test_a_file_is_read_once_and_links_to_folders_are_not_followed(tmp_path):
+    folder, elsewhere = tmp_path / "books", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "d.txt").write_text("Not to be read. ")
+    folder.mkdir()
+    (folder / "a.txt").write_text("Once. ")
+    (folder / "b.txt").symlink_to("a.txt")
+    os.link(folder / "a.txt", folder / "c.txt")
+    for name, where in (("latest", "."), ("again", "."), ("other", elsewhere)):
+        (folder / name).symlink_to(where)
+    for pattern in ("", "**/*.txt", "*/*.txt", "*.txt"):
+        if pattern == "*/*.txt":
+            with pytest.raises(UserError, match="no file matches"):
+                read(folder / pattern)
+        else:
+            assert read(folder / pattern) == "Once. "
+
+
+def test_runs_sweeps_and_the_cache_are_no_part_of_a_text(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("A text. ")
+    monkeypatch.setenv("CHARLSTM_CACHE", str(tmp_path / "cache"))
+    ours = {
+        "run/config.json": '{"schema": 7, "config": {}, "text": {}}',
+        "sweep/sweep.json": '{"varied": []}',
+        "moved/checkpoints/3/_CHECKPOINT_METADATA": "{}",
+        "cache/x": "",
+    }
+    for name, content in ours.items():
+        path = tmp_path / "more" / name if "cache" not in name else tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+    for name in ("more/run", "more/sweep/texts", "more/moved", "more/moved/checkpoints/3", "cache"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "b.txt").write_text("Not to be read. ")
+    # Somebody else's.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('["schema"]')
+    (tmp_path / "other" / "z.txt").write_text("Another.")
+    for pattern in ("", "**/*.txt"):
+        assert read(tmp_path / pattern) == "A text. Another."
+    with pytest.raises(UserError, match=r"in this folder"):
+        read(tmp_path / "more" / "run")
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
@@ -162,7 +253,8 @@ def test_the_hash_is_what_sha256sum_tells(folder):
     corpus = open_corpus(data_with(), str(folder))
     # As BUILD.md says.
     command = (
-        r"find . -path '*/.*' -prune -o -type f -regex '.*\.\(txt\|txt\.gz\|zst\)' -printf '%P\n'"
+        r"find . -path '*/.*' -prune -o -type f -iregex '.*\.\(txt\|gz\|zst\|bz2\|xz\)' "
+        r"-not -iname '*.tar.*' -printf '%P\n'"
     )
     command += r" | LC_ALL=C sort | xargs -d '\n' sha256sum | sha256sum"
     told = subprocess.run(command, shell=True, cwd=folder, capture_output=True, check=True).stdout
@@ -180,23 +272,20 @@ def test_each_file_ends_a_document_and_so_does_the_separator(folder):
     assert text == f"First. {END}Second. {END}Or 2nd. {END}Third. {END}"
 
 
-def test_a_compressed_file_is_read_in_pieces_however_much_it_holds(tmp_path):
-    raw = os.urandom(3_000_000).hex().encode()
-    for name, compress in (("a.gz", gzip.compress), ("a.zst", zstandard.compress)):
-        (tmp_path / name).write_bytes(compress(raw))
-        [file] = find_source(str(tmp_path / name)).files
-        blocks = list(read_blocks(file))
-        assert b"".join(blocks) == raw
-        assert max(map(len, blocks)) < len(raw) / 2
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_compressed_file_is_read_in_pieces_however_much_it_holds(tmp_path, ending):
+    raw = os.urandom(1_500_000).hex().encode()
+    (tmp_path / f"a{ending}").write_bytes(COMPRESS[ending](raw))
+    [file] = find_source(str(tmp_path / f"a{ending}")).files
+    blocks = list(read_blocks(file))
+    assert b"".join(blocks) == raw
+    assert max(map(len, blocks)) < 0.8 * len(raw)
 
 
-@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("ending", COMPRESS)
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "trailing", "none"])
 def test_a_compressed_file_that_is_not_whole_is_one_line(tmp_path, ending, damage):
-    compress = (
-        gzip.compress if ending == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress
-    )
-    whole = compress(b"A text that is long enough to be damaged. " * 99)
+    whole = COMPRESS[ending](b"A text that is long enough to be damaged. " * 99)
     raw = {
         "empty": b"",
         "cut": whole[:-1],
@@ -211,6 +300,60 @@ def test_a_compressed_file_that_is_not_whole_is_one_line(tmp_path, ending, damag
     with pytest.raises(UserError, match=rf"a{ending}: cannot be decompressed \(.*again") as error:
         read(tmp_path / f"a{ending}")
     assert "\n" not in str(error.value)
+
+
+WESTERN = "\u201cNo\u201d, the count said; na\u00efve. "
+WRONG_KINDS = {
+    "UTF-16 little": (WESTERN.encode("utf-16-le"), ".txt", "iconv -f UTF-16LE"),
+    "UTF-16 big": (WESTERN.encode("utf-16-be"), ".txt", "iconv -f UTF-16BE"),
+    "UTF-16 cut": (b"\xff\xfeA", ".txt", "not UTF-16 (byte 0x41 at offset 2); the file is damaged"),
+    "Windows-1252": (WESTERN.encode("cp1252"), ".txt", "iconv -f CP1252"),
+    "Latin-1": (("K\u00e4se " * 9).encode("latin1"), ".txt", "iconv -f CP1252"),
+    "Shift-JIS": (("\u3042\u306e\u3001" * 9).encode("shift-jis"), ".txt", "iconv -f ENCODING"),
+    "KOI8-R": (("\u0414\u0430 " * 9).encode("koi8-r"), ".txt", "iconv -f ENCODING"),
+    "zip": (b"PK\x03\x04" + bytes(99), ".txt", "a zip archive"),
+    "PDF": (b"%PDF-1.7\n%\xe2\xe3", ".txt", "a PDF"),
+    "program": (b"\x7fELF\x02\x01" + bytes(500), ".txt", "NUL bytes"),
+    "twice": (gzip.compress(gzip.compress(b"A text.")), ".gz", "name that ends in .gz"),
+    "xz as gz": (lzma.compress(b"A text."), ".txt.gz", "its name should end in .xz"),
+} | {f"{end} as txt": (make(b"A"), ".txt", f"ends in {end}") for end, make in COMPRESS.items()}
+
+
+@pytest.mark.parametrize("kind", WRONG_KINDS)
+def test_a_file_that_is_no_utf8_text_is_named_for_what_it_is(tmp_path, kind):
+    raw, ending, message = WRONG_KINDS[kind]
+    (tmp_path / f"a{ending}").write_bytes(raw)
+    with pytest.raises(UserError) as error:
+        read(tmp_path / f"a{ending}")
+    assert str(error.value).startswith(f"{tmp_path}/a{ending}: ")
+    assert message in str(error.value)
+
+
+def test_nul_characters_are_a_warning(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("charlstm"), "propagate", True)
+    (tmp_path / "a.txt").write_bytes(b"A text. " * 900 + b"\0" * 12)
+    assert read(tmp_path / "a.txt").endswith("\0")
+    assert "12 NUL" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [
+        ("https://www.gutenberg.org/cache/epub/345/pg345.txt", "curl -LO"),
+        ("file:///books/x.txt", "alone, /books/x.txt"),
+        ("hdfs://x/y", "gs, s3"),
+    ],
+)
+def test_an_address_is_one_line_that_says_what_to_do(path, advice):
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert advice in str(error.value)
+
+
+def test_a_path_may_begin_with_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert read("~/b.txt") == "Second. "
+    assert read("~/*.txt") == "Second. "
 
 
 def test_a_link_to_nowhere_in_a_folder_is_one_line_with_its_path(folder):

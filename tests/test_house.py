@@ -23,8 +23,9 @@ MAY_IMPORT = {
     "gutenberg": "",
     "encoding": "errors",
     "text": "errors gutenberg",
-    "source": "encoding errors files",
-    "corpus": "encoding errors files source text",
+    "find": "errors files",
+    "source": "encoding errors files find",
+    "corpus": "encoding errors files find source text",
     "data": "errors text",
     "recurrence": "",
     "fused": "recurrence",
@@ -50,8 +51,8 @@ MAY_IMPORT = {
     "journal": "checkpoint cluster console errors job log steps",
     "assess": "cluster data devices job log model sample steps",
     "train": "assess baselines checkpoint cluster config console corpus cost cudnn curves data "
-    "devices dynamic encoding errors files fused gutenberg job journal log machine measure model "
-    "optim originality recurrence run sample source steps text",
+    "devices dynamic encoding errors files find fused gutenberg job journal log machine measure "
+    "model optim originality recurrence run sample source steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")

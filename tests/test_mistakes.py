@@ -242,7 +242,7 @@ def ready(tmp_path_factory, book, launch):
 
 TEXTS = [
     ("none.txt", "none.txt: no such file; give UTF-8 text in config.data.path"),
-    ("folder", "folder: no .txt, .txt.gz, .zst in this folder; give"),
+    ("folder", "folder: no .txt, .gz, .zst, .bz2, .xz in this folder; give"),
     ("folder/*.txt", "folder/*.txt: no file matches; give"),
     ("broken.txt.gz", "broken.txt.gz: cannot be decompressed|fetch or compress it again"),
     ("cut.txt.gz", "cut.txt.gz: cannot be decompressed (it ends too soon)"),
@@ -323,7 +323,7 @@ READING = [
     (
         "evaluate",
         "--workdir=runs/full --text=folder",
-        "folder: no .txt, .txt.gz, .zst in this folder; give --text=FILE",
+        "folder: no .txt, .gz, .zst, .bz2, .xz in this folder; give --text=FILE",
     ),
     ("evaluate", "--workdir=runs/full --text=latin1.txt", "latin1.txt: not UTF-8"),
     ("evaluate", "--workdir=runs/full --text=euro.txt", "'€' (U+20AC) at position 3"),

@@ -307,7 +307,7 @@ def test_a_text_of_no_use_is_one_line_with_its_path(tmp_path, raw, options, reas
     ("name", "reason"),
     [
         ("missing.txt", "no such file"),
-        ("folder", "no .txt, .txt.gz, .zst in this folder"),
+        ("folder", "no .txt, .gz, .zst, .bz2, .xz in this folder"),
         ("folder/*.txt", "no file matches"),
         ("file.txt/inside", "cannot be read"),
         ("n" * 300, "cannot be read"),
