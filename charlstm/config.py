@@ -42,7 +42,7 @@ def base_config() -> ConfigDict:
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    # A UTF-8 text, a pattern, or a folder, of which .txt and .gz, .zst, .bz2 and .xz are read; empty
+    # A UTF-8 text, a pattern, or a folder, of which .txt, .gz, .zst, .bz2 and .xz are read; empty
     # means Dracula.
     data.path = ""
     # Fewer distinct characters are easier to learn, at the price of capital letters.
