@@ -19,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers
 from charlstm import cluster
 from charlstm.devices import whole
 from charlstm.errors import DamagedError, RunError, UserError, one_line
-from charlstm.files import check_readable, is_local, read_json, without_pattern
+from charlstm.files import check_readable, is_local, plain_path, read_json
 from charlstm.model import CharLSTM, model_from_config
 from charlstm.optim import averaged_params, make_optimizer, make_schedule
 from charlstm.run import Run, load_run
@@ -81,7 +81,7 @@ class Checkpoints:
             )
         if not read_only and is_local(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-        literal = self._stack.enter_context(without_pattern(self._folder))
+        literal = self._stack.enter_context(plain_path(self._folder))
         self._manager = ocp.CheckpointManager(literal, options=options)
 
     def latest_step(self) -> int | None:

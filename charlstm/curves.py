@@ -1,45 +1,123 @@
-"""The picture of a training run."""
+"""Pictures: the one of a training run, and what all pictures share."""
 
 import io
-from collections.abc import Iterable
-from typing import Any
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from charlstm.errors import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# What a PNG of ours says it was made by.
+SOFTWARE = "charlstm"
+MAX_POINTS = 2000
 
 
-def draw_curves(records: Iterable[dict[str, Any]], title: str) -> bytes:
-    """Return a PNG of bits per character over steps and over seconds.
+def png(draw: "Callable[[Figure], None]", width: float, height: float) -> bytes:
+    """Return what `draw` puts into a figure of `width` by `height` inches, as a PNG.
 
-    Args:
-      records: the objects of a metrics.jsonl.
-      title: stands above the picture.
+    The user's own settings of Matplotlib have no part in it.
     """
-    # Imported here, since it takes as long as a hundred training steps.
+    matplotlib = _import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = [{k: v for k, v in record.items() if v is not None} for record in records]
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    defaults = {k: v for k, v in matplotlib.rcParamsDefault.items() if k != "backend"}
+    picture = io.BytesIO()
+    with matplotlib.rc_context(defaults), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of characters that its fonts do not have
+        figure = Figure(figsize=(width, height), layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        draw(figure)
+        canvas.print_png(picture, metadata={"Software": SOFTWARE})
+    return picture.getvalue()
+
+
+def _import_matplotlib() -> Any:
+    # Imported late, since it takes as long as a hundred training steps; and without the user's
+    # choice of a window system, since it refuses to be imported where that is not there.
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    return matplotlib
+
+
+def is_ours(picture: bytes) -> bool:
+    """Return whether `picture` is a PNG that png() made."""
+    return f"Software\0{SOFTWARE}".encode() in picture[:1000]
+
+
+def draw_curves(records: Sequence[dict[str, Any]], title: str) -> bytes:
+    """Return a PNG of bits per character over steps and over seconds.
+
+    Of many records each curve shows at most MAX_POINTS, the least and the largest among them.
+
+    Args:
+      records: the objects of a metrics.jsonl.
+      title: any text, to stand above the picture.
+    """
+    training, validation = (
+        thinned([record for record in records if record.get(name) is not None], name)
+        for name in ("train/bits_per_char", "val/bits_per_char")
+    )
+    return png(lambda figure: _draw(figure, training, validation, title), 11, 4.2)
+
+
+def _draw(
+    figure: "Figure",
+    training: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
+    title: str,
+) -> None:
+    figure.suptitle(printable(title), parse_math=False)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, key in ((left, "step"), (right, "seconds")):
-        for name, label, style in (
-            ("train/bits_per_char", "training (with dropout)", {"linewidth": 1, "alpha": 0.8}),
-            ("val/bits_per_char", "validation", {"linewidth": 2, "marker": "o", "markersize": 4}),
+        for records, name, label, style in (
+            (training, "train/bits_per_char", "training (with dropout)", {"alpha": 0.8}),
+            (validation, "val/bits_per_char", "validation", {"marker": "o", "markersize": 4}),
         ):
-            points = [(record[key], record[name]) for record in records if name in record]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=label, **style)
+            if records:
+                columns = ([record[column] for record in records] for column in (key, name))
+                axes.plot(*columns, label=label, linewidth=1 + (records is validation), **style)
         axes.set_xlabel({"step": "steps", "seconds": "seconds"}[key])
         axes.grid(alpha=0.3)
     left.set_ylabel("bits per character")
-    best = min((r["val/bits_per_char"] for r in records if "val/bits_per_char" in r), default=None)
-    if best is not None:
+    values = [record["train/bits_per_char"] for record in training]
+    if scores := [record["val/bits_per_char"] for record in validation]:
+        best = min(scores)
         right.axhline(best, color="black", linewidth=0.8, linestyle="--", label=f"best {best:.3f}")
-    left.set_ylim(*_limits([v for r in records for k, v in r.items() if "bits_per_char" in k]))
-    right.legend()
-    png = io.BytesIO()
-    canvas.print_png(png)
-    return png.getvalue()
+    left.set_ylim(*_limits(values + scores))
+    if training or validation:
+        right.legend()
+
+
+def thinned(
+    records: Sequence[dict[str, Any]], name: str, size: int = MAX_POINTS
+) -> list[dict[str, Any]]:
+    """Return at most `size` of `records`, in order: of each stretch the least and the largest.
+
+    Records compare by their value of `name`.
+    """
+    if len(records) <= size:
+        return list(records)
+    num_stretches = size // 2
+    bounds = [len(records) * index // num_stretches for index in range(num_stretches + 1)]
+    chosen = []
+    for begin, end in itertools.pairwise(bounds):
+        stretch = sorted(range(begin, end), key=lambda index: records[index][name])
+        chosen += sorted({stretch[0], stretch[-1]})
+    return [records[index] for index in chosen]
 
 
 def _limits(values: list[float]) -> tuple[float, float]:

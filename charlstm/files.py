@@ -5,7 +5,7 @@ import os
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,36 @@ def write_file(path: epath.Path, content: bytes | str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+class GrowingFile:
+    """A text file whose end this process alone writes.
+
+    On a local disk text is appended, so that a crash can tear the last line. A bucket has no
+    append: there the file is written whole.
+    """
+
+    def __init__(self, path: epath.Path, whole: Callable[[], str]):
+        """Make the file, unless it is empty, hold what `whole` returns, now and at each append."""
+        self._path, self._whole = path, whole
+        content = whole().encode()
+        if (path.read_bytes() if path.exists() else b"") != content:
+            write_file(path, content)
+        self._size = len(content)
+
+    def append(self, text: str) -> None:
+        """Add `text`, which `whole` has at its end already."""
+        raw = text.encode()
+        if not is_local(self._path):
+            write_file(self._path, self._whole())
+            return
+        with self._path.open("ab") as file:
+            is_as_left = os.fstat(file.fileno()).st_size == self._size
+            if is_as_left:
+                file.write(raw)
+        if not is_as_left:  # somebody has changed it, or a write before this one has failed
+            write_file(self._path, self._whole())
+        self._size += len(raw)
 
 
 def read_json(path: epath.Path) -> Any:
@@ -125,23 +155,23 @@ def is_local(path: epath.Path) -> bool:
 
 
 @contextmanager
-def without_pattern(folder: epath.Path) -> Iterator[epath.Path]:
-    """Yield a path of `folder` that is not taken for a pattern, as Orbax takes some paths.
+def plain_path(folder: epath.Path) -> Iterator[epath.Path]:
+    """Yield a path of `folder` that Orbax takes as it is.
 
-    Where a name on the way to `folder` has brackets or the like, the path is a link in a temporary
-    folder that exists until the end of the block.
+    Where a name on the way to `folder` has brackets or the like, or is not UTF-8, the path is a
+    link in a temporary folder that exists until the end of the block.
 
     Raises:
       UserError: if there can be no such link.
     """
-    if not is_local(folder) or not PATTERN_CHARS.intersection(os.fspath(folder)):
+    if not is_local(folder) or _is_plain(os.fspath(folder)):
         yield folder
         return
     refusal = UserError(
         f"{folder}: checkpoints cannot have any of {' '.join(sorted(PATTERN_CHARS))} in their path "
-        "here; rename the folder, or choose another --workdir"
+        "here, or a name that is not UTF-8; rename the folder, or choose another --workdir"
     )
-    if PATTERN_CHARS.intersection(tempfile.gettempdir()):
+    if not _is_plain(tempfile.gettempdir()):
         raise refusal
     with tempfile.TemporaryDirectory(prefix="charlstm-") as home:
         link = os.path.join(home, folder.name)
@@ -150,6 +180,11 @@ def without_pattern(folder: epath.Path) -> Iterator[epath.Path]:
         except OSError as error:  # as on Windows without the right to
             raise refusal from error
         yield epath.Path(link)
+
+
+def _is_plain(path: str) -> bool:
+    # Names that are not UTF-8 have lone surrogates in Python.
+    return not PATTERN_CHARS.intersection(path) and path.isprintable()
 
 
 @contextmanager

@@ -171,14 +171,14 @@ class Journal:
         for name, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
                 record[name] = None  # JSON has no word for it
-        # The state comes last: after a crash before it, a resume does all of this again.
+        # The state comes after it: after a crash between them, a resume does all of this again.
         self._log.write(record)
-        self._log.draw()
         if record.get("val/bits_per_char") is not None:
             logger.info("step %d: validation %.4f bits/char", step, record["val/bits_per_char"])
         if "sample" in record:
             logger.info("a sample at step %d:\n%s\n", step, record["sample"])
         self.save(state, loss)
+        self._log.draw()
 
     @contextmanager
     def pausing(self) -> Iterator[None]:

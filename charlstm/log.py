@@ -1,15 +1,21 @@
 """The files that a run logs to: metrics.jsonl, those drawn from it, and TensorBoard events."""
 
 import json
+import logging
 import math
 import time
 from typing import Any
 
 from etils import epath
 
-from charlstm.curves import draw_curves
-from charlstm.errors import DamagedError
-from charlstm.files import write_file
+from charlstm.curves import draw_curves, is_ours
+from charlstm.errors import DamagedError, UserError, one_line
+from charlstm.files import GrowingFile, write_file
+
+logger = logging.getLogger(__name__)
+
+# What each sample in samples.txt begins with, before its step.
+SAMPLE_MARK = "=== step "
 
 
 def bits(nats: float) -> float:
@@ -20,7 +26,7 @@ def bits(nats: float) -> float:
 class RunLog:
     """metrics.jsonl, its pictures samples.txt and curves.png, and TensorBoard events.
 
-    The records of metrics.jsonl hold everything; the other files are drawn from them.
+    The records of metrics.jsonl hold everything; the other files follow from them.
     """
 
     def __init__(self, workdir: epath.Path, step: int, title: str, read_only: bool = False):
@@ -30,17 +36,25 @@ class RunLog:
 
         Raises:
           DamagedError: if metrics.jsonl is damaged.
+          UserError: if samples.txt is not of this program.
         """
         # Not by its SummaryWriter, whose thread would tell of a full disk by a traceback.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
-        self._path = workdir / "metrics.jsonl"
+        self._picture = workdir / "curves.png"
         self._title = title
         self._read_only = read_only
-        self.records = [record for record in read_records(self._path) if record["step"] <= step]
+        self._has_failed_to_draw = False
+        metrics, samples = workdir / "metrics.jsonl", workdir / "samples.txt"
+        self.records = [record for record in read_records(metrics) if record["step"] <= step]
         if read_only:
             return
+        before = samples.read_bytes()[: len(SAMPLE_MARK)] if samples.exists() else b""
+        if not SAMPLE_MARK.encode().startswith(before):  # which a crash may have torn
+            raise UserError(f"{samples}: is not what a run writes; move it to another place")
+        self._metrics = GrowingFile(metrics, lambda: "".join(map(_line, self.records)))
+        self._samples = GrowingFile(samples, lambda: "".join(map(_sample, self.records)))
         self._events = EventsWriter(str(workdir / "events"), f".{step}")
         self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
@@ -48,12 +62,13 @@ class RunLog:
         """Append one record, which has at least 'step'."""
         from tensorboardX.summary import scalar
 
+        line = _line(record)
         self.records.append(record)
         if self._read_only:
             return
-        # Rewritten whole: cheap at this size, never torn, and bucket storage has no append.
-        lines = (json.dumps(record, allow_nan=False) + "\n" for record in self.records)
-        write_file(self._path, "".join(lines))
+        self._metrics.append(line)
+        if sample := _sample(record):
+            self._samples.append(sample)
         for name, value in record.items():
             if isinstance(value, float):
                 self._write_event(record["step"], summary=scalar(name, value))
@@ -65,16 +80,17 @@ class RunLog:
         self._events.write_event(Event(step=step, wall_time=time.time(), **content))
 
     def draw(self) -> None:
-        """Write samples.txt and curves.png anew."""
+        """Draw curves.png; if that fails, warn once."""
         if self._read_only:
             return
-        samples = [
-            f"=== step {record['step']}{_val_figure(record)} ===\n{record['sample']}\n\n"
-            for record in self.records
-            if "sample" in record
-        ]
-        write_file(self._path.parent / "samples.txt", "".join(samples))
-        write_file(self._path.parent / "curves.png", draw_curves(self.records, self._title))
+        try:
+            if self._picture.exists() and not is_ours(self._picture.read_bytes()):
+                raise ValueError("what is there was not drawn by this program, and is kept")
+            write_file(self._picture, draw_curves(self.records, self._title))
+        except Exception as error:  # of any type: a picture is no reason to end a run
+            if not self._has_failed_to_draw:
+                logger.warning("%s: could not be drawn (%s)", self._picture, one_line(error))
+            self._has_failed_to_draw = True
 
     def close(self) -> None:
         """Close the event file."""
@@ -106,7 +122,14 @@ def read_records(path: epath.Path) -> list[dict[str, Any]]:
     return records
 
 
-def _val_figure(record: dict[str, Any]) -> str:
-    if record.get("val/bits_per_char") is None:
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _sample(record: dict[str, Any]) -> str:
+    """Return what samples.txt has of a record: nothing if it holds no sample."""
+    if "sample" not in record:
         return ""
-    return f", validation {record['val/bits_per_char']:.3f} bits per character"
+    figure = record.get("val/bits_per_char")
+    validation = "" if figure is None else f", validation {figure:.3f} bits per character"
+    return f"{SAMPLE_MARK}{record['step']}{validation} ===\n{record['sample']}\n\n"

@@ -1,13 +1,17 @@
 """From the points of bench.py's quality to what it tells: figures, a table and a picture."""
 
-import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench_quality import DEFAULT, KERAS
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from charlstm.curves import png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TARGETS = (2.5, 2.3, 2.2, 2.1, 2.0)  # bits per character
 TUTORIALS = ("tutorial", KERAS)
@@ -137,12 +141,12 @@ def comparison_line(compared: Mapping[str, Any]) -> str:
 
 def draw_quality(contenders: Sequence[Mapping[str, Any]], about: str) -> bytes:
     """Return a PNG of bits per character over seconds, a curve for each contender."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    return png(lambda figure: _draw(figure, contenders, about), 9, 6)
+
+
+def _draw(figure: "Figure", contenders: Sequence[Mapping[str, Any]], about: str) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     figure.suptitle(f"Held-out bits per character since the command\n{about}")
     axes = figure.subplots()
     for each in contenders:
@@ -161,6 +165,3 @@ def draw_quality(contenders: Sequence[Mapping[str, Any]], about: str) -> bytes:
     axes.set_ylabel("bits per character")
     axes.grid(alpha=0.3)
     axes.legend()
-    png = io.BytesIO()
-    canvas.print_png(png)
-    return png.getvalue()

@@ -1,15 +1,19 @@
 """From timings to what bench.py tells: figures, tables and the picture."""
 
-import io
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench_case import Case
 from bench_race import Timing
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from charlstm.curves import png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LIMIT = "matmul"  # the contender that stands for the matrix products alone
 LABELS = {LIMIT: "products alone"}
@@ -194,12 +198,12 @@ def milliseconds(seconds: float) -> str:
 
 def draw_growth(races: Sequence[Mapping[str, Any]], base: Case, about: str) -> bytes:
     """Return a PNG of the time per character over each size, the other sizes as in `base`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    return png(lambda figure: _draw(figure, races, base, about), 12, 7)
+
+
+def _draw(figure: "Figure", races: Sequence[Mapping[str, Any]], base: Case, about: str) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     figure.suptitle(f"Time per character of a training step\n{about}")
     panels = figure.subplots(2, 3)
     for axes, (size, label) in zip(panels.flat[:-1], AXES.items(), strict=True):
@@ -226,9 +230,6 @@ def draw_growth(races: Sequence[Mapping[str, Any]], base: Case, about: str) -> b
         axes.set_ylabel("microseconds per character")
     panels.flat[-1].axis("off")
     panels.flat[-1].legend(*panels.flat[0].get_legend_handles_labels(), loc="center", fontsize=12)
-    png = io.BytesIO()
-    canvas.print_png(png)
-    return png.getvalue()
 
 
 def _varies_only(sizes: Mapping[str, Any], base: Case, size: str) -> bool:

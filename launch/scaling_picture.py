@@ -1,13 +1,16 @@
 """The paper part of scaling.py, and its picture."""
 
-import io
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from charlstm import cost
+from charlstm.curves import png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = {
     "products": "tab:blue",
@@ -50,11 +53,10 @@ def on_paper(
 
 def draw(report: dict[str, Any], about: str) -> bytes:
     """Return a PNG of scaling.json: strong and weak scaling on paper, and virtual devices' work."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    return png(lambda figure: _draw(figure, report, about), 13, 4.6)
 
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+
+def _draw(figure: "Figure", report: dict[str, Any], about: str) -> None:
     strong, weak, virtual = figure.subplots(1, 3)
     for axes, name in ((strong, "strong"), (weak, "weak")):
         rows = report["paper"][name]
@@ -88,6 +90,3 @@ def draw(report: dict[str, Any], about: str) -> bytes:
     strong.set_ylabel("milliseconds a step")
     figure.legend(*weak.get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=8)
     virtual.legend(fontsize=8)
-    png = io.BytesIO()
-    canvas.print_png(png, metadata={"Software": None})
-    return png.getvalue()

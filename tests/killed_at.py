@@ -5,8 +5,9 @@
 mid_save      a checkpoint is written, but has not got its name yet
 after_commit  it has its name, and nothing has been done since
 mid_delete    half the files of an older checkpoint are deleted
-before_log    a record is written, but metrics.jsonl is still the old one
-after_log     metrics.jsonl is the new one, and nothing has been done since
+before_log    the record after that of STEP is about to be appended to metrics.jsonl
+torn_log      only a part of it is appended
+after_log     it is appended, and no file has been touched since
 
 The points are events that Python itself tells of (sys.addaudithook): the package has no part in it.
 """
@@ -30,17 +31,22 @@ class Killer:
 
     def __call__(self, event, args):
         if self.is_armed:
+            self.is_armed = False  # since what follows is an event, too
+            if self.point == "torn_log":
+                os.truncate(self.log, os.path.getsize(self.log) - 20)
             self.kill()
         if event == "os.rename":
             source, target = (os.fsdecode(os.fspath(path)) for path in args[:2])
-            is_commit = "orbax-checkpoint-tmp" in source and Path(target).name == self.step
-            is_log = target.endswith("metrics.jsonl") and self.last_step(source) == self.step
-            if (self.point == "mid_save" and is_commit) or (self.point == "before_log" and is_log):
-                self.kill()
-            if (self.point == "after_commit" and is_commit) or (
-                self.point == "after_log" and is_log
-            ):
-                self.is_armed = True
+            if "orbax-checkpoint-tmp" in source and Path(target).name == self.step:
+                if self.point == "mid_save":
+                    self.kill()
+                self.is_armed = self.point == "after_commit"
+        if event == "open" and "a" in (args[1] or "") and str(args[0]).endswith("metrics.jsonl"):
+            self.log = os.fspath(args[0])
+            if self.last_step() == self.step:
+                if self.point == "before_log":
+                    self.kill()
+                self.is_armed = self.point in ("torn_log", "after_log")
         if event == "shutil.rmtree" and self.point == "mid_delete":
             path = Path(os.fsdecode(os.fspath(args[0])))
             if path.name == "trash" and (path.parent / self.step).exists():
@@ -50,14 +56,14 @@ class Killer:
             if self.num_removed == 5:
                 self.kill()
 
-    def kill(self):
-        self.is_armed = False  # since this is an event, too
+    @staticmethod
+    def kill():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    @staticmethod
-    def last_step(path):
-        last_line = Path(path).read_text().splitlines()[-1]
-        return last_line.split('"step": ')[1].split(",")[0]
+    def last_step(self):
+        path = Path(self.log)
+        lines = path.read_text().splitlines() if path.exists() else []
+        return lines[-1].split('"step": ')[1].split(",")[0] if lines else None
 
 
 if __name__ == "__main__":

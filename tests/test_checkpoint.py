@@ -57,7 +57,9 @@ def test_what_is_saved_is_what_is_restored(tmp_path):
     assert notes == NOTES | {"told": 1}
 
 
-@pytest.mark.parametrize("name", ["My [texts]", "[x]", "a*b?c", "a\\b", "[[", "%41 {a}#'\n\""])
+@pytest.mark.parametrize(
+    "name", ["My [texts]", "[x]", "a*b?c", "a\\b", "[[", "caf\udce9", "%41 {a}#'\n\""]
+)
 def test_any_name_of_a_folder_will_do(name, tmp_path):
     for parent in (tmp_path / name, tmp_path / "moved" / name):
         if not parent.exists():

@@ -33,7 +33,7 @@ FLAGS = [
     "--config.sample.length=40",
     "--config.data.path=book.txt",
 ]
-POINTS = ["mid_save:10", "after_commit:20", "before_log:40", "after_log:40", "mid_delete:50"]
+POINTS = "mid_save:10 after_commit:20 before_log:35 torn_log:35 after_log:35 mid_delete:50".split()
 
 
 def last_state(workdir):

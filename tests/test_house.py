@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "dynamic": "data errors model steps",
     "baselines": "",
     "originality": "text",
-    "curves": "",
+    "curves": "errors",
     "cost": "",
     "console": "errors",
     "log": "curves errors files",
