@@ -14,6 +14,7 @@ from charlstm.model import Carry, CharLSTM, predict
 from charlstm.steps import reset_rows
 
 MAX_BLOCKS = 30
+MAX_EXPONENT = 700  # above 709 the exponential is no float64
 MIN_BLOCK_CHARS = 100  # less than a paragraph is not independent of the next one
 
 # From half to twice, in steps of 9 %, between which a parabola tells more.
@@ -29,7 +30,7 @@ class Reading(NamedTuple):
     nats_K: np.ndarray
     count_K: np.ndarray
     correct: int  # the most probable character was right
-    num_bytes: int  # in UTF-8
+    num_bytes: int | None  # in UTF-8, a line end being one; None if they are not known
 
     @property
     def num_chars(self) -> int:
@@ -57,14 +58,16 @@ def scores(
 
 
 def read(
-    scored: Iterable[tuple[Batch, np.ndarray, np.ndarray]], num_chars: int, bytes_V: np.ndarray
+    scored: Iterable[tuple[Batch, np.ndarray, np.ndarray]],
+    num_chars: int,
+    bytes_V: np.ndarray | None,
 ) -> Reading:
     """Add up the characters that count.
 
     Args:
       scored: what `scores` yields, rows and batches in the order of the text.
       num_chars: how many characters count in all of it.
-      bytes_V: the bytes of each id's character.
+      bytes_V: the bytes of each id's character; None if ids are not the characters of the text.
     """
     num_blocks = max(1, min(MAX_BLOCKS, num_chars // MIN_BLOCK_CHARS))
     nats_K, count_K = np.zeros(num_blocks), np.zeros(num_blocks, np.int64)
@@ -76,11 +79,12 @@ def read(
         nats_K += np.bincount(block_M, nats_M, num_blocks)
         count_K += np.bincount(block_M, minlength=num_blocks)
         correct += int(correct_BT[counts_BT].sum())
-        num_bytes += int(bytes_V[np.asarray(batch.targets_BT)[counts_BT]].sum())
+        if bytes_V is not None:
+            num_bytes += int(bytes_V[np.asarray(batch.targets_BT)[counts_BT]].sum())
         begin += len(nats_M)
     if begin != num_chars:
         raise ValueError(f"num_chars={num_chars}: the batches count {begin}")
-    return Reading(nats_K, count_K, correct, num_bytes)
+    return Reading(nats_K, count_K, correct, None if bytes_V is None else num_bytes)
 
 
 def standard_error(means_K: np.ndarray) -> float | None:
@@ -96,15 +100,20 @@ def standard_error(means_K: np.ndarray) -> float | None:
 
 
 def figures(reading: Reading) -> dict[str, Any]:
-    """Return what is told of a reading; `standard_error` is that of the bits per character."""
+    """Return what is reported of a reading.
+
+    `standard_error` is that of the bits per character, None for a single block. `bits_per_byte` is
+    None where the bytes are not known.
+    """
     bits_K = reading.nats_K / reading.count_K / math.log(2)
+    num_bits = float(reading.nats_K.sum()) / math.log(2)
     return {
         "characters": reading.num_chars,
         "nats_per_char": reading.loss,
         "bits_per_char": reading.loss / math.log(2),
         "standard_error": standard_error(bits_K),
-        "bits_per_byte": float(reading.nats_K.sum()) / math.log(2) / reading.num_bytes,
-        "perplexity": math.exp(reading.loss),
+        "bits_per_byte": None if reading.num_bytes is None else num_bits / reading.num_bytes,
+        "perplexity": math.exp(reading.loss) if reading.loss < MAX_EXPONENT else math.inf,
         "accuracy": reading.correct / reading.num_chars,
     }
 

@@ -9,6 +9,7 @@ from charlstm.text import break_at_space
 
 # "o'clock" is one word, "well-known" is two.
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+NUM_PIECES, PIECE_CHARS = 50, 64
 CHUNK = 2**20  # places of a training text that are followed at once: they take fifty megabytes
 
 
@@ -60,6 +61,26 @@ def match_lengths(
         np.maximum(lengths_L, _follow(joined_L, ids_M, starts, vocab_size + 1), out=lengths_L)
     borders = np.cumsum([len(ids_L) + 1 for ids_L in texts])
     return [part[:-1] for part in np.split(lengths_L, borders[:-1])]
+
+
+def share_found(text_L: np.ndarray, ids_M: np.ndarray) -> float:
+    """Return which share of a text stands verbatim in another, by an estimate.
+
+    Of NUM_PIECES pieces of PIECE_CHARS characters, evenly spread over the text, those are counted
+    that stand there. It takes at most 0.1 s for each million characters of the other text.
+
+    Args:
+      text_L: the ids of the text.
+      ids_M: those of the other one, of the same type.
+    """
+    size = min(PIECE_CHARS, len(text_L))
+    starts = np.linspace(0, len(text_L) - size, NUM_PIECES).astype(int)
+    pieces = {text_L[start : start + size].tobytes() for start in starts}
+    num_pieces = len(pieces)
+    for start in range(0, len(ids_M), CHUNK):
+        raw = ids_M[start : start + CHUNK + size - 1].tobytes()
+        pieces = {piece for piece in pieces if piece not in raw}
+    return 1 - len(pieces) / num_pieces
 
 
 def verbatim_runs(lengths_L: np.ndarray, min_length: int) -> np.ndarray:

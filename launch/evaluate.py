@@ -14,6 +14,10 @@ cold     Windows of --window characters side by side, each read from an empty ca
 dynamic  With --dynamic. As carried, but the model goes on learning: it predicts 20 characters, then
          learns from them (charlstm/dynamic.py).
 
+Bits per byte are those of the text in UTF-8, a line end being one byte; they are left out where the
+model reads other characters than the text has (config.data.lowercase, strip_punctuation, min_count,
+document_separator, --unknown). A warning says if much of --text stands in the training part.
+
 The standard error of the bits per character is that over up to 30 blocks of the text. The baselines
 learn from the run's training part and predict the same text: a guess among all characters, their
 frequencies, interpolated 5- and 7-grams (Kneser-Ney), and how many bits the text adds to the
@@ -32,7 +36,7 @@ import app  # first, since it handles signals
 import json
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import folders
 from absl import flags
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("charlstm.launch.evaluate")
 
+MUCH_KNOWN = 0.1
 COLD_CHARS = 2**13  # that cold windows are read at once: few enough to be in the cache
 
 WORKDIR = flags.DEFINE_string("workdir", "", "the run folder; the last trained in runs/ if none")
@@ -64,31 +69,62 @@ BASELINES = flags.DEFINE_boolean("baselines", True, "compare with n-grams and co
 JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
 
 
-def open_parts(run: "Run") -> tuple["np.ndarray | None", "np.ndarray", str]:
-    """Return the training part (None if it can't be had), the held-out text, and its name."""
-    from charlstm.corpus import open_corpus
+class Parts(NamedTuple):
+    """What to evaluate, and what to compare it with."""
+
+    train_M: "np.ndarray | None"  # None if the run's text cannot be read
+    ids_M: "np.ndarray"  # the text to evaluate
+    name: str
+    bytes_V: "np.ndarray | None"  # of each character; None if ids are not the text's characters
+
+
+def open_parts(run: "Run") -> Parts:
+    """Return the held-out text, and the run's training part."""
+    from charlstm.corpus import Corpus, open_corpus
     from charlstm.data import split
     from charlstm.job import open_own
 
     data, remedy = run.config.data, "give --text=FILE, a UTF-8 text"
+
+    def bytes_of(text: Corpus) -> "np.ndarray | None":
+        is_as_written = not any(run.cleaning) and not text.num_unknown
+        return run.vocab.utf8_bytes() if is_as_written else None
+
     if not TEXT.value:
         own = open_own(run, remedy)
         train_M, ids_M = split(own.ids_M, data.val_fraction, data.max_val_chars)
-        return train_M, ids_M, f"the last {len(ids_M):,} characters of {own.source}"
+        name = f"the last {len(ids_M):,} characters of {own.source}"
+        return Parts(train_M, ids_M, name, bytes_of(own))
     text = open_corpus(data, TEXT.value, vocab=run.vocab, unknown=UNKNOWN.value, remedy=remedy)
-    if not BASELINES.value:
-        return None, text.ids_M, TEXT.value
+    parts = Parts(None, text.ids_M, TEXT.value, bytes_of(text))
     try:
         own = open_own(run, remedy, may_fetch=False)
     except UserError as error:
-        problem = str(error).split(";")[0]
-        logger.warning("no baselines, which need the run's own text: %s", problem)
-        return None, text.ids_M, TEXT.value
+        if BASELINES.value:
+            problem = str(error).split(";")[0]
+            logger.warning("no baselines, which need the run's own text: %s", problem)
+        return parts
     train_M, _ = split(own.ids_M, data.val_fraction, data.max_val_chars)
-    return train_M, text.ids_M, TEXT.value
+    return parts._replace(train_M=train_M)
 
 
-def measure_both(run: "Run", model: Any, params: Any, ids_M: "np.ndarray") -> dict[str, Any]:
+def warn_of_known_text(parts: Parts) -> None:
+    """Warn if much of a text that --text gives stands in the training part."""
+    from charlstm.originality import share_found
+
+    if not TEXT.value or parts.train_M is None:
+        return
+    share = share_found(parts.ids_M, parts.train_M)
+    if share > MUCH_KNOWN:
+        logger.warning(
+            "about %.0f %% of %s stands verbatim in the training part: the figures show what the "
+            "model has memorised, not how well it predicts",
+            100 * share,
+            parts.name,
+        )
+
+
+def measure_both(run: "Run", model: Any, params: Any, parts: Parts) -> dict[str, Any]:
     """Return the figures of a held-out text, those of cold windows as 'cold'."""
     import jax
 
@@ -98,7 +134,7 @@ def measure_both(run: "Run", model: Any, params: Any, ids_M: "np.ndarray") -> di
     from charlstm.model import zero_carry
     from charlstm.steps import make_score_step
 
-    score_step, bytes_V = jax.jit(make_score_step(model)), run.vocab.utf8_bytes()
+    score_step, ids_M = jax.jit(make_score_step(model)), parts.ids_M
 
     def forgetting(batches: Any) -> Any:
         for batch in batches:
@@ -108,7 +144,7 @@ def measure_both(run: "Run", model: Any, params: Any, ids_M: "np.ndarray") -> di
     def measure(batches: Any, batch_size: int, num_chars: int) -> dict[str, Any]:
         empty = zero_carry(model, batch_size)
         scored = scores(score_step, params, empty, forgetting(batches))
-        return figures(read(scored, num_chars, bytes_V))
+        return figures(read(scored, num_chars, parts.bytes_V))
 
     batches, last = evaluation_batches(ids_M, run.config, batch_size=1), len(ids_M) - 1
     num_counted = batches.num_windows if isinstance(batches, Windows) else last
@@ -117,11 +153,11 @@ def measure_both(run: "Run", model: Any, params: Any, ids_M: "np.ndarray") -> di
     cold = measure(cold_batches(ids_M, window, batch_size), batch_size, last)
     steps = map(batches, range(batches.steps_per_epoch))
     carried = measure(steps, batches.batch_size, num_counted)
-    return carried | {"cold": {"window": WINDOW.value} | cold}
+    return carried | {"cold": {"window": window} | cold}
 
 
 def measure_dynamic(
-    run: "Run", model: Any, params: Any, ids_M: "np.ndarray", static_loss: float
+    run: "Run", model: Any, params: Any, parts: Parts, static_loss: float
 ) -> dict[str, Any]:
     """Return the figures of a held-out text of which the model learns while it reads."""
     import jax
@@ -134,10 +170,10 @@ def measure_dynamic(
     rate = dynamic.RATE if DYNAMIC_RATE.value is None else DYNAMIC_RATE.value
     anchor = dynamic.make_anchor(model, params, [run.vocab.encode(text) for text in run.prompts])
     reader = dynamic.Reader(params, zero_carry(model, 1))
-    batches = Streams(ids_M, 1, dynamic.WINDOW)
+    batches = Streams(parts.ids_M, 1, dynamic.WINDOW)
     steps = map(batches, range(batches.steps_per_epoch))
     scored = scores(jax.jit(dynamic.make_dynamic_step(model, rate)), anchor, reader, steps)
-    reading = read(scored, len(ids_M) - 1, run.vocab.utf8_bytes())
+    reading = read(scored, len(parts.ids_M) - 1, parts.bytes_V)
     if not reading.loss < static_loss + math.log(len(run.vocab)):
         raise UserError(
             f"--dynamic_rate={rate}: the model has unlearnt all it knew; give a lower one"
@@ -178,7 +214,7 @@ def check_flags() -> None:
 def main() -> None:
     """Evaluate as the flags say and print the figures on stdout."""
     check_flags()
-    from evaluate_report import measure_baselines, table
+    from evaluate_report import measure_baselines, refuse_not_finite, table
 
     from charlstm.checkpoint import load_model
 
@@ -191,20 +227,22 @@ def main() -> None:
             f"{workdir}: was trained on windows, and --dynamic reads on and on; "
             "give a run of config.data.order=streams"
         )
-    train_M, ids_M, name = open_parts(run)
-    figures = {"text": name} | measure_both(run, model, params, ids_M)
+    parts = open_parts(run)
+    warn_of_known_text(parts)
+    figures = {"text": parts.name} | measure_both(run, model, params, parts)
     if DYNAMIC.value:
         loss = figures["nats_per_char"]
-        figures["dynamic"] = measure_dynamic(run, model, params, ids_M, loss)
+        figures["dynamic"] = measure_dynamic(run, model, params, parts, loss)
     if TEMPERATURE.value:
-        figures["temperature"] = measure_temperature(run, model, params, ids_M)
-    if BASELINES.value and train_M is not None:
-        figures["baselines"] = measure_baselines(train_M, ids_M, run.vocab)
+        figures["temperature"] = measure_temperature(run, model, params, parts.ids_M)
+    refuse_not_finite(figures, parts.name)
+    if BASELINES.value and parts.train_M is not None:
+        figures["baselines"] = measure_baselines(parts.train_M, parts.ids_M, run.vocab)
     if JSON.value:
-        print(json.dumps(figures))
+        print(json.dumps(figures, allow_nan=False))
         return
-    num_train = 0 if train_M is None else len(train_M)
-    print("\n".join(table(figures, num_train, len(ids_M))))
+    num_train = 0 if parts.train_M is None else len(parts.train_M)
+    print("\n".join(table(figures, num_train, len(parts.ids_M))))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What evaluate.py shows beside a model: baselines on the same split, a table, and a verdict."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from charlstm import baselines
+from charlstm.errors import RunError
 from charlstm.text import Vocab
 
 COLUMNS = {
@@ -37,6 +39,17 @@ def measure_baselines(train_M: np.ndarray, ids_M: np.ndarray, vocab: Vocab) -> d
         "held_out_characters": len(ids_M),
         "bits_per_char": bits,
     }
+
+
+def refuse_not_finite(figures: dict[str, Any], text: str) -> None:
+    """Raise RunError if a figure, at any depth, is not finite."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            refuse_not_finite(value, text)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise RunError(
+                f"{text}: {name} is {value}, so the weights are of no use; try another --checkpoint"
+            )
 
 
 def verdict(bits: float, baseline_bits: dict[str, float]) -> str:

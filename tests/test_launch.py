@@ -15,6 +15,7 @@ from conftest import ROOT
 from launching import WarmLauncher, command_of, run_command, train_on
 from test_train import small_config
 
+from charlstm.errors import RunError
 from charlstm.train import train
 
 TINY = ["--config=tiny", "--config.num_steps=60", "--config.eval_every_steps=30"]
@@ -216,12 +217,14 @@ def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(tra
         *("uniform", "unigram", "5-gram", "7-gram", "gzip -9", "bz2 -9", "xz -9e")
     ]
     (folder / "other.txt").write_text(book[:500], encoding="utf-8")
-    other = run_command("evaluate", "--workdir=runs/tiny-book", "--text=other.txt", cwd=folder)
+    flags = ("--workdir=runs/tiny-book", "--text=other.txt", "--window=9999")
+    other = warm_launcher()("evaluate", *flags, cwd=folder)
     assert "bits/char" in other.stdout
     assert re.search(r"characters +499\n", other.stdout)
     assert re.search(r"\n7-gram +\d", other.stdout)
     assert other.stdout.splitlines()[-1].startswith("The model is better than ")
-    assert other.stderr == ""
+    assert "cold, windows of 499 " in other.stdout  # the text has no longer one
+    assert re.fullmatch("warning: about 100 % of other.txt stands verbatim .*\n", other.stderr)
 
 
 def test_learning_while_reading_is_told_beside_reading(trained):
@@ -311,6 +314,16 @@ def test_the_table_says_where_baselines_have_seen_less(monkeypatch):
         "The baselines learn from the last 10 characters of 1,000, and predict the first 5 of 5."
     ]
     assert "uniform" + " " * 22 + "2.0000" in whole
+
+
+def test_figures_that_are_not_finite_are_refused(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    from evaluate_report import refuse_not_finite
+
+    refuse_not_finite({"text": "a", "loss": 1.0, "cold": {"error": None, "loss": 2.0}}, "a")
+    for bad in (math.nan, math.inf):
+        with pytest.raises(RunError, match="a: loss is "):
+            refuse_not_finite({"text": "a", "cold": {"loss": bad}}, "a")
 
 
 def test_it_runs_from_any_folder_with_a_path_or_a_name_of_a_config(trained, tmp_path):

@@ -142,6 +142,19 @@ def test_figures_worked_out_by_hand():
     )
 
 
+def test_without_known_bytes_there_are_no_bits_per_byte(trained):
+    model, params, ids_M, _, score_step = trained
+    scored = scores(score_step, params, zero_carry(model, 1), map(Streams(ids_M, 1, 50), range(21)))
+    found = figures(read(scored, len(ids_M) - 1, bytes_V=None))
+    assert found["bits_per_byte"] is None
+    assert found["bits_per_char"] > 0
+
+
+def test_a_loss_beyond_the_exponential_has_an_infinite_perplexity():
+    found = figures(Reading(np.array([1e6]), np.array([1]), correct=0, num_bytes=1))
+    assert found["perplexity"] == math.inf
+
+
 def test_losses_at_a_temperature_are_those_of_weights_divided_by_it(trained):
     model, params, ids_M, eval_step, _ = trained
     batches = Streams(ids_M, 4, 50)

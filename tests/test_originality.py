@@ -87,3 +87,21 @@ def test_words_that_may_be_cut_off_do_not_count(text, wanted):
 def test_known_words_do_not_depend_on_chunks(book):
     chunks = [book[start : start + 7] for start in range(0, len(book), 7)]
     assert known_words(chunks) == set(words(book))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_share_of_a_text_that_stands_in_another(share, monkeypatch):
+    monkeypatch.setattr(originality, "CHUNK", 1000)  # pieces lie across its borders
+    rng = np.random.default_rng(0)
+    train_M = rng.integers(60, size=5000).astype(np.uint8)
+    text_L = rng.integers(60, size=4000).astype(np.uint8)
+    copied = round(share * len(text_L))
+    text_L[:copied] = train_M[500 : 500 + copied]
+    # Of 50 pieces one or two lie across the end of the copy.
+    assert originality.share_found(text_L, train_M) == pytest.approx(share, abs=0.04)
+
+
+def test_a_text_shorter_than_a_piece_is_one_piece():
+    train_M = np.arange(200, dtype=np.uint8)
+    assert originality.share_found(train_M[50:60], train_M) == 1
+    assert originality.share_found(train_M[50:60][::-1], train_M) == 0
