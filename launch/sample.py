@@ -26,13 +26,14 @@ import app  # first, since it handles signals
 # isort: split
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import folders
 from absl import flags
+from etils import epath
 
 from charlstm.config import check_setting
+from charlstm.encoding import decode
 from charlstm.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ logger = logging.getLogger("charlstm.launch.sample")
 # Of --stream: a small piece even by the slow method, 2 ms a character, and far more than one can
 # read by the other.
 STREAM_CHUNK = 16
+MAX_FILE_BYTES = 2**26  # of a prompt or a list of words
+MAX_SHOWN = 10  # prompts from the training text
 
 WORKDIR = flags.DEFINE_string("workdir", "", "the run folder; the last trained in runs/ if none")
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
@@ -57,7 +60,9 @@ TEMPERATURE = flags.DEFINE_float("temperature", None, "0 takes the most probable
 TOP_K = flags.DEFINE_integer("top_k", None, "choose among the k most probable; 0: all")
 TOP_P = flags.DEFINE_float("top_p", None, "choose among those with this much probability; 1: all")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "how many texts", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "the same seed gives the same text", lower_bound=0)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "the same seed gives the same text", lower_bound=0, upper_bound=2**32 - 1
+)
 METHOD = flags.DEFINE_enum(
     "method", None, ["carry", "window"], "one step a character, or reread a window for each"
 )
@@ -79,15 +84,25 @@ def read_prompt() -> str:
     """Return the prompt that the flags give, '' for none."""
     if PROMPT.value and PROMPT_FILE.value:
         raise UserError("--prompt and --prompt_file: give one of them")
-    return read_file(PROMPT_FILE) if PROMPT_FILE.value else PROMPT.value
+    if not PROMPT_FILE.value:
+        return PROMPT.value
+    prompt = read_file(PROMPT_FILE)
+    if not prompt:
+        raise UserError(f"--prompt_file={PROMPT_FILE.value}: is empty")
+    return prompt
 
 
 def read_file(flag: flags.FlagHolder) -> str:
-    """Return what the file that `flag` names holds."""
+    """Return the text of the file that `flag` names."""
+    name = f"--{flag.name}={flag.value}"
     try:
-        return Path(flag.value).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--{flag.name}={flag.value}: {error}; give a UTF-8 file") from None
+        with open(os.path.expanduser(flag.value), "rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)  # some, such as /dev/zero, have no end
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror or error}; give a UTF-8 file") from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise UserError(f"{name}: has more than {MAX_FILE_BYTES:,} bytes; give a smaller file")
+    return "".join(decode([raw], name))
 
 
 def changed_settings() -> dict[str, Any]:
@@ -101,6 +116,24 @@ def changed_settings() -> dict[str, Any]:
                 raise UserError(str(error).replace("config.sample.", "--")) from None
             changed[flag.name] = flag.value
     return changed
+
+
+def check_memory(run: "Run", prompt: str, settings: dict[str, Any]) -> None:
+    """Raise UserError if so many texts cannot be in memory at once."""
+    from charlstm.machine import memory_bytes
+    from charlstm.sample import SIZE
+
+    model, length = run.config.model, settings["length"]
+    # At the least: the text twice, uniforms, logits, and the carry and gates of each layer.
+    numbers = 2 * length + len(prompt) + SIZE + 2 * len(run.vocab)
+    numbers += 6 * model.num_layers * model.hidden_size
+    needed = 4 * numbers * NUM_SAMPLES.value
+    if needed > (there := memory_bytes()):
+        raise UserError(
+            f"--num_samples={NUM_SAMPLES.value}: so many texts of {length:,} characters take at "
+            f"least {needed / 2**30:,.0f} GiB of memory, and there are {there / 2**30:,.0f}; give "
+            "fewer at a time, with another --seed for each"
+        )
 
 
 def encode_prompts(run: "Run", prompt: str, method: str) -> tuple[list["np.ndarray"], str]:
@@ -122,9 +155,11 @@ def encode_prompts(run: "Run", prompt: str, method: str) -> tuple[list["np.ndarr
     if run.config.data.document_separator and method == "carry":
         return [run.vocab.encode(END)] * NUM_SAMPLES.value, ""
     chosen = np.random.default_rng(SEED.value).integers(len(run.prompts), size=NUM_SAMPLES.value)
-    for index in chosen:
+    for index in chosen[:MAX_SHOWN]:
         prompt = run.decode(run.vocab.encode(run.prompts[index]))
         logger.info("from the training text: %r", prompt)
+    if len(chosen) > MAX_SHOWN:
+        logger.info("and from %s other places", f"{len(chosen) - MAX_SHOWN:,}")
     return [run.vocab.encode(run.prompts[index]) for index in chosen], ""
 
 
@@ -190,11 +225,15 @@ def main() -> None:
 
     from charlstm.checkpoint import load_model
     from charlstm.originality import words
+    from charlstm.run import load_run
     from charlstm.sample import SIZE, stream, until_end
 
-    run, model, params = load_model(folders.trained_workdir(WORKDIR.value), CHECKPOINT.value)
-    train_M = open_training_part(run) if CHECK.value else None
+    workdir = folders.trained_workdir(WORKDIR.value)
+    run = load_run(epath.Path(workdir))
     settings = run.config.sample.to_dict() | changed
+    check_memory(run, prompt, settings)
+    run, model, params = load_model(workdir, CHECKPOINT.value)
+    train_M = open_training_part(run) if CHECK.value else None
     if ADAPT_TO.value:
         params = adapted(run, model, params)
     prompts, opening = encode_prompts(run, prompt, settings["method"])

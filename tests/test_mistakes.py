@@ -123,7 +123,12 @@ COMMAND_LINE = [
     ("sample", "--words=none.txt", "--words=none.txt: is for --check, which is not given"),
     ("sample", "--check --words=none.txt", "--words=none.txt|give a UTF-8 file"),
     ("sample", "--prompt_file=none.txt", "--prompt_file=none.txt|give a UTF-8 file"),
-    ("sample", "--prompt_file=latin1.txt", "--prompt_file=latin1.txt|give a UTF-8 file"),
+    ("sample", "--prompt_file=latin1.txt", "--prompt_file=latin1.txt: not UTF-8|-f CP1252"),
+    ("sample", "--prompt_file=empty.txt", "--prompt_file=empty.txt: is empty"),
+    ("sample", "--prompt_file=/dev/zero", "--prompt_file=/dev/zero: has more than"),
+    ("sample", "--prompt_file=.", "--prompt_file=.: Is a directory; give a UTF-8 file"),
+    ("sample", "--seed=4294967296", "seed=4294967296|4294967295"),
+    ("sample", "--seed=18446744073709551616", "seed=18446744073709551616|4294967295"),
     ("evaluate", "--jsn", "jsn|json"),
     ("evaluate", "--window=0", "window|0"),
     ("evaluate", "--dynamic --dynamic_rate=0", "--dynamic_rate=0.0: must be a number above 0"),
@@ -178,6 +183,7 @@ def test_a_mistake_on_the_command_line_is_answered_before_jax_is_imported(
     launcher, flags, messages, tmp_path, launch_without_jax
 ):
     (tmp_path / "latin1.txt").write_bytes("Käse".encode("latin1"))
+    (tmp_path / "empty.txt").touch()
     for name, content in CONFIG_FILES.items():
         (tmp_path / name).write_text(content)
     before = snapshot(tmp_path)
@@ -317,6 +323,11 @@ READING = [
     ("sample", "--workdir=file", "file: no run there"),
     ("sample", "--workdir=runs/full --prompt=to€her", "'€' (U+20AC) at position 2|--unknown=drop"),
     ("sample", "--workdir=runs/full --prompt=€€ --unknown=drop", "no character that the model"),
+    (
+        "sample",
+        "--workdir=runs/full --num_samples=100000000000",
+        "--num_samples=100000000000: so many texts of|GiB of memory|fewer",
+    ),
     ("sample", "--workdir=runs/full --prompt=so --method=window", "at least 32 characters|carry"),
     ("evaluate", "--workdir=nowhere", "nowhere: no run there"),
     ("evaluate", "--workdir=runs/full --text=none.txt", "none.txt: no such file; give --text=FILE"),
