@@ -17,6 +17,7 @@ from charlstm.recurrence import (
     inverse_rms,
     kept_rows,
     side_by_side,
+    vary_alike,
 )
 
 # kernel_HG, rows_EF, and gain_G where the gates' products are normalised. F are the four gates, and
@@ -49,6 +50,7 @@ def fused_lstm(
     weights is then summed over time for the rows of each apart, and once over all. Otherwise XLA
     would let the devices add theirs up at every chunk of time steps.
     """
+    params, carry, inputs = vary_alike((params, carry, inputs))
     # Since sigmoid(s) = (1 + tanh(s / 2)) / 2, with halved sums one tanh serves all four gates.
     halve_G = jnp.repeat(jnp.array([0.5, 0.5, 1.0, 0.5], dtype), carry[0].shape[-1])
     input_kernel_EG = side_by_side(params, "i") * halve_G
@@ -225,7 +227,7 @@ def _recur_backward(norm_epsilon: float, residuals: Any, grads: Any) -> tuple[An
         lambda leaf_T: leaf_T.reshape(num_steps // length, length, *leaf_T.shape[1:]),
         (hidden_grad_TBH, slopes, normed, keep_TB, h_before_TBH, given),
     )
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, h_before_TBH.dtype), weights)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, h_before_TBH.dtype), weights)
     (carry_grad, *grads_of_weights), inputs_grad = jax.lax.scan(
         chunk_step, (last_carry_grad, *zeros), chunks, reverse=True
     )

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from charlstm.checks import check_choice, check_count, check_ids, check_rate
 from charlstm.cudnn import cudnn_lstm
 from charlstm.fused import fused_lstm
-from charlstm.recurrence import NORM_EPSILON, LayerCarry, flax_lstm, init_lstm
+from charlstm.recurrence import CELLS, NORM_EPSILON, LayerCarry, flax_lstm, init_lstm
 from charlstm.text import END, Vocab
 
 Carry = tuple[LayerCarry, ...]
@@ -22,6 +23,8 @@ RECURRENCES: dict[str, Callable[..., tuple[LayerCarry, jax.Array]]] = {
 }
 # The axes of layer_TBE along which a mask of dropout is the same.
 DROPOUT_MASKS: dict[str, tuple[int, ...]] = {"step": (), "window": (0,)}
+INPUTS = ("one_hot", "embed", "scaled")
+DTYPES = ("float32", "bfloat16")
 
 
 class CharLSTM(nn.Module):
@@ -51,6 +54,9 @@ class CharLSTM(nn.Module):
       cell: the Flax class that 'flax' scans, 'OptimizedLSTMCell' or 'LSTMCell'.
       dtype: 'float32' or 'bfloat16' to compute in; parameters, carry and logits are float32.
       num_shards: on how many devices the rows of a batch lie; 'fused' needs it to be fast.
+
+    Raises:
+      ValueError: for a field with a value that is not allowed.
     """
 
     vocab_size: int
@@ -71,6 +77,30 @@ class CharLSTM(nn.Module):
     dtype: str = "float32"
     num_shards: int = 1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("vocab_size", "hidden_size", "num_layers", "embed_size", "num_shards"):
+            check_count(name, getattr(self, name))
+        for name in ("dropout_rate", "recurrent_dropout"):
+            check_rate(name, getattr(self, name))
+        choices = {
+            "dropout_mask": DROPOUT_MASKS,
+            "input": INPUTS,
+            "recurrence": RECURRENCES,
+            "cell": CELLS,
+        }
+        for name, allowed in choices.items():
+            check_choice(name, getattr(self, name), allowed)
+        check_choice("dtype", getattr(self.dtype, "__name__", str(self.dtype)), DTYPES)
+        if not self.norm_epsilon > 0:
+            raise ValueError(f"norm_epsilon={self.norm_epsilon!r}: must be above 0")
+        if self.tie_embeddings and self.input != "embed":
+            raise ValueError(f"tie_embeddings=True: needs input='embed', not {self.input!r}")
+        if self.end_id is not None:
+            check_count("end_id", self.end_id, least=0)
+            if self.end_id >= self.vocab_size:
+                raise ValueError(f"end_id={self.end_id}: must be less than V={self.vocab_size}")
+
     @nn.compact
     def __call__(
         self, ids_BT: jax.Array, carry: Carry, *, train: bool = False
@@ -83,18 +113,19 @@ class CharLSTM(nn.Module):
           train: apply dropout, with the random key of the name 'dropout'.
 
         Raises:
-          ValueError: if the carry is not that of a model of this size, or a field makes no sense.
+          ValueError: if the carry is not that of a model of this size, or an id is not below V.
+            The ids of traced arrays are not known: there, one that is not below V makes its row
+            NaN, up to the end of its document.
         """
-        if self.recurrence not in RECURRENCES:
-            raise ValueError(f"recurrence={self.recurrence!r}: must be one of {[*RECURRENCES]}")
         recur = RECURRENCES[self.recurrence]
         if self.recurrence == "flax":
             recur = partial(recur, norm_epsilon=self.norm_epsilon, cell=self.cell)
         if self.recurrence == "fused":
             recur = partial(recur, norm_epsilon=self.norm_epsilon, num_shards=self.num_shards)
-        if self.dropout_mask not in DROPOUT_MASKS:
-            raise ValueError(f"dropout_mask={self.dropout_mask!r}: must be step or window")
+        check_ids("ids_BT", ids_BT, self.vocab_size)
+        ids_BT = jnp.asarray(ids_BT)
         check_carry(carry, ids_BT.shape[0], self.hidden_size, self.num_layers)
+        carry = poison_rows(carry, ids_BT, self.vocab_size)
         layer, embed = self._view(ids_BT.T)
         keep_TB = None if self.end_id is None else ids_BT.T != self.end_id
         input_size = self.vocab_size if self.input == "one_hot" else layer.shape[-1]
@@ -124,19 +155,16 @@ class CharLSTM(nn.Module):
         if self.input == "embed":
             embed = nn.Embed(self.vocab_size, self.embed_size, dtype=self.dtype, name="embed")
             return embed(ids_TB), embed
-        if self.input == "scaled":
-            return (ids_TB / self.vocab_size).astype(self.dtype)[..., None], None
-        raise ValueError(f"input={self.input!r}: must be one_hot, embed or scaled")
+        ids_TB = ids_TB.astype(jnp.float32)
+        return (ids_TB / self.vocab_size).astype(self.dtype)[..., None], None
 
     def _logits(self, layer_TBH: jax.Array, embed: nn.Embed | None) -> jax.Array:
         kernel_init = nn.initializers.glorot_uniform()
-        if not self.tie_embeddings:
+        if embed is None or not self.tie_embeddings:
             dense = nn.Dense(
                 self.vocab_size, kernel_init=kernel_init, dtype=self.dtype, name="dense"
             )
             return dense(layer_TBH)
-        if embed is None:
-            raise ValueError(f"tie_embeddings=True: input={self.input!r} has none; it takes embed")
         dense = nn.Dense(self.embed_size, kernel_init=kernel_init, dtype=self.dtype, name="dense")
         bias_V = self.param("bias", nn.initializers.zeros_init(), (self.vocab_size,))
         return embed.attend(dense(layer_TBH)) + bias_V.astype(self.dtype)
@@ -147,7 +175,8 @@ def hidden_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Arra
 
     One mask for all time steps, as Gal and Ghahramani 2016 (arXiv 1512.05287) have it.
     """
-    return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
+    is_kept_BH = jax.random.bernoulli(key, jnp.float32(1 - rate), shape)
+    return is_kept_BH.astype(jnp.float32) / (1 - rate)
 
 
 def model_from_config(config: ConfigDict, vocab: Vocab) -> CharLSTM:
@@ -185,4 +214,15 @@ def check_carry(carry: Any, batch_size: int, hidden_size: int, num_layers: int) 
     wanted = (((batch_size, hidden_size),) * 2,) * num_layers
     found = jax.tree.map(jnp.shape, carry)
     if found != wanted:
-        raise ValueError(f"the carry has the shapes {found}, the model needs {wanted}")
+        raise ValueError(
+            f"carry: has the shapes {found}; {batch_size} rows of ids and {num_layers} layers of "
+            f"{hidden_size} units need {wanted}"
+        )
+
+
+def poison_rows(carry: Carry, ids_BT: jax.Array, vocab_size: int) -> Carry:
+    """Return `carry` with NaN for h of the first layer in the rows that have an id not below V."""
+    # A lookup with such an id takes another row, silently.
+    is_valid_B = jnp.all((ids_BT >= 0) & (ids_BT < vocab_size), axis=1)
+    (c_BH, h_BH), *others = carry
+    return ((c_BH, jnp.where(is_valid_B[:, None], h_BH, jnp.nan)), *others)

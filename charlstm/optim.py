@@ -1,5 +1,6 @@
 """Learning-rate schedules and optimizers, all optax's own, and the average of the weights."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +59,30 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     if config.optimizer.average_share:
         rules = [*rules, average_params(config.optimizer.average_share)]
     return optax.chain(*rules) if len(rules) > 1 else rule
+
+
+def update_with(
+    optimizer: optax.GradientTransformation,
+    grads: Any,
+    opt_state: Any,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, Any]:
+    """Return optimizer.update's result, given those of `extra_args` that it takes.
+
+    Raises:
+      ValueError: if it needs others.
+    """
+    parameters = inspect.signature(optimizer.update).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    taken = {name: arg for name, arg in extra_args.items() if takes_any or name in parameters}
+    try:
+        return optimizer.update(grads, opt_state, params, **taken)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"optimizer: its update failed ({error}); it gets a plain tree of parameters, which "
+            f"optax.lookahead does not take, and {', '.join(taken) or 'no extra arguments'}"
+        ) from error
 
 
 def cautious(rule: optax.GradientTransformation) -> optax.GradientTransformation:

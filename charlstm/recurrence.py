@@ -55,8 +55,9 @@ def init_lstm(
     """
     input_key, recurrent_key = jax.random.split(key)
     glorot, orthogonal = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
-    input_kernel_EG = glorot(input_key, (input_size, 4 * hidden_size))
-    recurrent_kernel_HG = orthogonal(recurrent_key, (hidden_size, 4 * hidden_size))
+    shapes = (input_size, 4 * hidden_size), (hidden_size, 4 * hidden_size)
+    input_kernel_EG = glorot(input_key, shapes[0], jnp.float32)
+    recurrent_kernel_HG = orthogonal(recurrent_key, shapes[1], jnp.float32)
     params: Params = {}
     for gate, kernel_EH, kernel_HH in zip(
         GATES,
@@ -68,9 +69,9 @@ def init_lstm(
         bias_H = jnp.full(hidden_size, gate == "f", dtype=jnp.float32)
         params[f"h{gate}"] = {"kernel": kernel_HH, "bias": bias_H}
     if scale_hidden:
-        params["scale"] = {"kernel": jnp.zeros((input_size, hidden_size))}
+        params["scale"] = {"kernel": jnp.zeros((input_size, hidden_size), jnp.float32)}
     if rms_norm:
-        params["norm"] = {"gain": jnp.ones(4 * hidden_size)}
+        params["norm"] = {"gain": jnp.ones(4 * hidden_size, jnp.float32)}
     return params
 
 
@@ -101,6 +102,7 @@ def flax_lstm(
     Returns:
       The carry after the last time step, and hidden_TBH, the output of every time step.
     """
+    params, carry, inputs = vary_alike((params, carry, inputs))
     inputs_TBE = as_vectors(params, inputs, dtype)
     flax_cell = CELLS[cell](features=carry[0].shape[-1], dtype=dtype)
     cell_params = _with_gains(params)
@@ -124,6 +126,24 @@ def flax_lstm(
         return (c_BH, h_BH), h_BH
 
     return jax.lax.scan(step, carry, (inputs_TBE, keep_TB))
+
+
+def vary_alike(tree: Any) -> Any:
+    """Return `tree` with all numbers varying over the same axes of jax.shard_map.
+
+    Loop carries and custom gradients need this where `check_vma=True`, since rows vary from device
+    to device, and parameters and an empty carry do not. Outside shard_map `tree` is unchanged.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    zeros = [jnp.zeros_like(leaf, jnp.float32, ()) for leaf in jax.tree.leaves(tree)]
+    zero = jnp.sum(jnp.stack(zeros))
+
+    def vary(leaf: jax.Array) -> jax.Array:
+        is_number = jnp.issubdtype(leaf.dtype, jnp.number)
+        return leaf + zero.astype(leaf.dtype) if is_number else leaf
+
+    return jax.tree.map(vary, tree)
 
 
 def side_by_side(params: Params, side: str) -> jax.Array:

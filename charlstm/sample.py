@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from charlstm.model import Carry, CharLSTM, predict, zero_carry
+from charlstm.recurrence import vary_alike
 
 NOTHING = -1  # the id of the places before a prompt begins
 # The places of one compiled call of `stream`. A call prepares the weights anew, which takes as
@@ -169,6 +170,7 @@ def write_on(
     loop for both, since compiling it takes most of the time of a short text.
     """
     batch_size, size = given_BT.shape
+    state, given_BT, _ = vary_alike((state, jnp.asarray(given_BT), key))
     keys_T = jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(size))
     # Before the loop, where many small draws are one large one.
     uniforms_TB = jax.vmap(partial(draw_uniforms, batch_size=batch_size))(keys_T)

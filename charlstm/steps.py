@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from charlstm.checks import check_batch, check_count, check_divides, check_params, check_shape
 from charlstm.data import Batch
-from charlstm.model import Carry, CharLSTM, predict, zero_carry
+from charlstm.keys import derive_key
+from charlstm.model import Carry, CharLSTM, check_carry, predict, zero_carry
+from charlstm.optim import update_with
 
 Metrics = dict[str, jax.Array]
+Loss = Callable[[jax.Array, Batch], jax.Array]
 
 
 class TrainState(NamedTuple):
@@ -24,27 +28,60 @@ class TrainState(NamedTuple):
     key: jax.Array  # never changes: each step folds its number in
 
 
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
 def init_state(
     model: CharLSTM,
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     batch_size: int,
+    *,
+    params: Any = None,
 ) -> TrainState:
-    """Return the state before the first step, for batches of B = `batch_size` rows."""
-    params_key, state_key = jax.random.split(key)
+    """Return the state before the first step, for batches of B = `batch_size` rows.
+
+    Args:
+      model: the language model.
+      optimizer: any of optax's but lookahead, which needs parameters of its own kind.
+      key: a random key, from which those of charlstm.keys are derived.
+      batch_size: B.
+      params: trained parameters to start from, which are copied; None draws initial ones.
+
+    Raises:
+      ValueError: if `params` are not those of `model`.
+    """
+    check_count("batch_size", batch_size)
     carry = zero_carry(model, batch_size)
-    params = model.init(params_key, jnp.zeros((batch_size, 1), jnp.int32), carry)["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), carry, state_key)
+    init = partial(model.init, derive_key(key, "params"), jnp.zeros((batch_size, 1), jnp.int32))
+    if params is None:
+        params = init(carry)["params"]
+    else:
+        check_params(params, jax.eval_shape(init, carry)["params"])
+    # Copied, since some optimizers keep params themselves, and no array may be donated twice.
+    params, opt_state = jax.tree.map(jnp.copy, (params, optimizer.init(params)))
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, params, opt_state, carry, derive_key(key, "dropout"))
 
 
 def reset_rows(carry: Carry, reset_B: jax.Array) -> Carry:
-    """Return `carry` with zeros in the rows that begin anew."""
+    """Return `carry` with zeros in the rows where `reset_B` is true."""
     return jax.tree.map(lambda leaf_BH: jnp.where(reset_B[:, None], 0.0, leaf_BH), carry)
 
 
+def cross_entropy(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
+    """Return nats_BT, minus the logarithm of the probability of each target."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets_BT)
+
+
 def make_train_step(
-    model: CharLSTM, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    model: CharLSTM,
+    optimizer: optax.GradientTransformation,
+    *,
+    loss: Loss = cross_entropy,
+    micro_batches: int = 1,
+    axis_name: str | None = None,
+) -> TrainStep:
     """Return train_step(state, batch) -> (state, metrics), a pure function.
 
     The gradient stops at the carry that comes in (truncated back-propagation through time,
@@ -52,30 +89,117 @@ def make_train_step(
     character; `count`, the sum of the weights; `grad_norm`, before the optimizer clips; `skipped`,
     1 where loss, gradient or new parameters are not finite, and else 0. A skipped step changes
     nothing in the state but its number.
+
+    Args:
+      model: the language model.
+      optimizer: any of optax's but lookahead. It gets `value` and `grad` if it takes them, as
+        polyak_sgd does, and `value_fn`, as lbfgs does, unless one of the last two is used.
+      loss: (logits_BTV, batch) -> nats_BT, whose mean with the weights is minimised.
+      micro_batches: the number of groups of rows that the step works on one after another, to save
+        memory. The result is that of the whole batch, except that each group draws its own dropout
+        masks.
+      axis_name: the axis of jax.shard_map over which the rows of batch and carry are split. Loss,
+        count and gradient are summed over it, and each device draws its own dropout masks. None
+        where no shard_map is used, as under jax.jit with shardings.
+
+    The step raises ValueError for a batch whose shapes do not agree with each other, with the carry
+    or with `micro_batches`, and if the optimizer needs an argument that it does not get.
     """
+    check_count("micro_batches", micro_batches)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        dropout_key = jax.random.fold_in(state.key, state.step)
-        carry_in = reset_rows(state.carry, batch.reset_B)
-        count = jnp.sum(batch.weights_BT)
-
-        def loss_fn(params: Any) -> tuple[jax.Array, Carry]:
-            logits_BTV, carry_out = predict(model, params, batch.inputs_BT, carry_in, dropout_key)
-            nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets_BT)
-            # A batch without a counted character has loss 0 and moves nothing by it.
-            return jnp.sum(nats_BT * batch.weights_BT) / jnp.maximum(count, 1.0), carry_out
-
-        (loss, carry), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        grad_norm = optax.tree.norm(grads)
-        is_sound = jnp.isfinite(loss + grad_norm + optax.tree.norm(params))
-        new, old = (params, opt_state, carry), (state.params, state.opt_state, state.carry)
-        params, opt_state, carry = jax.tree.map(partial(jnp.where, is_sound), new, old)
-        metrics = {"loss": loss, "count": count, "grad_norm": grad_norm, "skipped": ~is_sound}
-        return TrainState(state.step + 1, params, opt_state, carry, state.key), metrics
+        check_batch(batch, model.vocab_size)
+        check_carry(state.carry, len(batch.reset_B), model.hidden_size, model.num_layers)
+        params, key = state.params, jax.random.fold_in(state.key, state.step)
+        count = jnp.sum(batch.weights_BT, dtype=jnp.float32)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+            count = jax.lax.psum(count, axis_name)
+            # The gradient of each use of a parameter would be summed over the axis otherwise.
+            params = jax.lax.pcast(params, axis_name, to="varying")
+        mean_loss = make_mean_loss(model, loss, count)
+        given = batch, reset_rows(state.carry, batch.reset_B), key
+        (value, carry), grads = accumulate(mean_loss, micro_batches, params, *given)
+        extra_args: dict[str, Any] = {}
+        if axis_name is not None:
+            value, grads = jax.lax.psum((value, grads), axis_name)
+        elif micro_batches == 1:
+            extra_args["value_fn"] = lambda params: mean_loss(params, *given)[0]
+        extra_args |= {"value": value, "grad": grads}
+        state, metrics = apply_gradient(optimizer, state, carry, extra_args)
+        return state, metrics | {"count": count}
 
     return train_step
+
+
+def make_mean_loss(model: CharLSTM, loss: Loss, count: jax.Array) -> Callable[..., Any]:
+    """Return mean_loss(params, batch, carry, key) -> (the weighted sum over `count`, carry)."""
+    # A batch without a counted character has loss 0 and no gradient.
+    divisor = jnp.where(count > 0, count, 1.0)
+
+    def mean_loss(params: Any, batch: Batch, carry: Carry, key: jax.Array) -> Any:
+        logits_BTV, carry = predict(model, params, batch.inputs_BT, carry, key)
+        nats_BT = loss(logits_BTV, batch)
+        check_shape("loss", nats_BT, batch.targets_BT)
+        return jnp.sum(nats_BT * batch.weights_BT, dtype=jnp.float32) / divisor, carry
+
+    return mean_loss
+
+
+def accumulate(
+    mean_loss: Callable[..., Any],
+    micro_batches: int,
+    params: Any,
+    batch: Batch,
+    carry: Carry,
+    key: jax.Array,
+) -> tuple[tuple[jax.Array, Carry], Any]:
+    """Return ((value, carry), grads) of `mean_loss`, summed over groups of rows."""
+    value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+    if micro_batches == 1:
+        return value_and_grad(params, batch, carry, key)
+    check_divides("micro_batches", micro_batches, len(batch.reset_B))
+
+    def split(leaf_B: jax.Array) -> jax.Array:
+        # Each group has every n-th row, so that rows on several devices stay where they are.
+        rows = jnp.reshape(leaf_B, (-1, micro_batches, *leaf_B.shape[1:]))
+        return jnp.swapaxes(rows, 0, 1)
+
+    def join(leaf_NB: jax.Array) -> jax.Array:
+        return jnp.reshape(jnp.swapaxes(leaf_NB, 0, 1), (-1, *leaf_NB.shape[2:]))
+
+    def add(sums: Any, part: Any) -> tuple[Any, Carry]:
+        index, batch, carry = part
+        part_key = jax.random.fold_in(key, index)
+        (value, carry), grads = value_and_grad(params, batch, carry, part_key)
+        return jax.tree.map(jnp.add, sums, (value, grads)), carry
+
+    parts = jnp.arange(micro_batches), *jax.tree.map(split, (batch, carry))
+    # Like arrays that vary over the axis, if there is one.
+    zeros = jnp.zeros_like(batch.weights_BT, jnp.float32, ()), jax.tree.map(jnp.zeros_like, params)
+    (value, grads), carry_N = jax.lax.scan(add, zeros, parts)
+    return (value, jax.tree.map(join, carry_N)), grads
+
+
+def apply_gradient(
+    optimizer: optax.GradientTransformation, state: TrainState, carry: Carry, extra_args: Any
+) -> tuple[TrainState, Metrics]:
+    """Return the state after the step whose `value` and `grad` are in `extra_args`, and metrics."""
+    value, grads = extra_args["value"], extra_args["grad"]
+    updates, opt_state = update_with(optimizer, grads, state.opt_state, state.params, extra_args)
+    params = optax.apply_updates(state.params, updates)
+    grad_norm = optax.tree.norm(grads)
+    is_finite = jnp.isfinite(value + grad_norm + optax.tree.norm(params))
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        # An optimizer may compute in float64, where that is enabled; the state keeps its types.
+        new = new if new.dtype == old.dtype else new.astype(old.dtype)
+        return jnp.where(is_finite, new, old)
+
+    new, old = (params, opt_state, carry), (state.params, state.opt_state, state.carry)
+    params, opt_state, carry = jax.tree.map(choose, new, old)
+    metrics = {"loss": value, "grad_norm": grad_norm, "skipped": ~is_finite}
+    return TrainState(state.step + 1, params, opt_state, carry, state.key), metrics
 
 
 def make_train_steps(

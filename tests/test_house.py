@@ -26,14 +26,16 @@ MAY_IMPORT = {
     "find": "errors files",
     "source": "encoding errors files find",
     "corpus": "encoding errors files find source text",
-    "data": "errors text",
+    "checks": "",
+    "keys": "",
+    "data": "checks errors text",
     "recurrence": "",
     "fused": "recurrence",
     "cudnn": "recurrence",
-    "model": "cudnn fused recurrence text",
+    "model": "checks cudnn fused recurrence text",
     "optim": "",
-    "steps": "data model",
-    "sample": "model",
+    "steps": "checks data keys model optim",
+    "sample": "checks model recurrence",
     "measure": "data model steps",
     "dynamic": "data errors model steps",
     "baselines": "",
@@ -49,10 +51,10 @@ MAY_IMPORT = {
     "machine": "errors",
     "job": "corpus data devices errors machine model run source",
     "journal": "checkpoint cluster console errors job log steps",
-    "assess": "cluster data devices job log model sample steps",
-    "train": "assess baselines checkpoint cluster config console corpus cost cudnn curves data "
-    "devices dynamic encoding errors files find fused gutenberg job journal log machine measure "
-    "model optim originality recurrence run sample source steps text",
+    "assess": "cluster data devices job keys log model sample steps",
+    "train": "assess baselines checkpoint checks cluster config console corpus cost cudnn curves "
+    "data devices dynamic encoding errors files find fused gutenberg job journal keys log "
+    "machine measure model optim originality recurrence run sample source steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")

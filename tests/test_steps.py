@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from charlstm import (
     Batch,
@@ -233,20 +231,72 @@ def test_many_learning_rates_at_once(batches):
     assert together[2, 2] < together[0, 2]
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        optax.chain(optax.clip_by_global_norm(1.0), optax.lion(1e-2)),
-        optax.MultiSteps(optax.lion(1e-2), every_k_schedule=2),
-    ],
-    ids=["lion", "lion in MultiSteps"],
-)
-def test_any_optax_optimizer_will_do(optimizer):
-    model = small_model(dropout_rate=0.0)
-    repeating = Streams(np.arange(300) % V, batch_size=B, seq_len=T)
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_micro_batches_equal_the_whole_batch(micro_batches, batches):
+    model, optimizer = small_model(dropout_rate=0.0, num_layers=2), optax.sgd(0.5)
     state = first_state(model, optimizer)
-    _, losses = run_steps(state, repeating, 80, model, optimizer)
-    assert losses[-1] < 0.5 * losses[0]
+    state, _ = run_steps(state, batches, 1, model, optimizer)  # for a carry that is not zeros
+    weights_BT = np.random.default_rng(3).uniform(size=(B, T)).astype(np.float32)
+    weights_BT[1] = 0
+    reset_B = np.array([True, False, False, True])
+    batch = batches(1)._replace(weights_BT=weights_BT, reset_B=reset_B)
+    wanted, wanted_metrics = compiled_step(model, optimizer)(state, batch)
+    step = jax.jit(make_train_step(model, optimizer, micro_batches=micro_batches))
+    found, metrics = step(state, batch)
+    assert_trees_close(metrics, wanted_metrics, 1e-6, 1e-6)
+    assert_trees_close(unkeyed(found), unkeyed(wanted), 1e-6, 1e-6)
+
+
+def test_each_micro_batch_draws_its_own_dropout_masks(batches):
+    model, optimizer = small_model(dropout_rate=0.5, num_layers=2), optax.sgd(0.5)
+    state = first_state(model, optimizer)
+    batch = Batch(*(np.concatenate([leaf[:1], leaf[:1], leaf[:2]]) for leaf in batches(0)))
+    step = jax.jit(make_train_step(model, optimizer, micro_batches=2))
+    (_, _), (_, h_BH) = step(state, batch)[0].carry
+    assert np.abs(h_BH[0] - h_BH[1]).max() > 1e-3  # the same row, in two micro-batches
+
+
+def test_a_users_own_loss_is_minimised(batches):
+    model, optimizer = small_model(dropout_rate=0.0), optax.sgd(0.5)
+    state, batch = first_state(model, optimizer), batches(batches.steps_per_epoch - 1)
+
+    def squared(logits_BTV, batch):
+        one_hot_BTV = jax.nn.one_hot(batch.targets_BT, V)
+        return jnp.sum((jax.nn.softmax(logits_BTV) - one_hot_BTV) ** 2, axis=-1)
+
+    def mean(params):
+        logits_BTV, _ = model.apply({"params": params}, batch.inputs_BT, state.carry)
+        return (squared(logits_BTV, batch) * batch.weights_BT).sum() / batch.weights_BT.sum()
+
+    loss, grads = jax.jit(jax.value_and_grad(mean))(state.params)
+    step = jax.jit(make_train_step(model, optimizer, loss=squared))
+    found, metrics = step(state, batch)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    moved = jax.tree.map(lambda param, grad: param - 0.5 * grad, state.params, grads)
+    assert_trees_close(found.params, moved)
+
+
+def test_weights_that_sum_to_less_than_one_give_a_mean_too(batches):
+    model, optimizer = small_model(dropout_rate=0.0), optax.sgd(0.5)
+    state, batch = first_state(model, optimizer), batches(0)
+    light = batch._replace(weights_BT=batch.weights_BT * np.float32(1e-3))
+    step = compiled_step(model, optimizer)
+    found, wanted = step(state, light)[1], step(state, batch)[1]
+    np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-5)
+    nothing = batch._replace(weights_BT=np.zeros_like(batch.weights_BT))
+    unmoved, metrics = step(state, nothing)
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped"] == 0
+    assert_trees_close(unmoved.params, state.params, 0, 0)
+
+
+def test_training_goes_on_from_parameters_of_ones_own(batches):
+    model, optimizer = small_model(), optax.adam(1e-2)
+    trained, _ = run_steps(first_state(model, optimizer), batches, 2, model, optimizer)
+    state = init_state(model, optimizer, jax.random.key(1), B, params=trained.params)
+    assert_trees_close(state.params, trained.params, 0, 0)
+    jax.jit(make_train_step(model, optimizer), donate_argnums=0)(state, batches(0))
+    # They are a copy: the step that takes the state leaves the user's own alone.
+    assert np.isfinite(optax.tree.norm(trained.params))
 
 
 def test_a_users_own_loss_can_be_differentiated_through_the_eval_step(batches):
@@ -269,42 +319,6 @@ def test_a_users_own_loss_can_be_differentiated_through_the_eval_step(batches):
     )
     slope = (plus - minus) / (2 * step)
     np.testing.assert_allclose(slope, optax.tree.norm(grads), rtol=1e-2)
-
-
-def test_rows_over_two_devices_under_shard_map_give_what_one_device_gives(batches):
-    if jax.device_count() < 2:
-        pytest.skip("needs two devices")
-    model = small_model(dropout_rate=0.0)
-
-    def averaged(optimizer):
-        # Rows have equal weights here, so the mean over devices is the mean over rows.
-        mean = optax.stateless(lambda updates, params: jax.lax.pmean(updates, "data"))
-        return optax.chain(mean, optimizer)
-
-    plain = optax.sgd(0.5)
-    state = first_state(model, plain)
-    desired, _ = run_steps(state, batches, 3, model, plain)
-    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
-    rows = jax.tree.map(lambda _: P("data"), state.carry)
-    spec = jax.tree.map(lambda _: P(), state._replace(carry=()))._replace(carry=rows)
-    step = make_train_step(model, averaged(plain))
-    opt_state = averaged(plain).init(state.params)
-    sharded = state._replace(opt_state=opt_state)
-    spec = spec._replace(opt_state=jax.tree.map(lambda _: P(), opt_state))
-    batch_spec = Batch(P("data"), P("data"), P("data"), P("data"))
-
-    def state_only(state, batch):
-        return step(state, batch)[0]
-
-    mapped = jax.jit(
-        jax.shard_map(
-            state_only, mesh=mesh, in_specs=(spec, batch_spec), out_specs=spec, check_vma=False
-        )
-    )
-    for index in range(3):
-        sharded = mapped(sharded, batches(index))
-    assert_trees_close(sharded.params, desired.params)
-    assert_trees_close(sharded.carry, desired.carry)
 
 
 def test_evaluation_counts_every_character_once_without_dropout():

@@ -1,0 +1,101 @@
+"""The training step with optax's optimizers, those that need more than a gradient included."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from charlstm import Batch, CharLSTM, init_state, make_train_step
+
+V, B, T, H = 3, 2, 3, 4
+MODEL = CharLSTM(V, H)
+IDS_BM = np.array([[0, 1, 2, 0], [2, 0, 1, 2]], np.int32)  # each character decides the next
+BATCH = Batch(IDS_BM[:, :-1], IDS_BM[:, 1:], np.ones((B, T), np.float32), np.ones(B, bool))
+contrib = optax.contrib
+
+OPTIMIZERS = {
+    "adafactor": optax.adafactor(0.1),
+    "adam of bfloat16": optax.adam(0.1, mu_dtype=jnp.bfloat16),
+    "add_noise": optax.chain(optax.add_noise(0.01, 0.5, jax.random.key(1)), optax.sgd(1.0)),
+    "apply_if_finite": optax.apply_if_finite(optax.adam(0.1), 3),
+    "chain of adam and reduce_on_plateau": optax.chain(
+        optax.adam(0.1), contrib.reduce_on_plateau()
+    ),
+    "dadapt_adamw": contrib.dadapt_adamw(1.0),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
+    "lion": optax.chain(optax.clip_by_global_norm(1.0), optax.lion(0.03)),
+    "masked": optax.chain(
+        optax.adam(0.1),
+        optax.masked(
+            optax.add_decayed_weights(1e-4), lambda tree: {"dense": True, "lstm_0": False}
+        ),
+    ),
+    "momo": contrib.momo(2.0),
+    "MultiSteps": optax.MultiSteps(optax.adam(0.1), every_k_schedule=2),
+    "muon": contrib.muon(0.1),
+    "polyak_sgd": optax.polyak_sgd(),
+    "prodigy": contrib.prodigy(1.0),
+    "sam": contrib.sam(optax.adam(0.1), optax.chain(contrib.normalize(), optax.sgd(0.05))),
+    "schedule_free_adamw": contrib.schedule_free_adamw(0.1),
+    "sgd with momentum": optax.sgd(0.3, momentum=0.9, nesterov=True),
+}
+
+
+def run(optimizer, num_steps=40, model=MODEL, **options):
+    """Return the loss of each step, all in one compiled loop with a donated state."""
+    state = init_state(model, optimizer, jax.random.key(0), B)
+    step = make_train_step(model, optimizer, **options)
+    scan = jax.jit(
+        lambda state: jax.lax.scan(lambda state, _: step(state, BATCH), state, length=num_steps),
+        donate_argnums=0,
+    )
+    _, metrics = scan(state)
+    assert not np.any(metrics["skipped"])
+    return metrics["loss"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_of_optax_learns(name):
+    losses = run(OPTIMIZERS[name])
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_line_search_finds_the_minimum_of_its_batch_with_dropout_held_fixed():
+    # The same key at each evaluation: otherwise the search would compare different functions.
+    losses = run(optax.lbfgs(), model=CharLSTM(V, H, dropout_rate=0.1))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def wrapped_sophia():
+    sophia = contrib.sophia(0.05)
+
+    def update(grads, state, params, *, value_fn, **_):
+        return sophia.update(grads, state, params, obj_fn=value_fn)
+
+    return optax.GradientTransformationExtraArgs(sophia.init, update)
+
+
+def test_an_optimizer_that_differentiates_twice_gets_the_loss_by_a_wrapper():
+    losses = run(wrapped_sophia())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "message"),
+    [
+        (optax.lookahead(optax.sgd(0.1), 5, 0.5), {}, "optimizer: .*lookahead"),
+        (contrib.sophia(0.1), {}, "obj_fn"),
+        (optax.lbfgs(), {"micro_batches": 2}, "optimizer: .*value_fn.*value, grad"),
+        (optax.chain(contrib.sam(optax.sgd(0.1), optax.sgd(0.1))), {}, "optimizer: .*value"),
+    ],
+    ids=["lookahead", "sophia", "lbfgs with micro-batches", "sam in a chain"],
+)
+def test_an_optimizer_that_needs_what_it_cannot_get_is_refused(optimizer, options, message):
+    make = partial(init_state, MODEL, optimizer, batch_size=B)
+    state = jax.eval_shape(make, jax.random.key(0))
+    step = make_train_step(MODEL, optimizer, **options)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(step, state, BATCH)
