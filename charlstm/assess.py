@@ -11,6 +11,7 @@ from charlstm import cluster
 from charlstm.data import Batch
 from charlstm.devices import by_rows, local_rows, on_one_device, put_batch, replicated
 from charlstm.job import Job
+from charlstm.keys import derive_key
 from charlstm.log import bits
 from charlstm.model import zero_carry
 from charlstm.sample import stream
@@ -88,9 +89,9 @@ def make_validation(job: Job, should_stop: ShouldStop) -> Callable[[Any], dict[s
 def write_sample(job: Job, params: Any, step: int, should_stop: ShouldStop) -> str:
     """Return a text that goes on from a place of the training text."""
     config, run = job.run.config, job.run
-    place = np.random.default_rng((config.seed, step)).integers(len(run.prompts))
+    key = jax.random.fold_in(derive_key(run.key(config.seed), "sample"), step)
+    place = np.random.default_rng(jax.random.key_data(key)).integers(len(run.prompts))
     prompts = [run.vocab.encode(run.prompts[place])]
-    key = jax.random.fold_in(run.key(config.seed), step)
     lengths = {"seq_len": config.seq_len, "chunk": SAMPLE_CHUNK}
     pieces = stream(job.model, params, prompts, key, **lengths, **config.sample.to_dict())
     ids_BL = np.concatenate(list(until(should_stop, pieces)), axis=1)

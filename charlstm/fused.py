@@ -38,8 +38,10 @@ def fused_lstm(
 ) -> tuple[LayerCarry, jax.Array]:
     """Run one LSTM layer over time with as few, as large matrix products as possible.
 
-    Arguments and result are flax_lstm's, and so are the gradients, in reverse mode only: jax.jvp
-    and second derivatives raise TypeError, and flax_lstm has them. What reaches the gates from
+    Arguments, result and gradients are those of flax_lstm. The gradient itself can be
+    differentiated, in either mode: jax.grad(jax.grad(f)) and jax.jvp(jax.grad(f)) work, and so do
+    Hessian-vector products. Forward mode on the function itself does not: jax.jvp(f),
+    jax.linearize(f) and jax.grad of them raise, and need flax_lstm. What reaches the gates from
     vectors is one product for all time steps, and from ids a row looked up at each.
 
     Differentiation keeps 7 floats per B·T·H, six local derivatives and h, an eighth where vectors

@@ -49,8 +49,9 @@ class CharLSTM(nn.Module):
         the input, and a bias (Press and Wolf 2017, arXiv 1608.05859); where input is 'embed'.
       end_id: the id that ends a document: reading it begins from an empty carry, so that what is
         read after it depends on nothing before it. None: there is none.
-      recurrence: 'fused', 'flax' for its readable twin, the Flax cell scanned, or 'cudnn', on
-        NVIDIA GPUs only and not yet run on one.
+      recurrence: 'fused', which has no forward-mode derivative (jax.jvp), but gradients of any
+        order; 'flax', the Flax cell scanned, which is slower and has all derivatives; or 'cudnn',
+        on NVIDIA GPUs only and not yet run on one.
       cell: the Flax class that 'flax' scans, 'OptimizedLSTMCell' or 'LSTMCell'.
       dtype: 'float32' or 'bfloat16' to compute in; parameters, carry and logits are float32.
       num_shards: on how many devices the rows of a batch lie; 'fused' needs it to be fast.

@@ -224,6 +224,7 @@ def main() -> None:
     from sample_check import open_training_part, report
 
     from charlstm.checkpoint import load_model
+    from charlstm.keys import derive_key
     from charlstm.originality import words
     from charlstm.run import load_run
     from charlstm.sample import SIZE, stream, until_end
@@ -239,7 +240,8 @@ def main() -> None:
     prompts, opening = encode_prompts(run, prompt, settings["method"])
     settings |= {"seq_len": run.config.seq_len, "chunk": STREAM_CHUNK if STREAM.value else SIZE}
     end_id = model.end_id if STOP_AT_END.value else None
-    pieces = stream(model, params, prompts, run.key(SEED.value), **settings)
+    key = derive_key(run.key(SEED.value), "sample")
+    pieces = stream(model, params, prompts, key, **settings)
     made = write(run, opening, until_end(pieces, end_id), end_id)
     if train_M is not None:
         for line in report(made, train_M, run.vocab, set(words(listed))):

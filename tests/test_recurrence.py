@@ -427,6 +427,30 @@ def test_fused_has_no_forward_mode_but_the_flax_cell_has():
 
 
 @each_kind
+def test_second_derivatives_of_fused_are_those_of_the_flax_cell(kind):
+    (params, carry, inputs), (carry_grad, hidden_grad) = draw_case(14, t=3, h=4)
+    direction = draw_params(np.random.default_rng(15), E, 4)
+
+    def hessian_products(name):
+        given = draw_ids(16, t=3) if kind == "ids" else jnp.float64(inputs)
+
+        def loss(params):
+            found = LSTMS[name](params, cast(carry, "float64"), given, dtype="float64")
+            # Squared, so that the second derivatives of the last operation count as well.
+            return dot(jax.tree.map(jnp.square, found), (carry_grad, hidden_grad))
+
+        def along(params):
+            return dot(jax.grad(loss)(params), direction)
+
+        at, towards = (cast(params, "float64"),), (cast(direction, "float64"),)
+        return jax.jit(lambda: (jax.grad(along)(*at), jax.jvp(jax.grad(loss), at, towards)[1]))()
+
+    with enable_x64(True):
+        found, wanted = hessian_products("fused"), hessian_products("OptimizedLSTMCell")
+    assert_close(found, wanted, RELATIVE["float64"])
+
+
+@each_kind
 @each_twin
 def test_bfloat16_stays_near_float32_and_keeps_carry_and_gradients_in_float32(name, kind):
     (params, carry, inputs), gradients = draw_case(15)
