@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import re
 import zlib
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from charlstm.errors import DamagedError, RunError, UserError, one_line
 from charlstm.files import check_readable, is_local, plain_path, read_json
 from charlstm.model import CharLSTM, model_from_config
 from charlstm.optim import averaged_params, make_optimizer, make_schedule
+from charlstm.paths import given_path
 from charlstm.run import Run, load_run
 from charlstm.steps import TrainState, init_state
 
@@ -242,7 +244,7 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
       UserError: if the folder holds no run, or no checkpoint yet.
       DamagedError: if what it holds is not as it was written.
     """
-    run = load_run(epath.Path(workdir))
+    run = load_run(epath.Path(given_path(os.fspath(workdir))))
     model = model_from_config(run.config, run.vocab)
     if model.recurrence == "cudnn":
         model = model.clone(recurrence="fused")

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from charlstm.encoding import decode
 from charlstm.errors import DamagedError, RunError, UserError
 from charlstm.files import read_json, write_file
-from charlstm.find import cache_folder
+from charlstm.paths import cache_folder
 from charlstm.source import File, Source, find_source, hash_of, read_blocks
 from charlstm.text import END, Cleaning, Vocab, count_characters
 
@@ -291,7 +291,7 @@ def _remember(source: Source, recipe: list[Any], key: str) -> None:
 
 def _reopen(source: Source, recipe: list[Any]) -> Corpus | None:
     """Return the text if it was opened before and its files look as they did."""
-    with suppress(DamagedError, KeyError, TypeError):
+    with suppress(UserError, KeyError, TypeError):  # damaged, or there is no cache
         note = read_json(epath.Path(_note_of(source, recipe)))
         if note["signature"] == source.signature:
             return _open(texts_folder() / Path(note["key"]).name, source)

@@ -6,20 +6,18 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import NamedTuple
 
-import pooch
 from etils import epath
 
 from charlstm.errors import DamagedError, RunError, UserError
 from charlstm.files import is_link, is_local, read_json
+from charlstm.paths import cache_folder, given_path
 
 logger = logging.getLogger(__name__)
 
 # Of a text, which may also be compressed: .txt.gz, or .gz alone.
 ENDINGS = (".txt", ".gz", ".zst", ".bz2", ".xz")
-BUCKETS = ("gs", "s3")
 _SOME = 3  # names in a message
 
 
@@ -54,7 +52,7 @@ def find_files(path: str, remedy: str) -> Found:
       UserError: if there are none, or a folder cannot be read.
     """
     with readable(path, remedy):
-        given = user_path(path)
+        given = epath.Path(given_path(path))
         if given.is_dir():
             found = [file for file in _walk(given) if ending_of(file.name)]
             wanted = f"no {', '.join(ENDINGS)} in this folder"
@@ -71,29 +69,6 @@ def find_files(path: str, remedy: str) -> Found:
         ]
         origin = root.resolve() / "/".join(pattern)
         return Found(origin, _name(root, found, f"{path}: no file matches; {remedy}"))
-
-
-def user_path(path: str) -> epath.Path:
-    """Return the path that a user has typed, with the home folder in place of ~.
-
-    Raises:
-      UserError: if it is an address that cannot be read as a file.
-    """
-    scheme, colon, rest = path.partition("://")
-    if scheme == "file":
-        raise UserError(f"{path}: give the path alone, {rest}")
-    if colon and scheme not in BUCKETS:
-        raise UserError(
-            f"{path}: only files and buckets ({', '.join(BUCKETS)}) can be read; download it "
-            "first, for example with: curl -LO ADDRESS"
-        )
-    return epath.Path(os.path.expanduser(path))
-
-
-def cache_folder() -> Path:
-    """Return the folder for what is kept between runs: CHARLSTM_CACHE, or the user's cache."""
-    given = os.environ.get("CHARLSTM_CACHE")
-    return Path(os.path.expanduser(given) if given else pooch.os_cache("charlstm"))
 
 
 @contextmanager
@@ -132,8 +107,9 @@ def _walk(root: epath.Path, max_depth: int | None = None) -> list[epath.Path]:
 
 def _is_ours(folder: epath.Path) -> bool:
     """Return whether `folder` is a run folder, the checkpoints of one, a sweep, or the cache."""
-    if is_local(folder) and os.path.realpath(folder) == os.path.realpath(cache_folder()):
-        return True
+    with suppress(UserError):  # there may be no cache
+        if is_local(folder) and os.path.realpath(folder) == os.path.realpath(cache_folder()):
+            return True
     keys = {"config.json": {"schema", "config"}, "sweep.json": {"varied"}}
     for name, wanted in keys.items():
         with suppress(DamagedError, RunError, TypeError):

@@ -20,7 +20,8 @@ from etils import epath
 from charlstm.encoding import compression_of
 from charlstm.errors import UserError
 from charlstm.files import is_local
-from charlstm.find import cache_folder, ending_of, find_files, readable
+from charlstm.find import ending_of, find_files, readable
+from charlstm.paths import cache_folder
 
 logger = logging.getLogger(__name__)
 

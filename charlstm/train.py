@@ -1,6 +1,7 @@
 """The training loop, around the pure steps."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -29,6 +30,7 @@ from charlstm.job import Job, prepare, report, steps_ahead
 from charlstm.journal import DivergedError, Journal, Notes
 from charlstm.machine import check_backend, check_memory, this_machine, traced_once
 from charlstm.optim import averaged_params, make_optimizer, make_schedule
+from charlstm.paths import given_path
 from charlstm.run import has_run, write_run
 from charlstm.steps import TrainState, init_state, make_train_step, make_train_steps
 
@@ -61,7 +63,7 @@ def train(
       RunError: if the run cannot go on or be saved: a full disk, a loss that stays not finite.
     """
     should_stop = cluster.agree(should_stop)
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(given_path(os.fspath(workdir)))
     job, like = cluster.together(partial(make_ready, config, workdir))
     cluster.check_same(what_must_agree(job))
     with ExitStack() as stack, failing_writes_told(workdir):

@@ -22,7 +22,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from charlstm.config import base_config, check_key, flatten, validate
-from charlstm.errors import UserError, one_line
+from charlstm.errors import RunError, UserError, one_line
+from charlstm.paths import cache_folder, given_path, local_path
 
 StopSignal = signals.StopSignal
 
@@ -30,6 +31,22 @@ REPOSITORY = Path(early.REPOSITORY)
 DEFAULT_CONFIG = REPOSITORY / "configs" / "default.py"
 DEBUG = flags.DEFINE_boolean("debug", False, "show where in the code a mistake was noticed")
 _CONFIG_FLAG = re.compile(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", re.DOTALL)
+
+
+class PathParser(flags.ArgumentParser):
+    """Parses the value of a flag that is a path, by one of the functions of charlstm.paths."""
+
+    syntactic_help = "a path"
+
+    def __init__(self, check: Callable[[str], str]):
+        self._check = check
+
+    def parse(self, argument: str) -> str:
+        """Return the path; raise UserError if it cannot be used."""
+        return self._check(argument)
+
+
+LOCAL_PATH, ANY_PATH = PathParser(local_path), PathParser(given_path)
 
 
 def define_config(default: Path = DEFAULT_CONFIG) -> flags.FlagHolder:
@@ -93,12 +110,14 @@ def keep_compilations() -> None:
     A folder for each machine, since a home may be shared by machines of different kinds; and in
     the user's own, since what lies there is run.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if (given := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is not None:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = given_path(given)
         return
-    from platformdirs import user_cache_path
-
-    cache = Path(os.environ.get("CHARLSTM_CACHE") or user_cache_path("charlstm"))
-    folder = cache / "compiled" / platform.node()
+    try:
+        folder = cache_folder() / "compiled" / platform.node()
+    except UserError as error:
+        _show_warning(f"what JAX compiles is not kept for the next start: {error}")
+        return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
@@ -226,6 +245,8 @@ def _normalise(argv: list[str]) -> list[str]:
         elif value is None:
             value = next(words, "")
         parse_setting(key, value)
+        if key == "data.path":
+            value = given_path(value)
         normal.append(f"--config.{key}={value}")
     return [*normal[:1], *files[-1:], *normal[1:]]
 
@@ -234,7 +255,7 @@ def _config_path(name: str) -> Path:
     """Return the file that `name` means: a path, or a name in configs/."""
     in_repository = REPOSITORY / name
     by_name = REPOSITORY / "configs" / f"{name}.py"
-    for path in (Path(name), in_repository, by_name):
+    for path in (Path(os.path.expanduser(name)), in_repository, by_name):
         if name and path.is_file():
             return path.resolve()
     known = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))

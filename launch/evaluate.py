@@ -53,9 +53,11 @@ logger = logging.getLogger("charlstm.launch.evaluate")
 MUCH_KNOWN = 0.1
 COLD_CHARS = 2**13  # that cold windows are read at once: few enough to be in the cache
 
-WORKDIR = flags.DEFINE_string("workdir", "", "the run folder; the last trained in runs/ if none")
+WORKDIR = flags.DEFINE(
+    app.ANY_PATH, "workdir", "", "the run folder; the last trained in runs/ if none"
+)
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
-TEXT = flags.DEFINE_string("text", "", "a UTF-8 text; none: the run's validation part")
+TEXT = flags.DEFINE(app.ANY_PATH, "text", "", "a UTF-8 text; none: the run's validation part")
 UNKNOWN = flags.DEFINE_enum(
     "unknown", "error", ["error", "drop", "replace"], "characters of --text that are not known"
 )

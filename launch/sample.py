@@ -49,12 +49,14 @@ STREAM_CHUNK = 16
 MAX_FILE_BYTES = 2**26  # of a prompt or a list of words
 MAX_SHOWN = 10  # prompts from the training text
 
-WORKDIR = flags.DEFINE_string("workdir", "", "the run folder; the last trained in runs/ if none")
+WORKDIR = flags.DEFINE(
+    app.ANY_PATH, "workdir", "", "the run folder; the last trained in runs/ if none"
+)
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
 PROMPT = flags.DEFINE_string(
     "prompt", "", "the text to go on from; none: a new document, or else a place of the book"
 )
-PROMPT_FILE = flags.DEFINE_string("prompt_file", "", "a UTF-8 file that holds the prompt")
+PROMPT_FILE = flags.DEFINE(app.LOCAL_PATH, "prompt_file", "", "a UTF-8 file that holds the prompt")
 LENGTH = flags.DEFINE_integer("length", None, "how many characters, the prompt not counted")
 TEMPERATURE = flags.DEFINE_float("temperature", None, "0 takes the most probable character")
 TOP_K = flags.DEFINE_integer("top_k", None, "choose among the k most probable; 0: all")
@@ -66,7 +68,7 @@ SEED = flags.DEFINE_integer(
 METHOD = flags.DEFINE_enum(
     "method", None, ["carry", "window"], "one step a character, or reread a window for each"
 )
-ADAPT_TO = flags.DEFINE_string("adapt_to", "", "a UTF-8 text to read, and learn from, first")
+ADAPT_TO = flags.DEFINE(app.ANY_PATH, "adapt_to", "", "a UTF-8 text to read, and learn from, first")
 STREAM = flags.DEFINE_boolean("stream", False, "show characters as they are made")
 STOP_AT_END = flags.DEFINE_boolean("stop_at_end", True, "stop where a document ends")
 UNKNOWN = flags.DEFINE_enum(
@@ -76,7 +78,7 @@ UNKNOWN = flags.DEFINE_enum(
     "characters of the prompt, or of --adapt_to, that are not known",
 )
 CHECK = flags.DEFINE_boolean("check", False, "tell of words and copies, too, on stderr")
-WORDS = flags.DEFINE_string("words", "", "a UTF-8 list of words that --check knows, too")
+WORDS = flags.DEFINE(app.LOCAL_PATH, "words", "", "a UTF-8 list of words that --check knows, too")
 RAW = flags.DEFINE_boolean("raw", False, "let control characters reach a terminal as they are")
 
 

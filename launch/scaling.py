@@ -35,7 +35,9 @@ CHIP = flags.DEFINE_enum("chip", "v5e", [*cost.CHIPS], "the chip on paper")
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 256, "V on paper", lower_bound=2)
 DEVICES = flags.DEFINE_integer("devices", 64, "virtual devices, a power of two", lower_bound=1)
 ROWS = flags.DEFINE_integer("rows", 256, "rows of each chip in weak scaling", lower_bound=1)
-OUT = flags.DEFINE_string("out", "runs/scaling", "the folder for scaling.json and scaling.png")
+OUT = flags.DEFINE(
+    app.LOCAL_PATH, "out", "runs/scaling", "the folder for scaling.json and scaling.png"
+)
 
 MAX_CHIPS = 1024
 STEPS = 7  # on virtual devices, of which the median is taken

@@ -41,8 +41,8 @@ from absl import flags
 from etils import epath
 from sweep_trial import Ended, Text, Trial
 
-from charlstm.errors import RunError, UserError
-from charlstm.files import is_local, sole_writer, write_file
+from charlstm.errors import RunError
+from charlstm.files import sole_writer, write_file
 from charlstm.text import Cleaning
 
 logger = logging.getLogger("charlstm.launch.sweep")
@@ -59,7 +59,7 @@ DRAW_SEED = flags.DEFINE_integer("draw_seed", 0, "decides which ones --trials dr
 JOBS = flags.DEFINE_integer(
     "jobs", 1, "how many trials at a time, each on its share of the cores", lower_bound=1
 )
-OUT = flags.DEFINE_string("out", "runs/sweep", "the folder for the table")
+OUT = flags.DEFINE(app.LOCAL_PATH, "out", "runs/sweep", "the folder for the table")
 
 
 def search(
@@ -118,8 +118,6 @@ def main() -> int:
     """Search as the flags say."""
     config, out = app.checked_config(CONFIG), Path(OUT.value)
     shares = sweep_trial.share_cores(JOBS.value)
-    if not is_local(epath.Path(OUT.value)):
-        raise UserError(f"--out={OUT.value}: must be on this machine; name a folder")
     varied = sweep_plan.parse_sets(SET.value)
     combinations = sweep_plan.combine(varied, TRIALS.value, DRAW_SEED.value)
     words = SEEDS.value or [str(config.seed)]

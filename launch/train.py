@@ -29,7 +29,7 @@ from charlstm.errors import OccupiedError, UserError
 
 CONFIG = app.define_config()
 flags.adopt_module_key_flags(app)  # so that --help lists --config
-WORKDIR = flags.DEFINE_string("workdir", "", "the run folder; runs/CONFIG-TEXT if not given")
+WORKDIR = flags.DEFINE(app.ANY_PATH, "workdir", "", "the run folder; runs/CONFIG-TEXT if not given")
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT at which process 0 of several awaits the others"
 )

@@ -20,12 +20,13 @@ MAY_IMPORT = {
     "errors": "",
     "files": "errors",
     "config": "errors",
+    "paths": "errors",
     "gutenberg": "",
     "encoding": "errors",
     "text": "errors gutenberg",
-    "find": "errors files",
-    "source": "encoding errors files find",
-    "corpus": "encoding errors files find source text",
+    "find": "errors files paths",
+    "source": "encoding errors files find paths",
+    "corpus": "encoding errors files find paths source text",
     "checks": "",
     "keys": "",
     "data": "checks errors text",
@@ -47,14 +48,14 @@ MAY_IMPORT = {
     "run": "config errors files text",
     "cluster": "errors",
     "devices": "data errors steps",
-    "checkpoint": "cluster devices errors files model optim run steps",
+    "checkpoint": "cluster devices errors files model optim paths run steps",
     "machine": "errors",
     "job": "corpus data devices errors machine model run source",
     "journal": "checkpoint cluster console errors job log steps",
     "assess": "cluster data devices job keys log model sample steps",
     "train": "assess baselines checkpoint checks cluster config console corpus cost cudnn curves "
     "data devices dynamic encoding errors files find fused gutenberg job journal keys log "
-    "machine measure model optim originality recurrence run sample source steps text",
+    "machine measure model optim originality paths recurrence run sample source steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")
