@@ -94,14 +94,23 @@ def run(main: Callable[[], int | None]) -> None:
             return main()
         except UserError as error:
             return _fail(error)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # only in a notebook: elsewhere signals.py is faster
             return 128 + signal.SIGINT
-        except BrokenPipeError:
-            # Whoever read our output, such as head, has enough. Python flushes stdout once more.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError:
+            if early.stdout_failure() is None:
+                raise  # it was another file
             return 0
 
-    app.run(guarded, flags_parser=_parse)
+    def with_streams_flushed(argv: list[str]) -> int | None:
+        code = guarded(argv)
+        error = early.stdout_failure()
+        # A reader that closes its pipe, such as head, has enough.
+        if not code and error is not None and not isinstance(error, BrokenPipeError):
+            code = _fail(RunError(f"stdout: cannot be written ({error.strerror}); make room there"))
+        early.discard_unwritten()
+        return code
+
+    app.run(with_streams_flushed, flags_parser=_parse)
 
 
 def keep_compilations() -> None:
@@ -205,7 +214,7 @@ def _unraisable(event: Any) -> None:
 def _fail(error: Exception) -> int:
     if f"--{DEBUG.name}" in sys.argv:  # flags may be what the mistake is in
         traceback.print_exception(error)
-    print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
+    early.show(f"error: {one_line(error)}")
     return getattr(error, "exit_code", 2)
 
 

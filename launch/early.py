@@ -3,6 +3,7 @@
 It imports only what Python itself has loaded already.
 """
 
+import io
 import os
 import sys
 
@@ -20,10 +21,53 @@ def open_descriptors() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
-def prepare_stdout() -> None:
-    """Write stdout in UTF-8 whatever the locale, line by line."""
-    if reconfigure := getattr(sys.stdout, "reconfigure", None):  # a notebook's has none
-        reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+class Descriptor(io.FileIO):
+    """A raw stream that remembers why it could not be written."""
+
+    failure: OSError | None = None
+
+    def write(self, data):  # type: ignore[no-untyped-def]
+        """Write some bytes."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def replace_stdout() -> None:
+    """Write stdout in UTF-8 whatever the locale, line by line; a notebook's stays as it is."""
+    if hasattr(sys.stdout, "reconfigure"):
+        stream = io.BufferedWriter(Descriptor(1, "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(
+            stream, encoding="utf-8", errors="backslashreplace", line_buffering=True
+        )
+
+
+def stdout_failure() -> OSError | None:
+    """Return why stdout could not be written, None if it could."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        pass
+    return getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "failure", None)
+
+
+def discard_unwritten() -> None:
+    """Drop what stdout and stderr could not write; Python would try again, and fail, at its end."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def show(message: str) -> None:
+    """Print a line on stderr, if it can be written, after the launcher's name."""
+    try:
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    except OSError:
+        pass
 
 
 def is_launcher() -> bool:
@@ -48,11 +92,10 @@ def show_uncaught(kind, error, trace) -> None:  # type: ignore[no-untyped-def]
     environment = os.path.join(REPOSITORY, ".venv", "bin", "python")
     if os.path.exists(environment) and environment != sys.executable:
         remedy = f"start the launcher with {environment}, or {remedy}"
-    name = os.path.basename(sys.argv[0])
-    print(f"{name}: error: {sys.executable} has no module {error.name}; {remedy}", file=sys.stderr)
+    show(f"error: {sys.executable} has no module {error.name}; {remedy}")
 
 
 if is_launcher():
     sys.excepthook = show_uncaught
     open_descriptors()
-    prepare_stdout()
+    replace_stdout()

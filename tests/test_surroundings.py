@@ -74,6 +74,62 @@ def test_ctrl_c_ends_a_launcher_with_its_code_and_no_words(
     assert [path for path in tmp_path.iterdir() if path.name != "empty"] == []
 
 
+def in_shell(line, cwd, **variables):
+    """Run a line of sh in which $PYTHON and $LAUNCH stand for ours; return code and stderr."""
+    ours = {"PYTHON": sys.executable, "LAUNCH": str(ROOT / "launch")}
+    answer = subprocess.run(
+        ["sh", "-c", line],
+        cwd=cwd,
+        env=os.environ | ours | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "Traceback" not in answer.stderr
+    assert "Exception ignored" not in answer.stderr
+    return answer.returncode, answer.stdout, answer.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "$PYTHON -P $LAUNCH/sample.py",
+        "$PYTHON -I $LAUNCH/sample.py",
+        "PYTHONSAFEPATH=1 $PYTHON $LAUNCH/sample.py",
+        "cd $LAUNCH/..; $PYTHON -m launch.sample",
+    ],
+)
+def test_a_launcher_finds_its_modules_however_it_is_started(start, tmp_path):
+    code, _, [line] = in_shell(f"{start} --length=ten", tmp_path)
+    assert code == 2
+    assert "--length=ten" in line
+
+
+def test_a_package_that_is_not_installed_is_one_line(tmp_path):
+    code, _, [line] = in_shell("$PYTHON -S $LAUNCH/train.py", tmp_path)
+    assert code == 1
+    assert "no module absl" in line
+    assert f"{sys.executable} -m pip install -e {ROOT}" in line
+
+
+def test_closed_descriptors_do_not_matter(tmp_path):
+    # That it finds no text is the first thing that it can find once it has looked at all of them.
+    flags = "--config=tiny --config.data.path=none.txt"
+    assert in_shell(f"$PYTHON $LAUNCH/train.py {flags} <&- >&- 2>&-", tmp_path)[0] == 2
+
+
+def test_a_full_disk_behind_stdout_is_one_line(trained):
+    # More than a buffer holds.
+    flags = "--workdir=run --prompt=so --length=20000"
+    code, _, [line] = in_shell(f"$PYTHON $LAUNCH/sample.py {flags} > /dev/full", trained)
+    assert code == 1
+    assert "stdout: cannot be written (No space left on device)" in line
+
+
+def test_a_full_disk_behind_stderr_leaves_the_exit_code(tmp_path):
+    assert in_shell("$PYTHON $LAUNCH/sample.py --length=ten 2> /dev/full", tmp_path)[0] == 2
+
+
 def stopped_by(*numbers):
     """Return how a process ends that uses StopSignal and gets signals, each once it has answered.
 
