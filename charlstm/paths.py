@@ -23,11 +23,11 @@ def given_path(path: str) -> str:
         return _expand(path)
     scheme = address[1]
     if scheme == "file":
-        raise UserError(f"{path}: give the path without file://")
+        raise UserError(f"{path}: give the path without file://, {path.partition('://')[2]}")
     if scheme not in BUCKETS:
         raise UserError(
-            f"{path}: {scheme}:// is not supported, only local paths, gs:// and s3://; "
-            "download the files and give their path"
+            f"{path}: {scheme}:// is not supported, only local paths, gs:// and s3://; download "
+            "the file first, for example with: curl -LO ADDRESS"
         )
     packages, extra = BUCKETS[scheme]
     if not any(map(importlib.util.find_spec, packages)):

@@ -336,20 +336,6 @@ def test_nul_characters_are_a_warning(tmp_path, caplog, monkeypatch):
     assert "12 NUL" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("path", "advice"),
-    [
-        ("https://www.gutenberg.org/cache/epub/345/pg345.txt", "curl -LO"),
-        ("file:///books/x.txt", "alone, /books/x.txt"),
-        ("hdfs://x/y", "gs, s3"),
-    ],
-)
-def test_an_address_is_one_line_that_says_what_to_do(path, advice):
-    with pytest.raises(UserError) as error:
-        read(path)
-    assert advice in str(error.value)
-
-
 def test_a_path_may_begin_with_the_home_folder(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     assert read("~/b.txt") == "Second. "
