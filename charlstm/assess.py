@@ -54,7 +54,7 @@ def make_assessment(job: Job, should_stop: ShouldStop) -> Callable[[Any, int], d
     def assess(params: Any, step: int) -> dict[str, Any]:
         figures = validate(params) if validate else {}
         if cluster.is_first():
-            figures["sample"] = write_sample(job, on_one_device(params), step, while_writing)
+            figures |= write_sample(job, on_one_device(params), step, while_writing)
         return figures
 
     return assess
@@ -86,13 +86,13 @@ def make_validation(job: Job, should_stop: ShouldStop) -> Callable[[Any], dict[s
     return validation
 
 
-def write_sample(job: Job, params: Any, step: int, should_stop: ShouldStop) -> str:
-    """Return a text that goes on from a place of the training text."""
+def write_sample(job: Job, params: Any, step: int, should_stop: ShouldStop) -> dict[str, str]:
+    """Return a prompt from the training text, and the sample that continues it."""
     config, run = job.run.config, job.run
     key = jax.random.fold_in(derive_key(run.key(config.seed), "sample"), step)
     place = np.random.default_rng(jax.random.key_data(key)).integers(len(run.prompts))
-    prompts = [run.vocab.encode(run.prompts[place])]
+    prompt_L = run.vocab.encode(run.prompts[place])
     lengths = {"seq_len": config.seq_len, "chunk": SAMPLE_CHUNK}
-    pieces = stream(job.model, params, prompts, key, **lengths, **config.sample.to_dict())
+    pieces = stream(job.model, params, [prompt_L], key, **lengths, **config.sample.to_dict())
     ids_BL = np.concatenate(list(until(should_stop, pieces)), axis=1)
-    return run.decode(ids_BL[0])
+    return {"prompt": run.decode(prompt_L), "sample": run.decode(ids_BL[0])}

@@ -8,6 +8,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from charlstm.console import status
 from charlstm.corpus import Corpus, open_corpus
 from charlstm.data import Streams, Windows, evaluation_batches, split, training_batches
 from charlstm.devices import describe, make_mesh
@@ -84,7 +85,8 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
     if run:
         run, changes = adapt_run(run, config)
     source = PYTHON_MANUAL if is_manual else ""
-    text = open_corpus(config.data, config.data.path, source=source)
+    with status("reading the text"):
+        text = open_corpus(config.data, config.data.path, source=source)
     if run and (run.text["sha256"] != text.sha256 or run.vocab.characters != text.vocab.characters):
         raise OccupiedError(
             f"{text.source}: has changed since the run in {workdir} began, or is not its text; "

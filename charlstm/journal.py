@@ -3,6 +3,7 @@
 import logging
 import math
 import shlex
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 MAX_STREAK = 5
 # Long beside what a call costs, short beside what a person at Ctrl-C waits gladly.
 CALL_SECONDS = 0.25
+CLOCK_TICK = time.get_clock_info("monotonic").resolution  # two looks may give the same time
+PROMPT_TAIL = 60  # characters of a sample's prompt that are printed
 
 
 @dataclass
@@ -85,6 +88,18 @@ class Notes:
             raise DamagedError(f"the notes of a checkpoint are not ours: {error}") from error
 
 
+@dataclass
+class Lap:
+    """Characters since a moment of this process."""
+
+    start: float
+    chars: float = 0.0
+
+    def rate(self, now: float) -> float:
+        """Return the characters per second up to `now`."""
+        return self.chars / max(now - self.start, CLOCK_TICK)
+
+
 class DivergedError(Exception):
     """MAX_STREAK steps in a row had no finite loss and gradient; the message tells of the last."""
 
@@ -110,10 +125,10 @@ class Journal:
         self.notes = notes
         self._pending: tuple[int, int, Metrics] | None = None
         self._seconds_per_step = math.inf
-        self._pushed = 0.0
-        self._lap_chars = 0.0  # not since_log's, which a process before this one may have counted
-        self._lap_start = time.monotonic()
-        self._start = self._lap_start - notes.seconds
+        self._pushed: float | None = None
+        now = time.monotonic()
+        self._log_lap, self._eval_lap, self._eval_rate = Lap(now), Lap(now), 0.0
+        self._start = now - notes.seconds
 
     def __enter__(self) -> "Journal":
         self._bar.start()
@@ -127,7 +142,9 @@ class Journal:
         """Take the metrics of the `count` steps up to `step`, and read those of the call before."""
         num_read = self._read()
         now = time.monotonic()
-        if num_read:
+        if self._pushed is None:  # the first call has compiled
+            self._log_lap.start = self._eval_lap.start = now
+        elif num_read:
             self._seconds_per_step = (now - self._pushed) / num_read
         self._pushed = now
         self._pending = (step, count, metrics)
@@ -142,8 +159,10 @@ class Journal:
         """Write the means since the last such line, and show them."""
         self._read()
         mean, self.notes.since_log = self.notes.since_log, Mean()
+        now = time.monotonic()
+        lap, self._log_lap = self._log_lap, Lap(now)
         record = self._stamp(step) | {
-            "chars_per_second": self._end_lap(),
+            "chars_per_second": lap.rate(now),
             # The optimizer does not count steps that were left out.
             "learning_rate": float(schedule(step - 1 - self.notes.skipped)),
             "skipped_steps": self.notes.skipped,
@@ -158,7 +177,7 @@ class Journal:
         self._bar.show(record)
 
     def log_evaluation(self, state: TrainState, figures: dict[str, Any]) -> None:
-        """Write and show an evaluation's `figures`, and save the state it was made with.
+        """Write and print an evaluation's `figures`, and save the state it was made with.
 
         The best state is the one with the lowest val/loss, or, for a run without a validation
         part, with the lowest mean training loss since the evaluation before, as in the tutorial.
@@ -173,22 +192,24 @@ class Journal:
                 record[name] = None  # JSON has no word for it
         # The state comes after it: after a crash between them, a resume does all of this again.
         self._log.write(record)
-        if record.get("val/bits_per_char") is not None:
-            logger.info("step %d: validation %.4f bits/char", step, record["val/bits_per_char"])
-        if "sample" in record:
-            logger.info("a sample at step %d:\n%s\n", step, record["sample"])
+        for line in describe_evaluation(record, self._eval_rate):
+            logger.info(line)
         self.save(state, loss)
         self._log.draw()
 
     @contextmanager
-    def pausing(self) -> Iterator[None]:
-        """Leave the time that the block takes out of the characters a second."""
+    def evaluating(self) -> Iterator[None]:
+        """Show that an evaluation runs, and leave its time out of the characters per second."""
         self._read()  # the steps before it have come to their end
         begin = time.monotonic()
+        self._eval_rate = self._eval_lap.rate(begin)
         try:
-            yield
+            with self._bar.status("evaluating"):
+                yield
         finally:
-            self._lap_start += time.monotonic() - begin
+            end = time.monotonic()
+            self._log_lap.start += end - begin
+            self._eval_lap = Lap(end)
 
     def save(self, state: TrainState, loss: float | None = None) -> None:
         """Save a checkpoint, once the metrics of all its steps are known."""
@@ -224,7 +245,8 @@ class Journal:
             self.notes.grad_norm = grad_norm
             self.notes.since_log.add(loss, num_chars)
             self.notes.since_eval.add(loss, num_chars)
-            self._lap_chars += num_chars
+            self._log_lap.chars += num_chars
+            self._eval_lap.chars += num_chars
         return count
 
     def _count_skipped(self, step: int, loss: float, grad_norm: float) -> None:
@@ -242,9 +264,22 @@ class Journal:
     def _seconds(self) -> float:
         return time.monotonic() - self._start
 
-    def _end_lap(self) -> float:
-        """Return the characters a second since the last call, pauses apart."""
-        now = time.monotonic()
-        speed = self._lap_chars / (now - self._lap_start)
-        self._lap_start, self._lap_chars = now, 0.0
-        return speed
+
+def describe_evaluation(record: dict[str, Any], chars_per_second: float) -> Iterator[str]:
+    """Yield the lines that stay on the screen: the figures of an evaluation and its sample."""
+    found = {
+        "training": None if record["train/mean_loss"] is None else bits(record["train/mean_loss"]),
+        "validation": record.get("val/bits_per_char"),
+    }
+    parts = [f"{name} {value:.4f}" for name, value in found.items() if value is not None]
+    if parts:
+        parts[-1] += " bits/char"
+    if chars_per_second:
+        parts.append(f"{chars_per_second:,.0f} chars/s")
+    parts.append(f"{record['seconds']:.0f} s")
+    yield f"step {record['step']}: {', '.join(parts)}"
+    if "sample" in record:
+        prompt = record["prompt"]
+        tail = prompt if len(prompt) <= PROMPT_TAIL else f"...{prompt[-PROMPT_TAIL:]}"
+        text = textwrap.indent(f"[{tail}]{record['sample']}", "    ", lambda line: True)
+        yield f"sample at step {record['step']}, its prompt in brackets:\n\n{text}\n"

@@ -162,7 +162,7 @@ def run_steps(
     assess = make_assessment(job, should_stop)
 
     def evaluate(state: TrainState, step: int) -> None:
-        with journal.pausing():
+        with journal.evaluating():
             params = averaged_params(state.params, state.opt_state)
             journal.log_evaluation(state, assess(params, step))
 

@@ -67,6 +67,9 @@ def main() -> int:
     check_cluster_flags(*given)
     from charlstm import cluster  # JAX takes a second to load, mistakes should not
 
+    from charlstm.console import show_logs
+
+    show_logs(progress_on_stdout=True)
     with cluster.joined(*given, JOIN_TIMEOUT.value), app.StopSignal() as stop:
         from charlstm.train import train
 

@@ -629,7 +629,7 @@ def test_a_run_on_documents_writes_one_and_stops(tmp_path, launch):
         (tmp_path / "stories" / f"{name}.txt").write_text("<|end|>".join([story] * 100))
     flags = ["--config=tiny", "--config.num_steps=150", "--config.data.path=stories"]
     flags += ["--config.data.document_separator=<|end|>", "--config.optimizer.learning_rate=0.02"]
-    _, told = launch("train", *flags)
+    told, _ = launch("train", *flags)
     samples = (tmp_path / "runs/tiny-stories/samples.txt").read_text()
     assert "<|end|>" in samples
     assert END not in samples + told

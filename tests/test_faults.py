@@ -34,6 +34,7 @@ FLAGS = [
     "--config.data.path=book.txt",
 ]
 POINTS = "mid_save:10 after_commit:20 before_log:35 torn_log:35 after_log:35 mid_delete:50".split()
+TOGETHER = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
 
 def last_state(workdir):
@@ -104,7 +105,7 @@ def test_runs_killed_at_a_hundred_random_times_end_as_one_that_was_not(reference
     while kills < 100:
         workdir = tmp_path / f"run{finished}"
         command = command_of("train", *flags, f"--workdir={workdir}")
-        process = subprocess.Popen(command, cwd=reference.parent, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, cwd=reference.parent, **TOGETHER)
         has_begun = threading.Event()
         threading.Thread(target=watch, args=(process, has_begun)).start()
         if chooser.random() < 0.8:
@@ -135,8 +136,8 @@ def test_runs_killed_at_a_hundred_random_times_end_as_one_that_was_not(reference
 
 
 def watch(process, has_begun):
-    for line in process.stderr:
-        if line.startswith(b"step "):
+    for line in process.stdout:
+        if line.startswith("step "):
             has_begun.set()
 
 
@@ -151,22 +152,22 @@ def wait_for(condition, seconds=90):
 def test_a_signal_ends_a_run_once_all_is_saved(number, reference, tmp_path):
     flags = [*FLAGS, "--config.num_steps=1000000", f"--workdir={tmp_path}/run"]
     # In a process group of its own, in which nothing may be left.
-    options = {"cwd": reference.parent, "stderr": subprocess.PIPE, "text": True}
+    options = {"cwd": reference.parent, **TOGETHER}
     process = subprocess.Popen(command_of("train", *flags), start_new_session=True, **options)
     if number == signal.SIGTERM:
         wait_for((tmp_path / "run" / "metrics.jsonl").exists)
     else:
         # Compilation comes next.
-        assert any(line.startswith("steps: ") for line in process.stderr)
+        assert any(line.startswith("steps: ") for line in process.stdout)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, errors
-    assert "Traceback" not in errors
-    assert "stopping once the step is saved" in errors
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert "Traceback" not in output
+    assert "stopping once the step is saved" in output
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
     steps = steps_in(tmp_path / "run" / "checkpoints")
-    assert f"stopped and saved at step {max(steps, default=0)}" in errors
+    assert f"stopped and saved at step {max(steps, default=0)}" in output
     # That the same command goes on from there, with the same bits, is in test_train.py.
 
 
@@ -224,7 +225,8 @@ def test_one_trainer_at_a_time_and_any_number_of_readers(reference, tmp_path):
     flags = [*FLAGS, "--config.num_steps=1000000", f"--workdir={tmp_path}/run"]
     flags += ["--config.checkpoint_every_steps=1", "--config.eval_every_steps=7"]
     command = command_of("train", *flags)
-    process = subprocess.Popen(command, cwd=reference.parent, stderr=subprocess.DEVNULL)
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=reference.parent, **output)
     try:
         wait_for(lambda: steps_in(epath.Path(tmp_path / "run" / "checkpoints")))
         second = run_command("train", *flags, cwd=reference.parent)

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "devices": "data errors steps",
     "checkpoint": "cluster devices errors files model optim paths run steps",
     "machine": "errors",
-    "job": "corpus data devices errors machine model run source",
+    "job": "console corpus data devices errors machine model run source",
     "journal": "checkpoint cluster console errors job log steps",
     "assess": "cluster data devices job keys log model sample steps",
     "train": "assess baselines checkpoint checks cluster config console corpus cost cudnn curves "

@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,7 +7,7 @@ from test_train import small_config
 
 from charlstm.checkpoint import Checkpoints
 from charlstm.job import prepare
-from charlstm.journal import Journal, Notes
+from charlstm.journal import Journal, Notes, describe_evaluation
 from charlstm.log import read_records
 from charlstm.steps import evaluate
 
@@ -62,7 +63,7 @@ def test_a_call_takes_as_many_steps_as_fit_into_a_quarter_of_a_second(
     assert fitting == [1, 2, 5]
 
 
-def test_characters_a_second_leave_out_pauses_and_what_was_before_a_resume(
+def test_characters_a_second_leave_out_compilation_evaluation_and_an_earlier_process(
     book_path, tmp_path, monkeypatch
 ):
     job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
@@ -72,9 +73,10 @@ def test_characters_a_second_leave_out_pauses_and_what_was_before_a_resume(
     before.since_log.add(1.0, 1000)
     checkpoints = Checkpoints(job.run.workdir)
     with Journal(job, checkpoints, 0, before) as journal:
+        clock.now += 30  # the first call compiles
         journal.push(1, 1, metrics_on_device("a", []))  # of one character
         clock.now += 2
-        with journal.pausing():
+        with journal.evaluating():
             clock.now += 50
         journal.push(4, 3, metrics_on_device("b", []))
         clock.now += 6
@@ -96,3 +98,18 @@ def test_evaluation_totals_are_read_one_batch_late():
 
     assert evaluate(eval_step, None, None, batches)["count"] == 3
     assert reads == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_an_evaluation_prints_its_figures_and_a_sample_behind_its_prompt():
+    record = {"step": 500, "seconds": 83.4, "train/mean_loss": math.log(4)}
+    assert list(describe_evaluation(record, 0.0)) == ["step 500: training 2.0000 bits/char, 83 s"]
+    record |= {"val/bits_per_char": 2.25, "prompt": "x" * 99 + "the ", "sample": "count\n\nsaid"}
+    figures, sample = describe_evaluation(record, 6680.4)
+    wanted = "step 500: training 2.0000, validation 2.2500 bits/char, 6,680 chars/s, 83 s"
+    assert figures == wanted
+    title, blank, *lines = sample.splitlines()
+    assert "500" in title
+    assert blank == ""
+    assert lines == ["    [..." + "x" * 56 + "the ]count", "    ", "    said"]
+    unknown = {"step": 1, "seconds": 0.0, "train/mean_loss": None}
+    assert list(describe_evaluation(unknown, 0.0)) == ["step 1: 0 s"]

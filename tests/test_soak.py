@@ -29,12 +29,13 @@ def test_memory_files_and_threads_stay_flat(tmp_path, book):
     # An evaluation with a sample, curves and a checkpoint every few seconds, saves in between.
     flags += ["--config.eval_every_steps=400", "--config.checkpoint_every_steps=200"]
     flags += ["--config.log_every_steps=100", "--workdir=run"]
-    process = subprocess.Popen(command_of("train", *flags), cwd=tmp_path, stderr=subprocess.PIPE)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command_of("train", *flags), cwd=tmp_path, **output)
     readings = []
     end = time.monotonic() + 60 * MINUTES
     log = (tmp_path / "log").open("wb")
     try:
-        subprocess.Popen(["cat"], stdin=process.stderr, stdout=log)
+        subprocess.Popen(["cat"], stdin=process.stdout, stdout=log)
         while time.monotonic() < end:
             time.sleep(5)
             assert process.poll() is None, (tmp_path / "log").read_text()
