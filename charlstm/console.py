@@ -28,7 +28,7 @@ from charlstm.errors import printable
 
 logger = logging.getLogger(__name__)
 
-REDRAW_SECONDS = 0.1
+REDRAW_SECONDS = 0.25
 
 
 class BestEffort(io.RawIOBase):

@@ -22,7 +22,7 @@ def leave(number: int) -> None:
             undo()
     with suppress(OSError):
         if os.isatty(2):
-            os.write(2, b"\x1b[?25h\n")  # a progress bar hides the cursor
+            os.write(2, b"\n")  # behind a progress bar and the terminal's ^C
     os._exit(128 + number)
 
 
@@ -89,10 +89,11 @@ class StopSignal:
             leave(number)
         self.number = number
         # Neither by logging nor by print, whose locks the main thread may hold.
-        cursor = "\x1b[?25h" if os.isatty(2) else ""
+        # In place of a progress bar, and of the ^C that a terminal echoes behind it.
+        erase = "\r\x1b[2K" if os.isatty(2) else ""
         with suppress(OSError):
             os.write(
-                2, f"{cursor}stopping once the step is saved; another signal ends now\n".encode()
+                2, f"{erase}stopping once the step is saved; another signal ends now\n".encode()
             )
 
     def __call__(self) -> bool:

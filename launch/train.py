@@ -66,7 +66,6 @@ def main() -> int:
     given = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
     check_cluster_flags(*given)
     from charlstm import cluster  # JAX takes a second to load, mistakes should not
-
     from charlstm.console import show_logs
 
     show_logs(progress_on_stdout=True)
