@@ -90,7 +90,7 @@ def write_sample(job: Job, params: Any, step: int, should_stop: ShouldStop) -> d
     """Return a prompt from the training text, and the sample that continues it."""
     config, run = job.run.config, job.run
     key = jax.random.fold_in(derive_key(run.key(config.seed), "sample"), step)
-    place = np.random.default_rng(jax.random.key_data(key)).integers(len(run.prompts))
+    place = np.random.default_rng(np.asarray(jax.random.key_data(key))).integers(len(run.prompts))
     prompt_L = run.vocab.encode(run.prompts[place])
     lengths = {"seq_len": config.seq_len, "chunk": SAMPLE_CHUNK}
     pieces = stream(job.model, params, [prompt_L], key, **lengths, **config.sample.to_dict())
