@@ -221,7 +221,10 @@ def load_run(workdir: epath.Path) -> Run:
         prng_impl = about.get("prng_impl", PRNG_IMPLS[0])
         if prng_impl not in PRNG_IMPLS:
             raise ValueError(f"prng_impl is {prng_impl!r}")
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError, UserError) as error:
+    except (
+        *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+        *(RecursionError, UserError),
+    ) as error:
         raise DamagedError(f"{path}: not a config of this version ({one_line(error)})") from error
     vocab = _read_vocab(workdir / "vocab.json", hashes)
     prompts = _read_strings(workdir / "prompts.json", hashes)
