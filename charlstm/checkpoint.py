@@ -6,8 +6,8 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -84,7 +84,8 @@ class Checkpoints:
         if not read_only and is_local(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
         literal = self._stack.enter_context(plain_path(self._folder))
-        self._manager = ocp.CheckpointManager(literal, options=options)
+        with without_warning("Given directory is read only"):
+            self._manager = ocp.CheckpointManager(literal, options=options)
 
     def latest_step(self) -> int | None:
         """Return the newest step on disk, None where there is none."""
@@ -113,7 +114,7 @@ class Checkpoints:
             "types": _by_name(_type_of, state),
         }
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.PyTreeSave(state),
             notes=ocp.args.JsonSave(sealed | {"seal": _seal(sealed)}),
         )
         try:
@@ -130,7 +131,8 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Return the state and the notes of `step`; `like` gives tree, types and shardings.
 
-        Without a sharding an array comes to the first device of this process.
+        Without a sharding an array comes to the first device of this process. A leaf of `like` that
+        is ocp.PLACEHOLDER stays one, and is not read.
 
         Raises:
           DamagedError: if they are not what was saved.
@@ -142,13 +144,16 @@ class Checkpoints:
         _check_types(folder, sealed, like)
         # Explicit devices, since the state may have been saved on others.
         default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default
-            ),
-            like,
-        )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+
+        def placed(leaf: Any) -> Any:
+            if leaf is ocp.PLACEHOLDER:
+                return leaf
+            sharding = getattr(leaf, "sharding", None) or default
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        abstract = jax.tree.map(placed, like)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, restore_args))
         try:
             state = self._manager.restore(step, args=args).state
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -157,11 +162,11 @@ class Checkpoints:
             check_readable(folder)
             raise _damaged(folder / "state", one_line(error)) from error
         # Orbax itself restores other types, and flipped bits, without a word.
-        if jax.tree.map(_type_of, state) != jax.tree.map(_type_of, like):
+        if _by_name(_type_of, state) != _by_name(_type_of, like):
             raise _damaged(folder / "state", "it has other types")
+        saved = sealed.get("crc32", {})
         found = checksums(state)
-        saved = sealed.get("crc32", found)
-        if differing := [name for name in found | saved if found.get(name) != saved.get(name)]:
+        if differing := [name for name in found if found[name] != saved.get(name, found[name])]:
             reason = f"the checksum of {', '.join(differing)} differs"
             raise _damaged(folder / "state", reason)
         return state, sealed["notes"]
@@ -232,6 +237,21 @@ class Checkpoints:
         (self._folder / str(step)).rename(aside)
 
 
+@contextmanager
+def without_warning(beginning: str) -> Iterator[None]:
+    """Leave out what Orbax logs within the block with this `beginning`."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(beginning)
+
+    absl = logging.getLogger("absl")
+    absl.addFilter(is_other)
+    try:
+        yield
+    finally:
+        absl.removeFilter(is_other)
+
+
 def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharLSTM, Any]:
     """Return the run in `workdir`, its model, and the params of its 'best' or 'latest' state.
 
@@ -256,7 +276,7 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
                 step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
                 if step is None:
                     raise UserError(f"{run.workdir}: no checkpoint yet; let it train on")
-                state, _ = checkpoints.restore(step, like)
+                state, _ = checkpoints.restore(step, only_params(like))
                 return run, model, averaged_params(state.params, state.opt_state)
         except (DamagedError, OSError):
             # A trainer may have deleted what was being read.
@@ -272,6 +292,12 @@ def state_shapes(config: ConfigDict, model: CharLSTM, prng_impl: str | None = No
     optimizer = make_optimizer(config, make_schedule(config, num_steps=1))
     make_state = partial(init_state, model, optimizer, batch_size=config.batch_size)
     return jax.eval_shape(make_state, jax.random.key(0, impl=prng_impl))
+
+
+def only_params(like: TrainState) -> TrainState:
+    """Return `like` with ocp.PLACEHOLDER for all that averaged_params does not take from it."""
+    wanted = set(map(id, jax.tree.leaves(averaged_params(like.params, like.opt_state))))
+    return jax.tree.map(lambda leaf: leaf if id(leaf) in wanted else ocp.PLACEHOLDER, like)
 
 
 def steps_in(folder: epath.Path) -> list[int]:
@@ -313,19 +339,22 @@ def checksums(state: Any) -> dict[str, int]:
 
 
 def _by_name(function: Callable[[Any], Any], state: Any) -> dict[str, Any]:
-    """Return what `function` gives for each leaf of `state`, by the leaf's path."""
+    """Return what `function` gives for each leaf of `state`, placeholders apart, by its path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     name_of = partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {name_of(path): function(leaf) for path, leaf in leaves}
+    return {name_of(path): function(leaf) for path, leaf in leaves if leaf is not ocp.PLACEHOLDER}
 
 
 def _check_types(folder: epath.Path, sealed: dict[str, Any], like: TrainState) -> None:
     """Raise UserError if the checkpoint in `folder` was saved with other arrays than `like` has."""
     here = _by_name(_type_of, like)
+    is_part = ocp.PLACEHOLDER in jax.tree.leaves(like)
     # Schema 7 and earlier note no types.
     there = sealed.get("types") or {
         name: here.get(name, "an array") for name in sealed.get("crc32", here)
     }
+    if is_part:
+        there = {name: kind for name, kind in there.items() if name in here}
     differing = [
         f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
         for name in sorted(there | here)

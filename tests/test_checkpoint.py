@@ -3,6 +3,7 @@ import math
 import re
 import shutil
 from contextlib import closing
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from charlstm.checkpoint import Checkpoints, checksums, steps_in
+from charlstm.checkpoint import Checkpoints, checksums, only_params, steps_in
 from charlstm.errors import DamagedError, RunError, UserError
+from charlstm.optim import AverageState, averaged_params
 from charlstm.steps import TrainState
 
 NOTES = {"seconds": 1.5, "streak": 0}
@@ -190,6 +192,40 @@ def test_a_checksum_tells_types_shapes_and_keys_apart():
     keys = [jax.random.key(0), jax.random.key(1)]
     assert checksums(keys)["0"] != checksums(keys)["1"]
     assert checksums({"a": (one,)}).keys() == {"a/0"}
+
+
+def bytes_read():
+    """Return how many bytes this process has read from files."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's counters")
+def test_the_parameters_are_read_without_what_only_training_needs(tmp_path):
+    def make_state():
+        params = {"w": jax.random.normal(jax.random.key(1), (10**6,))}
+        twice = {"w": 2 * params["w"]}
+        average = AverageState(jnp.int32(0), {"w": 3 * params["w"]})
+        return TrainState(jnp.int32(1), params, (twice, average), (4 * params["w"],), ())
+
+    with closing(Checkpoints(epath.Path(tmp_path))) as checkpoints:
+        checkpoints.save(make_state(), NOTES, 1.0)
+    like, counts = jax.eval_shape(make_state), {}
+    for name, wanted in (("all", like), ("params", only_params(like))):
+        with closing(Checkpoints(epath.Path(tmp_path), read_only=True)) as checkpoints:
+            before = bytes_read()
+            state, _ = checkpoints.restore(1, wanted)
+            counts[name] = bytes_read() - before
+    average = averaged_params(state.params, state.opt_state)["w"]
+    np.testing.assert_array_equal(average, make_state().opt_state[1].average["w"])
+    # One of four arrays.
+    assert counts["params"] < 0.3 * counts["all"]
+
+
+def test_reading_checkpoints_logs_nothing(tmp_path, caplog):
+    written(tmp_path, [1.0])
+    caplog.clear()
+    Checkpoints(epath.Path(tmp_path), read_only=True).close()
+    assert [record for record in caplog.records if record.levelname != "INFO"] == []
 
 
 FILES = [
