@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from charlstm.checks import check_count, check_rate
 from charlstm.errors import UserError
 
 ALL_ROWS = slice(None)
@@ -41,8 +42,11 @@ class Streams:
       seq_len: T.
       context: how many characters, a multiple of T, each stream but the first reads uncounted
         before its own, so that it does not start cold; at most as many as a stream has.
-      reset_rate: the probability that a row of a window begins anew.
+      reset_rate: the probability that a row of a window begins anew, less than 1.
       seed: decides which ones do.
+
+    Raises:
+      ValueError: for an attribute that makes no sense, or a text too short for B.
     """
 
     ids_M: np.ndarray
@@ -51,6 +55,23 @@ class Streams:
     context: int = 0
     reset_rate: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_text(self.ids_M)
+        check_count("batch_size", self.batch_size)
+        check_count("seq_len", self.seq_len)
+        check_count("context", self.context, least=0)
+        check_rate("reset_rate", self.reset_rate)
+        check_count("seed", self.seed, least=0)
+        if self.batch_size >= len(self.ids_M):
+            raise ValueError(
+                f"batch_size={self.batch_size}: a text of {len(self.ids_M)} characters has at most "
+                f"{len(self.ids_M) - 1} streams"
+            )
+        if self.context % self.seq_len:
+            raise ValueError(
+                f"context={self.context}: must be a multiple of seq_len={self.seq_len}"
+            )
 
     @property
     def bounds(self) -> np.ndarray:
@@ -101,6 +122,9 @@ class Windows:
       seq_len: T.
       last_only: count the one character after each window, instead of every next character.
       seed: decides the order; None keeps the order of the text.
+
+    Raises:
+      ValueError: for an attribute that makes no sense, or a text too short for T.
     """
 
     ids_M: np.ndarray
@@ -108,6 +132,18 @@ class Windows:
     seq_len: int
     last_only: bool = True
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_text(self.ids_M)
+        check_count("batch_size", self.batch_size)
+        check_count("seq_len", self.seq_len)
+        if self.seed is not None:
+            check_count("seed", self.seed, least=0)
+        if self.seq_len >= len(self.ids_M):
+            raise ValueError(
+                f"seq_len={self.seq_len}: a text of {len(self.ids_M)} characters has windows of at "
+                f"most {len(self.ids_M) - 1}"
+            )
 
     @property
     def num_windows(self) -> int:
@@ -143,6 +179,19 @@ class Windows:
             weights_BT=weights_SBT,
             reset_B=np.ones(start_SB.shape, dtype=bool),
         )
+
+
+def check_text(ids_M: Any) -> None:
+    """Raise ValueError unless `ids_M` is a text: one axis of integers, at least two of them."""
+    dtype = getattr(ids_M, "dtype", None)
+    if dtype is None or not np.issubdtype(dtype, np.integer) or np.ndim(ids_M) != 1:
+        raise ValueError(
+            "ids_M: must be an array of integers with one axis, the ids of a text, such as "
+            f"Vocab.encode gives; got {dtype or type(ids_M).__name__} of the shape "
+            f"{np.shape(ids_M)}"
+        )
+    if len(ids_M) < 2:
+        raise ValueError(f"ids_M: has {len(ids_M)} character(s), too few to predict one")
 
 
 def read_steps(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from charlstm.checks import check_choice, check_count, check_ids
 from charlstm.model import Carry, CharLSTM, predict, zero_carry
 from charlstm.recurrence import vary_alike
 
@@ -59,6 +60,7 @@ def pick(
     """Return ids_B distributed as softmax(logits / temperature); temperature 0 takes the largest.
 
     Each row is the inverse of its distribution function at its number of `uniforms_B`, of [0, 1).
+    A row whose logits are not numbers gets NOTHING, which is no character's id.
     """
     greedy_B1 = column(temperature) == 0
     below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
@@ -71,15 +73,16 @@ def pick(
     )
     # However the sums are rounded, a character without weight is never reached, and one always is.
     sums_BV = jnp.where(weights_BV > 0, jnp.cumsum(weights_BV, axis=-1), 0.0)
-    target_B1 = column(uniforms_B) * jnp.max(sums_BV, axis=-1, keepdims=True)
-    reached_BV = sums_BV > jnp.where(greedy_B1, 0.0, target_B1)
-    return jnp.argmax(reached_BV, axis=-1).astype(jnp.int32)
+    total_B1 = jnp.max(sums_BV, axis=-1, keepdims=True)
+    reached_BV = sums_BV > jnp.where(greedy_B1, 0.0, column(uniforms_B) * total_B1)
+    ids_B = jnp.argmax(reached_BV, axis=-1).astype(jnp.int32)
+    return jnp.where(total_B1[:, 0] > 0, ids_B, NOTHING)
 
 
 def draw_uniforms(key: jax.Array, batch_size: int) -> jax.Array:
     """Return uniforms_B of [0, 1), each a function of `key` and the number of its row alone."""
     keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch_size))
-    return jax.vmap(jax.random.uniform)(keys_B)
+    return jax.vmap(partial(jax.random.uniform, dtype=jnp.float32))(keys_B)
 
 
 def sample_step(
@@ -96,18 +99,23 @@ def sample_step(
     """Read one character and draw the next: (params, carry, ids_B, key) -> (carry, ids_B).
 
     Pure. `temperature`, `top_k` and `top_p` are numbers, traced or not, for all rows or one each.
+    The key is one of the caller's: charlstm.keys has those that a run uses.
+
+    Raises:
+      ValueError: for ids that are not below V, unless they are traced: such rows draw -1.
     """
+    check_ids("ids_B", ids_B, model.vocab_size, ndim=1)
     logits_B1V, carry = predict(model, params, ids_B[:, None], carry)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    return carry, pick(draw_uniforms(key, len(ids_B)), logits_B1V[:, 0], **settings)
+    return carry, pick(draw_uniforms(key, ids_B.shape[0]), logits_B1V[:, 0], **settings)
 
 
 def read_on(
     model: CharLSTM, params: Any, carry: Carry, ids_B: jax.Array
 ) -> tuple[Carry, jax.Array]:
     """Return the carry after one more character, and logits_BV of the next."""
-    logits_B1V, new_carry = predict(model, params, ids_B[:, None], carry)
     is_read_B1 = ids_B[:, None] != NOTHING
+    logits_B1V, new_carry = predict(model, params, jnp.where(is_read_B1, ids_B[:, None], 0), carry)
     return jax.tree.map(partial(jnp.where, is_read_B1), new_carry, carry), logits_B1V[:, 0]
 
 
@@ -116,7 +124,7 @@ def reread(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the latest characters with one more for the oldest, and logits_BV of the next."""
     window_BT = jnp.concatenate([recent_BT, ids_B[:, None]], axis=1)
-    logits_BTV, _ = predict(model, params, window_BT, zero_carry(model, len(ids_B)))
+    logits_BTV, _ = predict(model, params, window_BT, zero_carry(model, ids_B.shape[0]))
     return window_BT[:, 1:], logits_BTV[:, -1]
 
 
@@ -125,20 +133,18 @@ def reread(
 READERS: dict[str, Callable[..., Any]] = {"carry": read_on, "window": reread}
 
 
-def reader_of(method: str) -> Callable[..., Any]:
-    """Return the function of READERS that the name `method` means."""
-    if method not in READERS:
-        raise ValueError(f"method={method!r}: must be carry or window")
-    return READERS[method]
-
-
-def check_prompts(method: str, seq_len: int, lengths: list[int], width: int) -> None:
-    """Raise ValueError for a prompt that is too short for the method, or longer than its row."""
+def check_prompts(method: str, seq_len: int, lengths: Sequence[Any], width: Any) -> None:
+    """Raise ValueError for a method that there is not, or prompts too short for it or too long."""
+    check_choice("method", method, READERS)
+    check_count("seq_len", seq_len)
     needed = seq_len if method == "window" else 1
-    if min(lengths) < needed:
-        raise ValueError(f"a prompt of {min(lengths)} characters, fewer than {needed}")
-    if max(lengths) > width:
-        raise ValueError(f"a prompt of {max(lengths)} characters in a row of {width}")
+    for length in lengths:
+        if length < needed:
+            raise ValueError(
+                f"prompt: has {length} characters; method={method!r} needs at least {needed}"
+            )
+        if length > width:
+            raise ValueError(f"lengths_B: {length}, in a prompt_BP of {width} characters")
 
 
 def begin(model: CharLSTM, method: str, seq_len: int, prompt_BP: Any) -> tuple[Any, Any]:
@@ -147,7 +153,7 @@ def begin(model: CharLSTM, method: str, seq_len: int, prompt_BP: Any) -> tuple[A
     `prompt_BP` are prompts that end in the last column, with NOTHING before them.
     """
     if method == "carry":
-        return (zero_carry(model, len(prompt_BP)), prompt_BP[:, 0]), prompt_BP[:, 1:]
+        return (zero_carry(model, prompt_BP.shape[0]), prompt_BP[:, 0]), prompt_BP[:, 1:]
     # What lies before the last window is never read.
     width = prompt_BP.shape[1]
     return (prompt_BP[:, width - seq_len : -1], prompt_BP[:, -1]), prompt_BP[:, width:]
@@ -211,8 +217,15 @@ def make_sampler(
       temperature: 0 takes the most probable character.
       top_k: choose among the k most probable characters; 0 means all.
       top_p: choose among the fewest characters with this much probability; 1 means all.
+
+    Raises:
+      ValueError: for an argument that makes no sense, from here or from the sampler, as a prompt of
+        one axis, or an id that is not below V. Traced ids are not known: there, a row with such an
+        id continues with -1, which Vocab.decode refuses.
     """
-    read = reader_of(method)
+    check_count("length", length, least=0)
+    check_prompts(method, seq_len, [], 0)
+    read = READERS[method]
 
     def sampler(
         params: Any,
@@ -224,10 +237,13 @@ def make_sampler(
         top_k: Any = 0,
         top_p: Any = 1.0,
     ) -> jax.Array:
-        width = prompt_BP.shape[1]
-        lengths_B = np.full(len(prompt_BP), width) if lengths_B is None else lengths_B
-        is_traced = isinstance(lengths_B, jax.core.Tracer)
-        lengths = [width] if is_traced else np.asarray(lengths_B).tolist()
+        check_ids("prompt_BP", prompt_BP, model.vocab_size)
+        batch_size, width = prompt_BP.shape
+        lengths: Sequence[Any] = [width]
+        if lengths_B is None:
+            lengths_B = jnp.full(batch_size, width)
+        elif not isinstance(lengths_B, jax.core.Tracer):
+            lengths = np.asarray(lengths_B).tolist()
         check_prompts(method, seq_len, lengths, width)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         state, rest_BP = begin(model, method, seq_len, align(prompt_BP, lengths_B))
@@ -235,7 +251,7 @@ def make_sampler(
         given_BT = jnp.pad(rest_BP, ((0, 0), (0, length)))
         count = given_BT.shape[1]
         _, ids_BT = write_on(model, read, params, state, given_BT, first, count, key, settings)
-        return ids_BT[:, -length:]
+        return ids_BT[:, count - length :]
 
     return sampler
 
@@ -288,9 +304,16 @@ def stream(
       key: a random key.
       length: L, the prompts not counted.
       method, seq_len, temperature, top_k, top_p: as in make_sampler.
-      chunk: how many characters of prompt or text to work on at once, at most SIZE.
+      chunk: how many characters of prompt or text to work on at once; above SIZE it means SIZE.
+
+    Raises:
+      ValueError: for an argument that makes no sense, when the first piece is asked for.
     """
-    read = reader_of(method)
+    check_count("length", length, least=0)
+    check_count("chunk", chunk)
+    check_count("the number of prompts", len(prompts))
+    for prompt in prompts:
+        check_ids("prompts", prompt, model.vocab_size, ndim=1)
     batch_size, width = len(prompts), max(map(len, prompts))
     check_prompts(method, seq_len, [len(prompt) for prompt in prompts], width)
     prompt_BP = np.full((batch_size, width), NOTHING, np.int32)
@@ -309,7 +332,7 @@ def stream(
         begun_BP, rest_BP = rest_BP[:, :count], rest_BP[:, count:]
         given_BT = np.pad(begun_BP, ((0, 0), (0, SIZE - begun_BP.shape[1])))
         state, ids_BT = compiled_write_on(
-            model, read, params, state, given_BT, first, count, key, settings
+            model, READERS[method], params, state, given_BT, first, count, key, settings
         )
         if first + count > 0:
             yield np.asarray(ids_BT)[:, max(-first, 0) : count]

@@ -494,3 +494,31 @@ def test_many_steps_read_at_once_are_those_read_one_by_one(batches):
     for leaf_S in found:
         assert len(leaf_S) == count + 3
         assert not leaf_S[count:].any()
+
+
+TEXT_M = np.arange(10)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (Streams, {"ids_M": "abc"}, "ids_M: must be an array of integers"),
+        (Streams, {"ids_M": TEXT_M[None]}, "ids_M: must be .* the shape"),
+        (Windows, {"ids_M": TEXT_M / 2}, "ids_M: must be .*float64"),
+        (Streams, {"ids_M": TEXT_M[:0]}, "ids_M: has 0 character"),
+        (Windows, {"ids_M": TEXT_M[:1]}, "ids_M: has 1 character"),
+        (Streams, {"batch_size": 0}, "batch_size=0: must be"),
+        (Streams, {"batch_size": 10}, "batch_size=10: .* at most 9 streams"),
+        (Windows, {"batch_size": 1.5}, "batch_size=1.5: must be"),
+        (Streams, {"seq_len": 0}, "seq_len=0: must be"),
+        (Windows, {"seq_len": 10}, "seq_len=10: .* at most 9"),
+        (Streams, {"context": 4}, "context=4: must be a multiple of seq_len=3"),
+        (Streams, {"context": -3}, "context=-3: must be"),
+        (Streams, {"reset_rate": 1.0}, "reset_rate=1.0: must be"),
+        (Streams, {"seed": -1}, "seed=-1: must be"),
+        (Windows, {"seed": None, "seq_len": -1}, "seq_len=-1: must be"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_with_their_values(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**{"ids_M": TEXT_M, "batch_size": 2, "seq_len": 3} | arguments)

@@ -274,9 +274,13 @@ def test_a_prompt_may_be_in_the_small_integers_that_a_vocab_encodes_to(method):
 @pytest.mark.parametrize(
     ("method", "lengths", "message"),
     [
-        ("window", [P, SEQ_LEN - 1, P], f"a prompt of {SEQ_LEN - 1} characters, fewer than"),
-        ("carry", [P, P, 0], "a prompt of 0 characters, fewer than 1"),
-        ("carry", [P + 1, P, P], f"a prompt of {P + 1} characters in a row of {P}"),
+        (
+            "window",
+            [P, SEQ_LEN - 1, P],
+            f"prompt: has {SEQ_LEN - 1} characters; .* at least {SEQ_LEN}",
+        ),
+        ("carry", [P, P, 0], "prompt: has 0 characters; .* at least 1"),
+        ("carry", [P + 1, P, P], f"lengths_B: {P + 1}, in a prompt_BP of {P} characters"),
     ],
 )
 def test_a_prompt_of_a_wrong_length_is_refused(method, lengths, message):
@@ -290,8 +294,66 @@ def test_a_prompt_of_a_wrong_length_is_refused(method, lengths, message):
 
 
 def test_prompts_shorter_than_the_window_are_refused_where_lengths_are_traced():
-    with pytest.raises(ValueError, match=f"a prompt of {SEQ_LEN - 1} characters"):
+    with pytest.raises(ValueError, match=f"prompt: has {SEQ_LEN - 1} characters"):
         write("window", PROMPT_BP[:, : SEQ_LEN - 1], lengths_B=LENGTHS_B)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (PROMPT_BP[0], "prompt_BP: must have two axes"),
+        (np.float32(PROMPT_BP), "prompt_BP: must be integers"),
+        (PROMPT_BP + V, f"prompt_BP: ids are 0 to {V - 1}"),
+        (PROMPT_BP[:, :0], "prompt: has 0 characters"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        make_sampler(MODEL, L)(PARAMS, prompt, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"chunk": 0}, "chunk=0: must be"),
+        ({"length": -1}, "length=-1: must be"),
+        ({"prompts": []}, "the number of prompts=0: must be"),
+        ({"prompts": PROMPT_BP[:, None]}, "prompts: must have one axis"),
+        ({"prompts": PROMPT_BP + V}, f"prompts: ids are 0 to {V - 1}"),
+    ],
+)
+def test_a_stream_of_what_makes_no_sense_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        write_in_pieces(**arguments)
+
+
+def test_ids_that_no_character_has_give_ids_that_decode_to_nothing():
+    # A compiled sampler cannot raise an error for numbers that it does not know yet.
+    prompt_BP = PROMPT_BP.copy()
+    prompt_BP[1, 0] = V
+    found_BL = write("carry", prompt_BP)
+    assert np.all(found_BL[1] < 0)
+    np.testing.assert_array_equal(found_BL[::2], write("carry")[::2])
+    with pytest.raises(ValueError, match="ids: .*-1"):
+        Vocab("abcdefghijk").decode(found_BL[1])
+
+
+@each_method
+def test_a_text_of_no_characters_has_none(method):
+    sampler = make_sampler(MODEL, 0, method=method, seq_len=SEQ_LEN)
+    assert jax.eval_shape(sampler, PARAMS, PROMPT_BP, jax.random.key(0)).shape == (B, 0)
+    assert write_in_pieces(method, length=0) == []
+
+
+@each_method
+def test_a_sampler_is_exported_once_for_all_sizes_of_its_prompts(method):
+    batch_size, width = jax.export.symbolic_shape("B, P", constraints=[f"P >= {SEQ_LEN}"])
+    sampler = jax.jit(make_sampler(MODEL, L, method=method, seq_len=SEQ_LEN))
+    prompt = jax.ShapeDtypeStruct((batch_size, width), jnp.int32)
+    key = jax.random.key(0)
+    exported = jax.export.export(sampler)(PARAMS, prompt, jax.eval_shape(lambda: key))
+    found_BL = exported.call(PARAMS, PROMPT_BP, key)
+    np.testing.assert_array_equal(found_BL, sampler(PARAMS, PROMPT_BP, key))
 
 
 def test_an_unknown_method_is_refused():
