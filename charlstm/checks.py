@@ -47,7 +47,7 @@ def check_ids(name: str, ids: Any, vocab_size: int, ndim: int = 2, least: int = 
     if not np.issubdtype(dtype, np.integer):
         raise ValueError(f"{name}: must be integers, the ids of characters; got {dtype}")
     if np.ndim(ids) != ndim:
-        axes = {1: "one axis", 2: "two axes, (B, T)"}[ndim]
+        axes = {1: "one axis", 2: "two axes, rows and time"}[ndim]
         raise ValueError(f"{name}: must have {axes}; got the shape {np.shape(ids)}")
     values = _values(ids)
     if values is not None and values.size:

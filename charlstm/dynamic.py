@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from charlstm.data import Batch, Streams
-from charlstm.errors import UserError
+from charlstm.errors import ArgumentError
 from charlstm.model import Carry, CharLSTM, predict, zero_carry
 from charlstm.steps import make_score_step
 
@@ -48,13 +48,13 @@ def make_anchor(model: CharLSTM, params: Any, texts: Sequence[np.ndarray]) -> An
     """Return the anchor of a trained model, its scales from pieces of its training text.
 
     Raises:
-      UserError: if the pieces are too short to predict anything in them.
+      ArgumentError: if the pieces are too short to predict anything in them.
     """
     length = min(map(len, texts))
     if length < 2:
-        raise UserError(
-            "config.seq_len=1: this run keeps pieces of its training text that are too short to "
-            "learn from while reading; train one with a longer seq_len"
+        raise ArgumentError(
+            f"texts: have {length} character(s) each, too few to learn from while reading; "
+            "train a run with a longer seq_len than 1, which keeps longer texts"
         )
     ids_ST = np.stack([text[:length] for text in texts]).astype(np.int32)
     return Anchor(params, jax.jit(make_gradient_scales(model))(params, ids_ST))

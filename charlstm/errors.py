@@ -7,6 +7,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class ArgumentError(UserError, ValueError):
+    """A wrong argument of a public function, which may also come from a command line."""
+
+
 class DamagedError(UserError):
     """A file of a run folder that is not as it was written."""
 

@@ -245,6 +245,8 @@ def make_sampler(
         elif not isinstance(lengths_B, jax.core.Tracer):
             lengths = np.asarray(lengths_B).tolist()
         check_prompts(method, seq_len, lengths, width)
+        if length == 0:
+            return jnp.zeros((batch_size, 0), jnp.int32)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         state, rest_BP = begin(model, method, seq_len, align(prompt_BP, lengths_B))
         first = -rest_BP.shape[1]

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from charlstm.errors import UserError
+from charlstm.checks import check_choice, check_ids
+from charlstm.errors import ArgumentError
 from charlstm.gutenberg import cut_gutenberg
 
 END = "\x03"  # Unicode's END OF TEXT: the end of a document, where there are documents
@@ -130,13 +131,23 @@ def count_characters(chunks: Iterable[str]) -> np.ndarray:
 
 
 class Vocab:
-    """The distinct characters of a text in order of code point, each with its index as id."""
+    """The distinct characters of a text in order of code point, each with its index as id.
+
+    Equal to another one with the same characters. Iterating gives the characters.
+    """
 
     def __init__(self, characters: Sequence[str]):
+        """Take single characters in ascending order of code point.
+
+        Raises:
+          ValueError: if there is none, or they are in another order, or occur twice.
+        """
         self.characters = tuple(characters)
         codes = np.array([ord(character) for character in self.characters], dtype=np.int64)
         if len(codes) == 0 or np.any(np.diff(codes) <= 0):
-            raise ValueError("a Vocab needs distinct characters in ascending order")
+            raise ValueError(
+                "characters: must be distinct, in ascending order of code point, and at least one"
+            )
         self.dtype = np.min_scalar_type(len(codes) - 1)
         self._codes = codes
         # One entry a code point up to the largest: encoding is a single gather.
@@ -148,7 +159,7 @@ class Vocab:
         """Return the vocabulary of `content`.
 
         Raises:
-          UserError: if `content` has fewer than two distinct characters.
+          ArgumentError: if `content` has fewer than two distinct characters.
         """
         return cls.from_counts(count_characters([content]))
 
@@ -160,14 +171,14 @@ class Vocab:
         their place, as encode(unknown='replace') does.
 
         Raises:
-          UserError: if fewer than two distinct characters are left.
+          ArgumentError: if fewer than two distinct characters are left.
         """
         codes = np.flatnonzero(counts)
         is_rare = (counts[codes] < min_count) & (codes != ord(END))
         kept = set(codes[~is_rare].tolist()) | ({ord(UNKNOWN)} if is_rare.any() else set())
         if len(kept) < 2:
-            lower = f", or set config.data.min_count={min_count} lower" if is_rare.any() else ""
-            raise UserError(
+            lower = f", or set min_count={min_count} lower" if is_rare.any() else ""
+            raise ArgumentError(
                 f"the text has {len(kept)} distinct character(s): there is nothing to predict; "
                 f"give a text with at least 2{lower}"
             )
@@ -175,6 +186,23 @@ class Vocab:
 
     def __len__(self) -> int:
         return len(self.characters)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.characters)
+
+    def __contains__(self, character: object) -> bool:
+        return character in self.characters
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocab) and self.characters == other.characters
+
+    def __hash__(self) -> int:
+        return hash(self.characters)
+
+    def __repr__(self) -> str:
+        if len(self) <= 100:
+            return f"Vocab({''.join(self)!r})"
+        return f"<Vocab of {len(self)} characters, {''.join(self.characters[:100])!r} ...>"
 
     def encode(self, content: str, unknown: str = "error", start: int = 0) -> np.ndarray:
         """Return the ids of `content` as an array of the smallest unsigned type that holds V.
@@ -186,8 +214,10 @@ class Vocab:
           start: the position of `content` in the text that it is a part of, for errors.
 
         Raises:
-          UserError: naming the first unknown character and its position, if unknown='error'.
+          ArgumentError: naming the first unknown character and its position, if unknown='error'.
+          ValueError: for another value of `unknown`.
         """
+        check_choice("unknown", unknown, ("error", "drop", "replace"))
         codes = _code_points(content)
         if codes.dtype != np.uint8:
             codes = np.minimum(codes, len(self._id_of_code) - 1)
@@ -196,17 +226,15 @@ class Vocab:
             is_unknown = ids < 0
             if unknown == "error":
                 index = int(np.argmax(is_unknown))
-                raise UserError(
+                raise ArgumentError(
                     f"character {content[index]!r} (U+{ord(content[index]):04X}) at position "
                     f"{start + index} is not among the {len(self)} characters of this model; "
-                    "leave it out, or use --unknown=drop or --unknown=replace"
+                    "leave it out, or set unknown to drop or replace"
                 )
             if unknown == "drop":
                 ids = ids[~is_unknown]
-            elif unknown == "replace":
-                ids[is_unknown] = self._filler()
             else:
-                raise ValueError(f"unknown={unknown!r}: must be error, drop or replace")
+                ids[is_unknown] = self._filler()
         return ids.astype(self.dtype)
 
     def _filler(self) -> int:
@@ -214,7 +242,14 @@ class Vocab:
         return found[0] if found else 0
 
     def decode(self, ids: Any) -> str:
-        """Return the text of `ids`, an array of any integer type with axis M."""
+        """Return the text of `ids`, an array of any integer type with axis M.
+
+        Raises:
+          ValueError: if `ids` has other axes, or an id that no character has.
+        """
+        if np.size(ids) == 0:
+            return ""
+        check_ids("ids", ids, len(self), ndim=1)
         codes = self._codes[np.asarray(ids)].astype("<u4")
         return codes.tobytes().decode("utf-32-le", "surrogatepass")
 

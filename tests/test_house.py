@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "paths": "errors",
     "gutenberg": "",
     "encoding": "errors",
-    "text": "errors gutenberg",
+    "text": "checks errors gutenberg",
     "find": "errors files paths",
     "source": "encoding errors files find paths",
     "corpus": "encoding errors files find paths source text",

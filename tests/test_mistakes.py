@@ -328,7 +328,7 @@ def test_a_refused_run_comes_with_a_command_that_trains_elsewhere(ready, launch,
 READING = [
     ("sample", "--workdir=nowhere", "nowhere: no run there|train one"),
     ("sample", "--workdir=file", "file: no run there"),
-    ("sample", "--workdir=runs/full --prompt=to€her", "'€' (U+20AC) at position 2|--unknown=drop"),
+    ("sample", "--workdir=runs/full --prompt=to€her", "'€' (U+20AC) at position 2|unknown to drop"),
     ("sample", "--workdir=runs/full --prompt=€€ --unknown=drop", "no character that the model"),
     (
         "sample",
@@ -351,7 +351,7 @@ READING = [
         "--workdir=runs/windows --dynamic",
         "runs/windows: was trained on windows|streams",
     ),
-    ("evaluate", "--workdir=runs/single --dynamic", "config.seq_len=1|train one with a longer"),
+    ("evaluate", "--workdir=runs/single --dynamic", "texts: have 1 character|a longer seq_len"),
     (
         "evaluate",
         "--workdir=runs/full --dynamic --dynamic_rate=1e6",

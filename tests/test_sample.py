@@ -334,7 +334,7 @@ def test_ids_that_no_character_has_give_ids_that_decode_to_nothing():
     found_BL = write("carry", prompt_BP)
     assert np.all(found_BL[1] < 0)
     np.testing.assert_array_equal(found_BL[::2], write("carry")[::2])
-    with pytest.raises(ValueError, match="ids: .*-1"):
+    with pytest.raises(ValueError, match=r"ids: .*-1"):
         Vocab("abcdefghijk").decode(found_BL[1])
 
 

@@ -1,8 +1,10 @@
+import copy
 import hashlib
 import http.server
 import json
 import logging
 import os
+import pickle
 import threading
 import unicodedata
 from collections import Counter
@@ -117,6 +119,41 @@ def test_an_unknown_character_is_named_with_its_position(text, position, name):
     assert f"position {position} " in message
 
 
+def test_a_vocabulary_behaves_as_the_collection_of_its_characters():
+    vocab = Vocab.from_text("cabb\n")
+    assert list(vocab) == ["\n", "a", "b", "c"]
+    assert "b" in vocab
+    assert "z" not in vocab
+    assert repr(vocab) == "Vocab('\\nabc')"
+    assert eval(repr(vocab)) == vocab
+    assert vocab != Vocab("abc")
+    assert {vocab: 1}[Vocab("\nabc")] == 1
+    assert len(repr(Vocab([chr(code) for code in range(5000)]))) < 1000
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda vocab: pickle.loads(pickle.dumps(vocab))])
+def test_a_copy_of_a_vocabulary_equals_it(copied):
+    vocab = Vocab.from_text("abz\U0001f600")
+    assert copied(vocab) == vocab
+    assert copied(vocab).decode([3]) == "\U0001f600"
+
+
+@pytest.mark.parametrize("ids", [[-1], [0, 4], np.array([1.0]), [[0, 1]]])
+def test_ids_of_no_character_are_not_decoded(ids):
+    with pytest.raises(ValueError, match="ids: "):
+        Vocab("abcd").decode(ids)
+
+
+def test_no_ids_are_no_text():
+    assert Vocab("abcd").decode([]) == ""
+
+
+@pytest.mark.parametrize("text", ["", "aaa"])
+def test_a_text_without_two_characters_is_a_value_error(text):
+    with pytest.raises(ValueError, match="distinct character"):
+        Vocab.from_text(text)
+
+
 @settings(deadline=None, max_examples=60)
 @given(FEW_TEXT, st.sampled_from(["ab", "bz\u00e9", "a z", " \U0001f600"]))
 def test_unknown_characters_can_be_dropped(text, known):
@@ -137,7 +174,7 @@ def test_unknown_characters_become_a_space_or_else_the_first_character(text, kno
 
 
 def test_an_unheard_of_way_to_treat_unknown_characters_is_a_value_error():
-    with pytest.raises(ValueError, match="must be error, drop or replace"):
+    with pytest.raises(ValueError, match="unknown='keep': must be one of error, drop, replace"):
         Vocab("ab").encode("abc", unknown="keep")
 
 
@@ -163,7 +200,7 @@ def test_a_text_of_fewer_than_two_distinct_characters_is_refused(text):
 
 @pytest.mark.parametrize("characters", ["", "ba", "aab"])
 def test_a_vocab_is_made_of_distinct_characters_in_order(characters):
-    with pytest.raises(ValueError, match="distinct characters in ascending order"):
+    with pytest.raises(ValueError, match="characters: must be distinct, in ascending order"):
         Vocab(characters)
 
 
