@@ -153,7 +153,7 @@ class Journal:
     @property
     def fitting_count(self) -> int:
         """How many steps one call should take, so that whoever waits for its end waits little."""
-        return cluster.least(max(1, int(CALL_SECONDS / self._seconds_per_step)))
+        return cluster.least(max(1, int(CALL_SECONDS / max(self._seconds_per_step, CLOCK_TICK))))
 
     def log_training(self, step: int, schedule: Callable[[int], Any]) -> None:
         """Write the means since the last such line, and show them."""
@@ -252,10 +252,12 @@ class Journal:
     def _count_skipped(self, step: int, loss: float, grad_norm: float) -> None:
         self.notes.skipped += 1
         self.notes.streak += 1
-        told = f"step {step}: the loss is {loss} and the gradient's norm {grad_norm}"
+        problem = f"step {step}: the loss is {loss} and the gradient's norm {grad_norm}"
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            problem += ", but the new parameters are not finite"
         if self.notes.streak == MAX_STREAK:
-            raise DivergedError(told, self.notes.retreats)
-        logger.warning("%s: left out", told)
+            raise DivergedError(problem, self.notes.retreats)
+        logger.warning("%s: step skipped", problem)
 
     def _stamp(self, step: int) -> dict[str, Any]:
         epoch = step / self._job.batches.steps_per_epoch

@@ -27,7 +27,7 @@ from charlstm.devices import (
 from charlstm.errors import RunError, UserError
 from charlstm.files import sole_writer
 from charlstm.job import Job, prepare, report, steps_ahead
-from charlstm.journal import DivergedError, Journal, Notes
+from charlstm.journal import MAX_STREAK, DivergedError, Journal, Notes
 from charlstm.machine import check_backend, check_memory, this_machine, traced_once
 from charlstm.optim import averaged_params, make_optimizer, make_schedule
 from charlstm.paths import given_path
@@ -77,17 +77,14 @@ def train(
                 except DivergedError as error:
                     retreats = error.retreats + 1
                     if retreats > MAX_RETREATS:
+                        kept = "no checkpoint was saved"
+                        if (latest := checkpoints.latest_step()) is not None:
+                            kept = f"the checkpoint of step {latest} is kept"
                         raise RunError(
-                            f"{error}, and so it was after going back {MAX_RETREATS} times; the "
-                            "last sound checkpoint is kept; start anew, in another --workdir, "
-                            "with a lower config.optimizer.learning_rate"
+                            f"{error}, also after going back {MAX_RETREATS} times; {kept}; train "
+                            "in another --workdir with a lower config.optimizer.learning_rate"
                         ) from error
-                    logger.warning(
-                        "%s, as in the steps before: going back to the last sound checkpoint, with "
-                        "%g times the learning rate",
-                        error,
-                        RETREAT_SCALE**retreats,
-                    )
+                    logger.warning("%s, as in the %d steps before", error, MAX_STREAK - 1)
 
 
 def make_ready(config: ConfigDict, workdir: epath.Path) -> tuple[Job, TrainState]:
@@ -131,6 +128,14 @@ def go_on(
     else:
         state, notes = first_state(job, like), Notes()
     notes.retreats = max(notes.retreats, retreats)
+    if retreats:
+        logger.warning(
+            "going back to %s, with %g times the learning rate",
+            f"the checkpoint of step {int(state.step)}"
+            if found
+            else "step 0: no checkpoint is sound",
+            RETREAT_SCALE**notes.retreats,
+        )
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     report(job, int(state.step), num_params)
     if state.step >= job.num_steps and not notes.has_unscored_steps:

@@ -63,6 +63,21 @@ def test_a_call_takes_as_many_steps_as_fit_into_a_quarter_of_a_second(
     assert fitting == [1, 2, 5]
 
 
+def test_a_clock_may_stand_still(book_path, tmp_path, monkeypatch):
+    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
+    clock = SimpleNamespace(monotonic=lambda: 100.0, time=lambda: 0.0)
+    monkeypatch.setattr("charlstm.journal.time", clock)
+    checkpoints = Checkpoints(job.run.workdir)
+    with Journal(job, checkpoints, 0, Notes()) as journal:
+        for step in (1, 2, 3):
+            journal.push(step, 1, metrics_on_device("all", []))
+            assert 1 <= journal.fitting_count < 2**32
+        journal.log_training(3, lambda step: 0.1)
+    checkpoints.close()
+    [record] = read_records(job.run.workdir / "metrics.jsonl")
+    assert math.isfinite(record["chars_per_second"])
+
+
 def test_characters_a_second_leave_out_compilation_evaluation_and_an_earlier_process(
     book_path, tmp_path, monkeypatch
 ):

@@ -326,7 +326,7 @@ def test_after_several_in_a_row_the_run_goes_back_with_a_lower_rate(
     poison(monkeypatch, lambda step: 13 <= step < 20 and rates[-1] > 0.25)
     config = small_config(book_path, checkpoint_every_steps=5)
     assert train(config, tmp_path / "run")
-    assert caplog.text.count("going back to the last sound checkpoint") == 2
+    assert caplog.text.count("going back to the checkpoint of step 10, with") == 2
     assert "with 0.25 times the learning rate" in caplog.text
     records = timeless(tmp_path / "run")
     steps = [record["step"] for record in records]
@@ -342,14 +342,17 @@ def test_after_several_in_a_row_the_run_goes_back_with_a_lower_rate(
 
 
 def test_a_run_that_never_finds_a_finite_loss_ends_with_a_clear_line(
-    book_path, tmp_path, monkeypatch
+    book_path, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(train_module, "MAX_RETREATS", 1)  # three take three compilations
     settings = {"optimizer.learning_rate": 1e38, "optimizer.warmup_steps": 0}
     with pytest.raises(
-        RunError, match=r"step \d+: the loss is .*going back 1 times.*learning_rate"
+        RunError,
+        match=r"step \d+: the loss is .*not finite, also after going back 1 times; "
+        r"no checkpoint was saved;.*learning_rate",
     ):
         train(small_config(book_path, **settings), tmp_path / "run")
+    assert "going back to step 0: no checkpoint is sound, with 0.5 times" in caplog.text
     with pytest.raises(UserError, match="no checkpoint yet"):
         load_model(tmp_path / "run")
 
