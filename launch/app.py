@@ -4,10 +4,8 @@ import early
 import signals
 
 # isort: split
-import ctypes
 import difflib
 import os
-import platform
 import re
 import shlex
 import signal
@@ -18,12 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import runtime
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from charlstm.config import base_config, check_key, flatten, validate
 from charlstm.errors import RunError, UserError, one_line
-from charlstm.paths import cache_folder, given_path, local_path
+from charlstm.paths import given_path, local_path
 
 StopSignal = signals.StopSignal
 
@@ -76,8 +75,7 @@ def run(main: Callable[[], int | None]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # JAX and Orbax tell much that is not about the run, and of a failed save in pages.
     logging.set_verbosity(logging.FATAL)
-    warnings.filterwarnings("ignore", message=r"coroutine .* was never awaited")
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    calm_warnings()
     sys.unraisablehook = _unraisable
 
     def guarded(argv: list[str]) -> int | None:
@@ -89,17 +87,18 @@ def run(main: Callable[[], int | None]) -> None:
             from charlstm.console import show_logs
 
             show_logs()
-            keep_compilations()
-            keep_memory()
+            runtime.prepare()
             return main()
         except UserError as error:
             return _fail(error)
         except KeyboardInterrupt:  # only in a notebook: elsewhere signals.py is faster
             return 128 + signal.SIGINT
-        except OSError:
-            if early.stdout_failure() is None:
-                raise  # it was another file
-            return 0
+        except Exception as error:
+            if isinstance(error, OSError) and early.stdout_failure():
+                return 0  # answered below
+            if problem := runtime.problem_of_jax(error):
+                return _fail(UserError(problem))
+            raise
 
     def with_streams_flushed(argv: list[str]) -> int | None:
         code = guarded(argv)
@@ -113,44 +112,13 @@ def run(main: Callable[[], int | None]) -> None:
     app.run(with_streams_flushed, flags_parser=_parse)
 
 
-def keep_compilations() -> None:
-    """Let JAX keep what it has compiled for the next start, in the user's cache, unless told where.
-
-    A folder for each machine, since a home may be shared by machines of different kinds; and in
-    the user's own, since what lies there is run.
-    """
-    if (given := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is not None:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = given_path(given)
-        return
-    try:
-        folder = cache_folder() / "compiled" / platform.node()
-    except UserError as error:
-        _show_warning(f"what JAX compiles is not kept for the next start: {error}")
-        return
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-
-    def show_warning(message: Warning | str, *place: Any) -> None:
-        # A kill amid a write leaves half an entry, which JAX would never replace.
-        if str(message).startswith("Error reading persistent compilation cache"):
-            for path in folder.glob("*"):
-                path.unlink(missing_ok=True)
-        _show_warning(message)
-
-    warnings.showwarning = show_warning  # type: ignore[assignment]
-
-
-def keep_memory() -> None:
-    """Tell glibc to keep freed memory, where there is a glibc.
-
-    A training step needs tens of megabytes. Given back to the system after every step and fetched
-    anew, page by page, they cost an eighth of its time.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_max, arena_max = -1, -4, -8  # from malloc.h
-        libc.mallopt(trim_threshold, -1)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(arena_max, 1)
+def calm_warnings() -> None:
+    """Show warnings as lines, and those for developers not at all, whatever PYTHONWARNINGS says."""
+    warnings.resetwarnings()
+    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", category)
+    warnings.filterwarnings("ignore", message=r"coroutine .* was never awaited")
+    warnings.showwarning = runtime.show_warning  # type: ignore[assignment]
 
 
 def checked_config(holder: flags.FlagHolder) -> ConfigDict:
@@ -201,10 +169,6 @@ def _config_error(path: str, error: Exception) -> UserError:
     )
 
 
-def _show_warning(message: Warning | str, *place: Any) -> None:
-    print(f"warning: {one_line(message)}", file=sys.stderr)
-
-
 def _unraisable(event: Any) -> None:
     # After a failed save, each of Orbax's other writes finds its loop gone and tells it here.
     if str(event.exc_value) != "Event loop is closed":
@@ -214,7 +178,7 @@ def _unraisable(event: Any) -> None:
 def _fail(error: Exception) -> int:
     if f"--{DEBUG.name}" in sys.argv:  # flags may be what the mistake is in
         traceback.print_exception(error)
-    early.show(f"error: {one_line(error)}")
+    early.show_error(one_line(error))
     return getattr(error, "exit_code", 2)
 
 

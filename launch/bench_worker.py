@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app import keep_memory
 from bench_case import Call, Case, Made, most_memory, timed
 from bench_ours import make_jax, make_matmul
 from bench_peers import learn_tutorial, make_keras, make_torch, use_faster_threads
 from bench_quality import score
+from runtime import keep_memory
 
 CONTENDERS: dict[str, Callable[[Case], Made]] = {
     "charlstm": partial(make_jax, recurrence="fused"),

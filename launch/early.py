@@ -62,12 +62,17 @@ def discard_unwritten() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
-def show(message: str) -> None:
-    """Print a line on stderr, if it can be written, after the launcher's name."""
+def show_line(line: str) -> None:
+    """Print a line on stderr if it can be written."""
     try:
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+        print(line, file=sys.stderr)
     except OSError:
         pass
+
+
+def show_error(message: str) -> None:
+    """Print an error on stderr after the launcher's name."""
+    show_line(f"{os.path.basename(sys.argv[0])}: error: {message}")
 
 
 def is_launcher() -> bool:
@@ -92,7 +97,7 @@ def show_uncaught(kind, error, trace) -> None:  # type: ignore[no-untyped-def]
     environment = os.path.join(REPOSITORY, ".venv", "bin", "python")
     if os.path.exists(environment) and environment != sys.executable:
         remedy = f"start the launcher with {environment}, or {remedy}"
-    show(f"error: {sys.executable} has no module {error.name}; {remedy}")
+    show_error(f"{sys.executable} has no module {error.name}; {remedy}")
 
 
 if is_launcher():

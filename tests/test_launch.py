@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -358,36 +357,3 @@ def test_help_is_given_with_success(launcher):
     assert f"python launch/{launcher}.py" in result.stdout
     assert "--workdir" in result.stdout
     assert ("--config:" in result.stdout) == (launcher == "train")
-
-
-def test_compilations_are_kept_in_the_users_cache_unless_told_where(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "launch")
-    import app
-
-    monkeypatch.setenv("CHARLSTM_CACHE", str(tmp_path))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-    app.keep_compilations()
-    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    app.keep_compilations()
-    assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).is_relative_to(tmp_path)
-
-
-def test_half_an_entry_of_our_cache_of_compilations_is_replaced(trained, tmp_path):
-    folder, _ = trained
-    environment = os.environ | {"CHARLSTM_CACHE": str(tmp_path)}
-    del environment["JAX_COMPILATION_CACHE_DIR"]
-    flags = ("--workdir=runs/tiny-book", "--length=1", "--prompt=so")
-
-    def entries():
-        return {path: path.stat().st_size for path in tmp_path.rglob("*-cache")}
-
-    assert run_command("sample", *flags, cwd=folder, env=environment).returncode == 0
-    whole = entries()
-    assert whole
-    for path, size in whole.items():
-        os.truncate(path, size // 2)
-    answer = run_command("sample", *flags, cwd=folder, env=environment)
-    assert "warning: Error reading persistent compilation cache" in answer.stderr
-    mended = entries()
-    assert all(mended[path] > 0.9 * size for path, size in whole.items())

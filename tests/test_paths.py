@@ -85,11 +85,11 @@ def test_without_a_home_folder_there_is_no_cache_and_one_line(monkeypatch, tmp_p
 
 def test_without_a_home_folder_launchers_warn_and_compile_anew(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "launch")
-    import app
+    import runtime
 
     monkeypatch.setenv("CHARLSTM_CACHE", "~nobody-here/cache")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    app.keep_compilations()
+    runtime.keep_compilations()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: ")

@@ -126,6 +126,30 @@ def test_a_full_disk_behind_stdout_is_one_line(trained):
     assert "stdout: cannot be written (No space left on device)" in line
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("JAX_PLATFORMS", "cuda", "no device can be used"),
+        ("JAX_ENABLE_X64", "maybe", "invalid truth value"),
+    ],
+)
+def test_a_variable_that_jax_cannot_obey_is_one_line(name, value, reason, tmp_path):
+    flags = "--config=tiny --config.data.path=none.txt"
+    code, out, [line] = in_shell(f"$PYTHON $LAUNCH/train.py {flags}", tmp_path, **{name: value})
+    assert (code, out) == (2, "")
+    assert f"error: {name}={value}: " in line
+    assert reason in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_warnings_as_errors_are_for_developers(tmp_path):
+    flags = "--config=tiny --config.batch_size=0"
+    answer = in_shell(f"$PYTHON $LAUNCH/train.py {flags}", tmp_path, PYTHONWARNINGS="error")
+    assert answer[0] == 2
+    [line] = answer[2]
+    assert "config.batch_size=0: must be" in line
+
+
 def test_a_full_disk_behind_stderr_leaves_the_exit_code(tmp_path):
     assert in_shell("$PYTHON $LAUNCH/sample.py --length=ten 2> /dev/full", tmp_path)[0] == 2
 
