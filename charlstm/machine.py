@@ -13,6 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from charlstm import cost
 from charlstm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,21 +40,18 @@ def check_backend(config: ConfigDict) -> None:
         )
 
 
-def check_memory(config: ConfigDict, state: Any, mesh: Mesh) -> None:
-    """Raise UserError if a run whose `state` has these shapes can't fit into memory."""
+def check_memory(config: ConfigDict, vocab_size: int, mesh: Mesh) -> None:
+    """Raise UserError if training with V = `vocab_size` characters cannot fit into memory."""
     model = config.model
-    leaves = [*jax.tree.leaves(state), *jax.tree.leaves(state.params)]  # and its gradient
-    # At the least, as charlstm.recurrence says of itself.
-    kept = 7 * config.batch_size * config.seq_len * model.hidden_size * model.num_layers
-    needed = 4 * (sum(leaf.size for leaf in leaves) + kept // mesh.size)
+    needed = cost.device_bytes(config, vocab_size, mesh.size)
     if mesh.devices.flat[0].platform == "cpu":
         needed *= len(mesh.local_devices)  # which share the machine's memory
     if needed > (there := memory_bytes()):
         raise UserError(
             f"config.model.hidden_size={model.hidden_size}, config.model.num_layers="
             f"{model.num_layers}, config.batch_size={config.batch_size}, config.seq_len="
-            f"{config.seq_len}: training takes at least {needed / 2**30:,.0f} GiB of memory, and "
-            f"there are {there / 2**30:,.0f}; lower one of them"
+            f"{config.seq_len}, {vocab_size:,} different characters: training takes about "
+            f"{needed / 2**30:,.0f} GiB of memory, and there are {there / 2**30:,.0f}; lower one"
         )
 
 

@@ -93,7 +93,7 @@ def make_ready(config: ConfigDict, workdir: epath.Path) -> tuple[Job, TrainState
     check_backend(config)
     job = prepare(config, workdir)
     like = placed_shapes(config, job)
-    check_memory(config, like, job.mesh)
+    check_memory(config, job.model.vocab_size, job.mesh)
     return job, like
 
 

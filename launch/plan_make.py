@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from plan_trial import Estimate, Parts
 
 from charlstm import cost, devices
-from charlstm.checkpoint import state_shapes
 from charlstm.errors import UserError
 from charlstm.job import Job, prepare
 from charlstm.machine import check_backend, check_memory, memory_bytes
@@ -46,7 +45,7 @@ def check(job: Job) -> None:
     """Raise UserError if this machine cannot run `job`, as train.py does."""
     config = job.run.config
     check_backend(config)
-    check_memory(config, state_shapes(config, job.model), job.mesh)
+    check_memory(config, job.model.vocab_size, job.mesh)
 
 
 def describe(config: ConfigDict, seconds: float) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from charlstm import cost
 from charlstm.checkpoint import Checkpoints, state_shapes
 from charlstm.config import base_config
 from charlstm.data import Batch
+from charlstm.errors import UserError
+from charlstm.machine import check_memory
 from charlstm.model import CharLSTM, zero_carry
 from charlstm.optim import make_optimizer, make_schedule
 from charlstm.steps import init_state, make_train_step
@@ -130,11 +132,20 @@ def test_training_takes_three_times_the_operations_of_the_forward_pass(kind):
         ((1024, 100, 96), {"hidden_size": 256}),
     ],
 )
-def test_activations_are_what_xla_holds_within_an_eighth(sizes, model, kind):
+def test_memory_is_what_xla_holds_within_an_eighth(sizes, model, kind, monkeypatch):
     config = config_with(**model, **kind)
     config.batch_size, config.seq_len, vocab_size = sizes
-    used = compiled_step(config, vocab_size).memory_analysis().temp_size_in_bytes
+    held = compiled_step(config, vocab_size).memory_analysis()
+    used = held.temp_size_in_bytes
     assert used / cost.activation_bytes(config, vocab_size) == pytest.approx(1, abs=1 / 8)
+    # A run that needs an eighth less than there is begins, and one that needs an eighth more not.
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    total = used + held.argument_size_in_bytes
+    monkeypatch.setattr("charlstm.machine.memory_bytes", lambda: total / (1 - 1 / 8))
+    check_memory(config, vocab_size, mesh)
+    monkeypatch.setattr("charlstm.machine.memory_bytes", lambda: total / (1 + 1 / 8))
+    with pytest.raises(UserError, match=r"config.batch_size=.*training takes about"):
+        check_memory(config, vocab_size, mesh)
 
 
 def test_a_checkpoint_is_as_large_as_it_is_said_to_be(tmp_path):

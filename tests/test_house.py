@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "cluster": "errors",
     "devices": "data errors steps",
     "checkpoint": "cluster devices errors files model optim paths run steps",
-    "machine": "errors",
+    "machine": "cost errors",
     "job": "console corpus data devices errors machine model run source",
     "journal": "checkpoint cluster console errors job log steps",
     "assess": "cluster data devices job keys log model sample steps",
