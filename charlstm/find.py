@@ -81,7 +81,8 @@ def readable(path: str, remedy: str) -> Iterator[None]:
     except ImportError as error:  # of the package for a kind of bucket
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from None
+        where = error.filename if isinstance(error.filename, str) else path  # a folder in it
+        raise UserError(f"{where}: cannot be read ({error.strerror or error}); {remedy}") from None
 
 
 def _walk(root: epath.Path, max_depth: int | None = None) -> list[epath.Path]:

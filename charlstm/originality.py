@@ -70,15 +70,14 @@ def share_found(text_L: np.ndarray, ids_M: np.ndarray) -> float:
     that stand there. It takes at most 0.1 s for each million characters of the other text.
 
     Args:
-      text_L: the ids of the text.
+      text_L: the ids of the text, at least PIECE_CHARS.
       ids_M: those of the other one, of the same type.
     """
-    size = min(PIECE_CHARS, len(text_L))
-    starts = np.linspace(0, len(text_L) - size, NUM_PIECES).astype(int)
-    pieces = {text_L[start : start + size].tobytes() for start in starts}
+    starts = np.linspace(0, len(text_L) - PIECE_CHARS, NUM_PIECES).astype(int)
+    pieces = {text_L[start : start + PIECE_CHARS].tobytes() for start in starts}
     num_pieces = len(pieces)
     for start in range(0, len(ids_M), CHUNK):
-        raw = ids_M[start : start + CHUNK + size - 1].tobytes()
+        raw = ids_M[start : start + CHUNK + PIECE_CHARS - 1].tobytes()
         pieces = {piece for piece in pieces if piece not in raw}
     return 1 - len(pieces) / num_pieces
 

@@ -112,9 +112,9 @@ def open_parts(run: "Run") -> Parts:
 
 def warn_of_known_text(parts: Parts) -> None:
     """Warn if much of a text that --text gives stands in the training part."""
-    from charlstm.originality import share_found
+    from charlstm.originality import PIECE_CHARS, share_found
 
-    if not TEXT.value or parts.train_M is None:
+    if not TEXT.value or parts.train_M is None or len(parts.ids_M) < PIECE_CHARS:
         return
     share = share_found(parts.ids_M, parts.train_M)
     if share > MUCH_KNOWN:

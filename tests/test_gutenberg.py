@@ -74,7 +74,7 @@ def chunks_of(content, size):
     return (content[begin : begin + size] for begin in range(0, len(content), size))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(compositions(), st.integers(1, 5000))
 def test_what_is_left_is_the_books_and_the_text_between_them(composition, size):
     content, wanted = composition
