@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
@@ -29,6 +29,7 @@ from charlstm.errors import printable
 logger = logging.getLogger(__name__)
 
 REDRAW_SECONDS = 0.25
+PIPE_SECONDS = 0.05  # which a line may take from stdout to the terminal through a pipe
 
 
 class BestEffort(io.RawIOBase):
@@ -115,7 +116,7 @@ class LastLine:
         # Whatever FORCE_COLOR says.
         is_terminal = sys.stderr is not None and sys.stderr.isatty()
         self.is_shown = is_terminal and not self._console.is_dumb_terminal and not is_hidden
-        self._drawn_at = -math.inf
+        self._drawn_at = self._erased_at = -math.inf
 
     def start(self) -> None:
         """Draw the line for the first time."""
@@ -136,6 +137,8 @@ class LastLine:
         now = monotonic()
         if not self.is_shown or not (is_urgent or now - self._drawn_at > REDRAW_SECONDS):
             return
+        if is_urgent and not sys.stdout.isatty():
+            sleep(max(0.0, self._erased_at + PIPE_SECONDS - now))
         self._drawn_at = now
         width = (_width_of(sys.stderr) or 80) - len("^C ")  # the terminal echoes that behind it
         self._console.width = width
@@ -145,7 +148,7 @@ class LastLine:
 
     def erase(self) -> None:
         """Make room for a line that stays."""
-        self._drawn_at = monotonic()  # a line that goes through a pipe needs a moment
+        self._drawn_at = self._erased_at = monotonic()
         self._write("")
 
     def _write(self, text: str) -> None:
