@@ -7,9 +7,11 @@ import io
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, TextIO
 
@@ -97,6 +99,14 @@ def show_logs(progress_on_stdout: bool = False) -> None:
     package.handlers = [ConsoleHandler(progress_on_stdout)]
     package.propagate = False
     package.setLevel(logging.INFO)
+
+
+def launcher_command(name: str, *flags: str) -> str:
+    """Return a shell command for launch/NAME.py, started the way this process was."""
+    script = Path(sys.argv[0])
+    if script.parent.joinpath("train.py").exists():  # otherwise this process is no launcher
+        return shlex.join([sys.orig_argv[0], str(script.with_name(f"{name}.py")), *flags])
+    return shlex.join(["python", f"launch/{name}.py", *flags])
 
 
 _last_line: "LastLine | None" = None  # the one that is shown

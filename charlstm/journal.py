@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shlex
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ import numpy as np
 
 from charlstm import cluster
 from charlstm.checkpoint import Checkpoints
-from charlstm.console import TrainingBar
+from charlstm.console import TrainingBar, launcher_command
 from charlstm.errors import DamagedError
 from charlstm.job import Job
 from charlstm.log import RunLog, bits
@@ -225,8 +224,8 @@ class Journal:
             figure = best["val/bits_per_char"]
             logger.info("best validation: %.4f bits/char, at step %d", figure, best["step"])
         logger.info("trained %d steps in %.0f s", self._job.num_steps, self._seconds())
-        workdir = shlex.quote(str(self._job.run.workdir))
-        logger.info("to write more: python launch/sample.py --workdir=%s", workdir)
+        command = launcher_command("sample", f"--workdir={self._job.run.workdir}")
+        logger.info("to write more: %s", command)
 
     def _read(self) -> int:
         """Take in the metrics that wait, and return of how many steps they are."""

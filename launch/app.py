@@ -28,6 +28,7 @@ StopSignal = signals.StopSignal
 
 REPOSITORY = Path(early.REPOSITORY)
 DEFAULT_CONFIG = REPOSITORY / "configs" / "default.py"
+GIVEN_FLAGS = tuple(sys.argv[1:])  # before they are put into their normal form
 DEBUG = flags.DEFINE_boolean("debug", False, "show where in the code a mistake was noticed")
 _CONFIG_FLAG = re.compile(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", re.DOTALL)
 

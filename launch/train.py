@@ -19,7 +19,6 @@ import app  # first, since it handles signals
 
 # isort: split
 import logging
-import shlex
 import signal
 
 import folders
@@ -66,7 +65,7 @@ def main() -> int:
     given = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
     check_cluster_flags(*given)
     from charlstm import cluster  # JAX takes a second to load, mistakes should not
-    from charlstm.console import show_logs
+    from charlstm.console import launcher_command, show_logs
 
     show_logs(progress_on_stdout=True)
     with cluster.joined(*given, JOIN_TIMEOUT.value), app.StopSignal() as stop:
@@ -81,7 +80,7 @@ def main() -> int:
             finished = train(config, workdir, should_stop=stop, profile=PROFILE.value)
         except OccupiedError as error:
             free = f"--workdir={folders.free_workdir(workdir)}"
-            command = shlex.join([sys.executable, *sys.argv, free])
+            command = launcher_command("train", *app.GIVEN_FLAGS, free)
             raise UserError(f"{error}, for example: {command}") from error
     # Perhaps the signal came to another process.
     return 0 if finished else 128 + (stop.number or signal.SIGTERM)

@@ -7,12 +7,20 @@ import sys
 import termios
 
 import pytest
+from conftest import ROOT
 from etils import epath
 from test_train import small_config
 
 import charlstm.console
 from charlstm.checkpoint import steps_in
-from charlstm.console import ConsoleHandler, TrainingBar, best_effort, show_logs, status
+from charlstm.console import (
+    ConsoleHandler,
+    TrainingBar,
+    best_effort,
+    launcher_command,
+    show_logs,
+    status,
+)
 from charlstm.train import train
 
 RECORD = {
@@ -96,31 +104,25 @@ def test_progress_goes_where_it_is_wanted_and_warnings_to_stderr(on_stdout, caps
     assert err == ("" if on_stdout else "step 1\n") + "warning: careful\n"
 
 
-def closed_pipe():
+def test_what_cannot_be_printed_is_dropped_and_training_goes_on(
+    monkeypatch, package, book_path, tmp_path
+):
     reader, writer = os.pipe()
     os.close(reader)
-    return open(writer, "w")
-
-
-def full_disk():
-    return open("/dev/full", "w")
-
-
-@pytest.mark.parametrize("make", [closed_pipe, full_disk])
-def test_what_cannot_be_printed_is_dropped_and_training_goes_on(
-    make, monkeypatch, package, book_path, tmp_path
-):
-    with pytest.raises(OSError, match=r"pipe|space"), make() as stream:
-        print("as it is without us", file=stream, flush=True)
-    with make() as stream:
-        for name in ("stdout", "stderr"):
-            monkeypatch.setattr(sys, name, stream)
+    # A pipe that nobody reads, and a full disk.
+    with open(writer, "w", closefd=False) as stdout, open("/dev/full", "w") as stderr:
+        for stream in (stdout, stderr):
+            with pytest.raises(OSError, match=r"pipe|space"):
+                os.write(stream.fileno(), b"as it is without us")
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "stderr", stderr)
         show_logs(progress_on_stdout=True)
         logging.getLogger("charlstm.train").warning("lost" * 10_000)
         print("lost", file=sys.stderr)
         assert train(small_config(book_path, num_steps=2), tmp_path / "run")
         sys.stdout.close()
         sys.stderr.close()  # as Python does at its end
+    os.close(writer)
     assert steps_in(epath.Path(tmp_path / "run" / "checkpoints")) == [2]
 
 
@@ -202,3 +204,22 @@ def test_the_bar_stays_on_the_terminal_where_stdout_is_a_file(terminal, capsys):
     # What goes through a pipe to the same terminal finds an empty line.
     assert screen(read())[0] == [""]
     bar.stop()
+
+
+@pytest.mark.parametrize(
+    ("interpreter", "program", "wanted"),
+    [
+        (".venv/bin/python", "launch/train.py", ".venv/bin/python launch/sample.py"),
+        ("/usr/bin/python3", "{root}/launch/plan.py", "/usr/bin/python3 {root}/launch/sample.py"),
+        ("python", "train.py", "python sample.py"),
+        ("pytest", "notebook.py", "python launch/sample.py"),
+    ],
+)
+def test_a_command_starts_a_launcher_as_this_process_was_started(
+    interpreter, program, wanted, monkeypatch
+):
+    monkeypatch.chdir(ROOT / "launch" if program == "train.py" else ROOT)
+    monkeypatch.setattr(sys, "argv", [program.format(root=ROOT), "--x=1"])
+    monkeypatch.setattr(sys, "orig_argv", [interpreter, "-X", "dev", *sys.argv])
+    command = launcher_command("sample", "--workdir=a b")
+    assert command == f"{wanted.format(root=ROOT)} '--workdir=a b'"

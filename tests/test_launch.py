@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -61,7 +62,7 @@ def test_training_prints_on_stdout_what_it_reads_does_and_how_to_go_on(trained, 
         "validation",
         "sample at step 30",
         "best validation",
-        "python launch/sample.py --workdir=runs/tiny-book",
+        shlex.join(command_of("sample", "--workdir=runs/tiny-book")),
     ):
         assert expected in result.stdout
 
