@@ -275,7 +275,7 @@ def test_each_file_ends_a_document_and_so_does_the_separator(folder):
 
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_a_compressed_file_is_read_in_pieces_however_much_it_holds(tmp_path, ending):
-    raw = os.urandom(1_100_000).hex().encode()
+    raw = os.urandom(1_500_000).hex().encode()
     (tmp_path / f"a{ending}").write_bytes(COMPRESS[ending](raw))
     [file] = find_source(str(tmp_path / f"a{ending}")).files
     blocks = list(read_blocks(file))
