@@ -252,6 +252,7 @@ def without_warning(beginning: str) -> Iterator[None]:
         absl.removeFilter(is_other)
 
 
+@jax.transfer_guard("allow")
 def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharLSTM, Any]:
     """Return the run in `workdir`, its model, and the params of its 'best' or 'latest' state.
 

@@ -129,19 +129,34 @@ def check_readable(folder: epath.Path) -> None:
                 refuse(error)
 
 
-def refuse_links(folder: epath.Path) -> None:
-    """Raise UserError if a link in `folder` leads out of it: a stranger's could lead anywhere."""
+def refuse_links(folder: epath.Path, allowed: str = "checkpoints") -> None:
+    """Raise UserError if a link in `folder` leads out of it: a stranger's could lead anywhere.
+
+    The entry `allowed` may be this user's own link to a folder, such as one on a larger disk. Files
+    of a run are only read as data, so that a link which a stranger planted reveals nothing.
+    """
     if not is_local(folder):
         return
     home = os.path.realpath(folder)
-    for parent, folders, files in os.walk(home):
-        for name in folders + files:
-            path = os.path.join(parent, name)
-            if os.path.islink(path) and not os.path.realpath(path).startswith(home + os.sep):
-                raise UserError(
-                    f"{path}: a link to {os.path.realpath(path)}, out of the run folder; "
-                    "put what it leads to in its place"
-                )
+    own = os.path.join(home, allowed)
+    roots = [home]
+    user = getattr(os, "geteuid", lambda: 0)()  # Windows has none
+    if os.path.isdir(own) and os.path.islink(own) and os.lstat(own).st_uid == user:
+        roots.append(os.path.realpath(own))
+    for root in roots:
+        for parent, folders, files in os.walk(root):
+            for name in folders + files:
+                path = os.path.join(parent, name)
+                target = os.path.realpath(path)
+                if (
+                    os.path.islink(path)
+                    and target not in roots
+                    and not target.startswith(root + os.sep)
+                ):
+                    raise UserError(
+                        f"{path}: a link to {target}, out of the run folder; put what it leads to "
+                        "in its place"
+                    )
 
 
 def is_link(path: epath.Path) -> bool:

@@ -41,6 +41,7 @@ MAX_RETREATS = 3
 RETREAT_SCALE = 0.5
 
 
+@jax.transfer_guard("allow")  # batches and settings come from the host at every step
 def train(
     config: ConfigDict,
     workdir: epath.PathLike,

@@ -423,12 +423,12 @@ DAMAGES = {
         ),
         "vocab.json: a link to /etc/hostname, out of the run folder",
     ),
-    "the checkpoints lead out": (
+    "a checkpoint leads out": (
         lambda run: (
-            (run / "checkpoints").rename(run.parent / "elsewhere"),
-            (run / "checkpoints").symlink_to(run.parent / "elsewhere"),
+            (run / "checkpoints" / "4").rename(run.parent / "elsewhere"),
+            (run / "checkpoints" / "4").symlink_to(run.parent / "elsewhere"),
         ),
-        "checkpoints: a link to|out of the run folder",
+        "checkpoints/4: a link to|out of the run folder",
     ),
     "there is no checkpoint": (
         lambda run: shutil.rmtree(run / "checkpoints"),

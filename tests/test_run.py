@@ -9,7 +9,7 @@ from test_train import small_config, stop_after
 
 from charlstm.errors import UserError
 from charlstm.job import prepare
-from charlstm.run import write_run
+from charlstm.run import load_run, write_run
 from charlstm.train import train
 
 OWN_NAMES = [
@@ -77,10 +77,21 @@ def test_a_run_that_another_process_has_begun_meanwhile_is_not_replaced(book_pat
     assert contents(tmp_path / "run") == before
 
 
-def test_an_empty_folder_for_checkpoints_on_another_disk_is_used(book_path, tmp_path):
+def test_checkpoints_may_lie_on_another_disk(book_path, tmp_path, monkeypatch):
     for name in ("scratch", "run"):
         (tmp_path / name).mkdir()
     os.symlink(tmp_path / "scratch", tmp_path / "run" / "checkpoints")
-    config = small_config(book_path, checkpoint_every_steps=1)
+    config = small_config(book_path, num_steps=4, checkpoint_every_steps=1)
     assert not train(config, tmp_path / "run", should_stop=stop_after(3))
     assert list((tmp_path / "scratch").glob("*/state"))
+    assert train(config, tmp_path / "run")
+    assert (tmp_path / "scratch" / "4").exists()
+    load_run(epath.Path(tmp_path / "run"))
+    # But not where somebody else has put them, and not by a link further inside.
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    with pytest.raises(UserError, match=r"checkpoints: a link to .*scratch, out of the run folder"):
+        load_run(epath.Path(tmp_path / "run"))
+    monkeypatch.undo()
+    (tmp_path / "scratch" / "4" / "state" / "d" / "0").symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match=r"scratch/4/state/d/0: a link to /etc/hostname, out of"):
+        load_run(epath.Path(tmp_path / "run"))

@@ -159,6 +159,12 @@ def test_the_kind_of_random_keys_is_the_runs_whatever_is_jaxs_default(book_path,
         assert json.loads((whole / "config.json").read_text())["prng_impl"] == default
 
 
+def test_a_run_moves_its_arrays_whatever_guard_there_is(book_path, tmp_path):
+    with jax.transfer_guard("disallow"):
+        assert train(small_config(book_path, num_steps=2, eval_every_steps=1), tmp_path / "run")
+        load_model(tmp_path / "run")
+
+
 def test_a_finished_run_is_left_alone(finished):
     config, workdir = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
