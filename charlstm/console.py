@@ -20,6 +20,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -185,13 +186,36 @@ def status(text: str) -> Iterator[None]:
         line.stop()
 
 
+@contextmanager
+def reading_bar(text: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar within the block; yield advance(number of bytes that have been read)."""
+    columns = TextColumn(text), _wide_bar(), TaskProgressColumn(), TimeRemainingColumn()
+    progress = Progress(*columns, expand=True)
+    task = progress.add_task("", total=num_bytes)
+    line = LastLine(lambda width: progress.get_renderable())
+
+    def advance(count: int) -> None:
+        progress.advance(task, count)
+        line.draw(is_urgent=False)
+
+    line.start()
+    try:
+        yield advance
+    finally:
+        line.stop()
+
+
+def _wide_bar() -> BarColumn:
+    return BarColumn(bar_width=None, table_column=Column(ratio=1))
+
+
 class TrainingBar:
     """A progress bar with the steps, the time left and, as far as there is room, the figures."""
 
     def __init__(self, num_steps: int, step: int, is_hidden: bool = False):
         self._line = LastLine(self._render, is_hidden)
         self._progress = Progress(
-            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            _wide_bar(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),

@@ -28,6 +28,7 @@ from etils import epath
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
+from charlstm.console import reading_bar
 from charlstm.encoding import decode
 from charlstm.errors import DamagedError, RunError, UserError
 from charlstm.files import read_json, write_file
@@ -213,15 +214,9 @@ def told(what: str, source: Source) -> Iterator[Callable[[int], Any]]:
     if source.num_bytes <= SMALL_BYTES:
         yield lambda count: None
         return
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
-    is_shown, begin = console.is_terminal, time.perf_counter()
-    with Progress(*columns, console=console, transient=True, disable=not is_shown) as progress:
-        task = progress.add_task(what, total=source.num_bytes)
-        yield lambda count: progress.advance(task, count)
+    begin = time.perf_counter()
+    with reading_bar(what, source.num_bytes) as advance:
+        yield advance
     seconds, megabytes = time.perf_counter() - begin, source.num_bytes / 1e6
     speed = megabytes / seconds
     logger.info("%s: %s MB in %.1f s, %.0f MB/s", what, f"{megabytes:,.0f}", seconds, speed)

@@ -34,6 +34,7 @@ import logging
 import math
 import platform
 import re
+import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,9 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"--out={out}: {error.strerror}; name a folder") from None
     # Whoever reads the tables in a file or through a pipe has no width to tell.
-    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False, markup=False)
+    is_terminal = sys.stdout.isatty()  # whatever FORCE_COLOR says
+    width = shutil.get_terminal_size().columns if is_terminal else 110
+    console = Console(force_terminal=is_terminal, width=width, highlight=False, markup=False)
     report = describe_machine(peers) | {"settings": settings._asdict()}
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     for line in (f"{report['cpu']}, {report['cpus']} CPUs, {report['platform']}", versions):

@@ -18,6 +18,7 @@ from charlstm.console import (
     TrainingBar,
     best_effort,
     launcher_command,
+    reading_bar,
     show_logs,
     status,
 )
@@ -156,6 +157,21 @@ def test_a_bar_fits_the_terminal_and_always_has_the_steps_and_the_time_left(
     assert ("loss 3.250, 4.690 bits/char, 6,680 chars/s" in lines[2]) == (columns >= 80)
     bar.stop()
     assert screen(read())[0] == [""]
+
+
+@pytest.mark.parametrize("columns", [40, 120])
+def test_reading_a_large_text_shows_how_much_is_read(columns, terminal):
+    open_terminal, read = terminal
+    open_terminal(columns, "stderr")
+    with status("reading the text"), reading_bar("counting characters", 4000) as advance:
+        advance(1000)
+    lines, drawn = screen(read())
+    assert lines == [""]
+    first, *bars = [line for line in drawn if line]
+    assert first == "reading the text"
+    for line, share in zip(bars, ("0%", "25%"), strict=True):
+        assert columns - 5 <= len(line) <= columns
+        assert re.search(rf"^counting characters .* {share} ", line)
 
 
 def test_lines_and_the_last_line_of_a_terminal_keep_apart(terminal):

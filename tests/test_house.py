@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "text": "checks errors gutenberg",
     "find": "errors files paths",
     "source": "encoding errors files find paths",
-    "corpus": "encoding errors files find paths source text",
+    "corpus": "console encoding errors files find paths source text",
     "checks": "",
     "keys": "",
     "data": "checks errors text",
