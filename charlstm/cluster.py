@@ -4,24 +4,25 @@ Every function is to be called by all processes alike. Where there is one proces
 """
 
 import ctypes
+import importlib.util
 import logging
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from charlstm.errors import RunError, UserError, one_line
+from charlstm.errors import RunError, UserError, one_line, printable
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,40 @@ WATCH_SECONDS = 3.0
 # alone, in which case they wait for it.
 DONE_SECONDS = 60.0
 FAILED_SECONDS = 3.0
+
+
+class Cluster(NamedTuple):
+    """The processes that may train one run."""
+
+    name: str
+    num_processes: int | None  # None: JAX finds out
+    is_certain: bool = True  # otherwise there may be one, and JAX has to look
+
+
+def find_cluster(variables: Mapping[str, str]) -> Cluster | None:
+    """Return the cluster that JAX would join by itself, by the `variables` of the environment."""
+
+    def count(name: str) -> int | None:
+        return int(word) if (word := variables.get(name, "")).isdecimal() else None
+
+    slurm = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
+    if "JAX_COORDINATOR_ADDRESS" in variables:
+        return Cluster("JAX_COORDINATOR_ADDRESS", None)
+    if "OMPI_MCA_orte_hnp_uri" in variables:
+        return Cluster("Open MPI", count("OMPI_COMM_WORLD_SIZE"))
+    if all(f"SLURM_{name}" in variables for name in slurm):
+        return Cluster("Slurm", count("SLURM_NTASKS"))
+    # Any pod has the first variable; JAX joins the pods of an indexed Job only.
+    if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= variables.keys():
+        if importlib.util.find_spec("kubernetes"):
+            return Cluster("Kubernetes", None)
+        logger.warning(
+            "the pods of a Kubernetes Job can train together, but the package kubernetes is not "
+            "installed: this process trains alone; to join the others: pip install kubernetes"
+        )
+    if importlib.util.find_spec("libtpu"):
+        return Cluster("Cloud TPU", None, is_certain=False)
+    return None
 
 
 @contextmanager
@@ -57,26 +92,11 @@ def joined(
     if num_processes == 1:
         yield
         return
-    who = "this process" if process_id is None else f"process {process_id}"
-    where = f"--coordinator={coordinator}" if coordinator else "the cluster"
-    remedy = (
-        "start all of them, process 0 on the coordinator's host, with the same --coordinator and "
-        "--num_processes, and a --process_id of its own for each; the port must be free there; "
-        "--num_processes=1 trains alone"
-    )
-    # Where a process is missing the runtime aborts, with pages of its own; this comes before.
-    waited = f"{where}: {who} has waited {timeout} s for all processes to meet; {remedy}"
-    alarm = threading.Timer(timeout, end_at_once, [waited])
-    alarm.daemon = True
-    alarm.start()
-    try:
-        with only_python_writes("stderr"), aborts_told(f"{where}: {who} could not join; {remedy}"):
-            found = _initialize(coordinator, num_processes, process_id, timeout + 60)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: {who} could not join ({one_line(error)}); {remedy}") from error
-    finally:
-        alarm.cancel()
-    if not found or not is_shared():
+    if coordinator is None:
+        found = find_cluster(os.environ)
+    else:
+        found = Cluster(f"--coordinator={coordinator}", num_processes)
+    if found is None or not _join(found, coordinator, process_id, timeout) or not is_shared():
         yield
         return
     watch = Watch()
@@ -96,25 +116,50 @@ def joined(
         watch.leave(DONE_SECONDS)
 
 
-def _initialize(
-    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
-) -> bool:
-    """Join a cluster; return whether there is one."""
+def _join(cluster: Cluster, coordinator: str | None, process_id: int | None, timeout: int) -> bool:
+    """Join a cluster; return whether there is one.
+
+    Raises:
+      UserError: if that fails.
+    """
+    who = "this process" if process_id is None else f"process {process_id}"
+    if cluster.num_processes != 1 and cluster.is_certain:
+        number = cluster.num_processes or "all"
+        logger.info("%s: %s waits for %s processes to meet", cluster.name, who, number)
+    remedy = (
+        "start all of them, process 0 on the coordinator's host, with the same --coordinator and "
+        "--num_processes, and a --process_id of its own for each; the port must be free there; "
+        "--num_processes=1 trains alone"
+    )
+    failed = f"{cluster.name}: {who} could not join"
+    # Where a process is missing the runtime aborts, with pages of its own; this comes before.
+    waited = f"{cluster.name}: {who} has waited {timeout} s for all processes to meet; {remedy}"
+    alarm = threading.Timer(timeout, end_at_once, [waited])
+    alarm.daemon = True
+    alarm.start()
     # Otherwise the runtime would abort a process that has lost another, before the watch tells.
     jax.config.update("jax_enable_recoverability", True)
     try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            initialization_timeout=timeout,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )
-    except ValueError as error:
-        # The one that tells that JAX has found no cluster; others tell of a broken one.
-        if "coordinator_address should be defined" not in str(error):
-            raise
-        return False
+        with (
+            only_python_writes("stderr"),
+            aborts_told(f"{failed}; {remedy}"),
+            warnings.catch_warnings(),
+        ):
+            # Processes that flags name need no package to be found.
+            warnings.filterwarnings("ignore", message="Kubernetes environment detected")
+            jax.distributed.initialize(
+                coordinator,
+                cluster.num_processes if coordinator else None,
+                process_id,
+                initialization_timeout=timeout + 60,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, ValueError) and not cluster.is_certain:
+            return False
+        raise UserError(f"{failed} ({one_line(error)}); {remedy}") from error
+    finally:
+        alarm.cancel()
     return True
 
 
@@ -202,8 +247,13 @@ def gather(value: Any) -> np.ndarray:
 
 
 def client() -> Any:
-    """Return this process's line to the others, of which JAX makes nothing public."""
-    return distributed.global_state.client
+    """Return JAX's client of its distributed runtime, None if this version hides it elsewhere."""
+    try:
+        from jax._src import distributed
+
+        return distributed.global_state.client
+    except (ImportError, AttributeError):
+        return None
 
 
 class Watch:
@@ -218,6 +268,12 @@ class Watch:
 
     def start(self) -> None:
         """Watch the processes that are there now."""
+        if client() is None:
+            logger.warning(
+                "with this version of JAX a process that dies is not noticed: the others wait "
+                "for it until you stop them"
+            )
+            return
         threading.Thread(target=self._run, daemon=True).start()
 
     def leave(self, seconds: float) -> None:
@@ -268,7 +324,15 @@ def aborts_told(message: str) -> Iterator[None]:
     signal_type = ctypes.CFUNCTYPE(None, ctypes.c_int)
     set_handler = ctypes.CDLL(None).signal
     set_handler.argtypes, set_handler.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    handler = signal_type(lambda number: end_at_once(message))
+    # Without locks, which the interrupted thread may hold: neither logging nor print.
+    line = f"error: {printable(message)}\n".encode()
+    stderr = sys.stderr.fileno()
+
+    def write_and_exit(number: int) -> None:
+        os.write(stderr, line)
+        os._exit(RunError.exit_code)
+
+    handler = signal_type(write_and_exit)
     before = set_handler(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
     try:
         yield

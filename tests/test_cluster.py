@@ -1,5 +1,6 @@
 """Several processes as one run, for real: two on this machine, over loopback, with Gloo."""
 
+import logging
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import pytest
 from etils import epath
 from launching import NOISE, command_of, train_on
 
+from charlstm import cluster
 from charlstm.checkpoint import load_model, steps_in
 from charlstm.log import read_records
 
@@ -90,8 +92,9 @@ class Processes:
             time.sleep(0.05)
 
     def said(self, index):
-        """Return what one process has told."""
-        return self.errors[index].read_text()
+        """Return what one process has printed once it has met the others."""
+        lines = self.errors[index].read_text().splitlines(keepends=True)
+        return "".join(line for line in lines if "processes to meet\n" not in line)
 
 
 def series(workdir, name):
@@ -106,6 +109,54 @@ def assert_same_run(workdir, reference):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
     ours, theirs = (load_model(folder, "latest")[2] for folder in (workdir, reference))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), ours, theirs)
+
+
+SLURM = by_slurm(1, 2, 0)[1]
+OPEN_MPI = by_open_mpi(1, 2, 0)[1]
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+INDEXED_JOB = POD | {"JOB_COMPLETION_INDEX": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "packages", "found"),
+    [
+        ({}, (), None),
+        (SLURM, (), ("Slurm", 2, True)),
+        (SLURM | {"SLURM_NTASKS": ""}, (), ("Slurm", None, True)),
+        ({k: v for k, v in SLURM.items() if k != "SLURM_PROCID"}, (), None),  # in salloc's shell
+        (OPEN_MPI, (), ("Open MPI", 2, True)),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, (), ("JAX_COORDINATOR_ADDRESS", None, True)),
+        (POD, ("kubernetes",), None),
+        (INDEXED_JOB, ("kubernetes",), ("Kubernetes", None, True)),
+        (INDEXED_JOB, (), None),
+        ({}, ("libtpu",), ("Cloud TPU", None, False)),
+    ],
+)
+def test_the_environment_says_which_cluster_there_is(
+    variables, packages, found, monkeypatch, caplog
+):
+    monkeypatch.setattr(logging.getLogger("charlstm"), "propagate", True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in packages or None)
+    assert cluster.find_cluster(variables) == found
+    # In a pod a package is missed only where it would find other processes.
+    is_missed = variables == INDEXED_JOB and not packages
+    assert ("pip install kubernetes" in caplog.text) == is_missed
+
+
+def test_a_pod_trains_alone_without_a_word(monkeypatch, recwarn, caplog):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    with cluster.joined(None, None, None, 3):
+        assert not cluster.is_shared()
+    assert not recwarn.list
+    assert caplog.text == ""
+
+
+def test_a_jax_that_hides_its_client_is_told_of(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("charlstm"), "propagate", True)
+    monkeypatch.delattr("jax._src.distributed.global_state")
+    assert cluster.client() is None
+    cluster.Watch().start()
+    assert "a process that dies is not noticed" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +257,8 @@ def test_processes_that_are_too_few_wait_no_longer_than_they_are_told(reference)
     codes = run.wait()
     assert codes[0] == codes[2] == 1
     for index in (0, 2):
+        said_at_once = run.errors[index].read_text().splitlines()[0]
+        assert f"process {index} waits for 3 processes to meet" in said_at_once
         [line] = run.said(index).splitlines()
         assert f"process {index} has waited 3 s for all processes to meet" in line
         assert "--coordinator=127.0.0.1:" in line

@@ -146,6 +146,14 @@ def test_the_launchers_do_have_flags():
     assert {"absl.flags", "ml_collections.config_flags"} <= names
 
 
+@each(PACKAGE + LAUNCH)
+def test_nothing_private_of_jax_is_imported_when_a_module_is(path):
+    imports = [node for node in tree_of(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in imports for alias in node.names}
+    names |= {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
+    assert not {name for name in names if name.startswith("jax._")}
+
+
 # --- settings ---
 
 
