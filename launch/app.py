@@ -30,6 +30,7 @@ REPOSITORY = Path(early.REPOSITORY)
 DEFAULT_CONFIG = REPOSITORY / "configs" / "default.py"
 GIVEN_FLAGS = tuple(sys.argv[1:])  # before they are put into their normal form
 DEBUG = flags.DEFINE_boolean("debug", False, "show where in the code a mistake was noticed")
+MAX_MINUTES = 365 * 24 * 60
 _CONFIG_FLAG = re.compile(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", re.DOTALL)
 
 
@@ -131,6 +132,12 @@ def checked_config(holder: flags.FlagHolder) -> ConfigDict:
         raise _config_error(path, error) from error
     validate(config)
     return config
+
+
+def check_minutes(minutes: float | None) -> None:
+    """Raise UserError if --minutes is given and no time from 0 to a year."""
+    if minutes is not None and not 0 < minutes <= MAX_MINUTES:
+        raise UserError(f"--minutes={minutes}: must be a number above 0, at most {MAX_MINUTES:,}")
 
 
 def parse_setting(key: str, word: str) -> Any:

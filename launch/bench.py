@@ -31,7 +31,6 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import math
 import platform
 import re
 import shutil
@@ -74,10 +73,11 @@ QUICK_FLAG = flags.DEFINE_boolean("quick", False, "small shapes and few repeats"
 
 def parse_settings() -> Settings:
     """Return what the flags ask for, checked."""
+    app.check_minutes(MINUTES.value)
     given: dict[str, Any] = {
         "shapes": SHAPES.value and tuple(parse_shape("shapes", word) for word in SHAPES.value),
         "base": BASE.value and parse_shape("base", BASE.value),
-        "minutes": parse_minutes(),
+        "minutes": MINUTES.value,
         "text": TEXT.value and find_source(TEXT.value, remedy="give --text=FILE").path,
         "texts": TEXTS.value and tuple(parse_count("texts", word) for word in TEXTS.value),
     }
@@ -101,14 +101,6 @@ def parse_count(flag: str, word: str) -> int:
     if not re.fullmatch(r"[1-9]\d*", word.strip()):
         raise UserError(f"--{flag}={word}: must be whole numbers above 0, such as 1,64")
     return int(word)
-
-
-def parse_minutes() -> float | None:
-    """Return the number that --minutes gives, None if it is not given."""
-    minutes = MINUTES.value
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise UserError(f"--minutes={minutes:g}: must be a number above 0")
-    return minutes
 
 
 def parse_sections() -> list[str]:

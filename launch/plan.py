@@ -20,7 +20,6 @@ import app  # first, since it handles signals
 # isort: split
 import json
 import logging
-import math
 import re
 from typing import Any
 
@@ -38,7 +37,7 @@ CHIPS = flags.DEFINE_string(
     "chips", "", f"NAME:NUMBER of chips to put on paper; names: {', '.join(cost.CHIPS)}"
 )
 SECONDS = flags.DEFINE_float(
-    "seconds", 6.0, "how long to time steps; 0: count on paper only", lower_bound=0.0
+    "seconds", 6.0, "how long to time steps; 0: count on paper only", 0.0, 3600.0
 )
 JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
 
@@ -62,8 +61,7 @@ def parse_chips(word: str, batch_size: int) -> tuple[cost.Chip, int] | None:
 
 def check_minutes(minutes: float | None, seconds: float) -> None:
     """Raise UserError for a time that is none, or is not to be timed."""
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise UserError(f"--minutes={minutes}: must be a number above 0")
+    app.check_minutes(minutes)
     if minutes and not seconds:
         raise UserError("--seconds=0: --minutes has to time steps; leave --seconds out")
 

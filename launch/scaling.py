@@ -40,6 +40,7 @@ OUT = flags.DEFINE(
 )
 
 MAX_CHIPS = 1024
+MAX_DEVICES = 64  # of the case's 64 rows each has one
 STEPS = 7  # on virtual devices, of which the median is taken
 
 
@@ -48,9 +49,16 @@ def powers_of_two(most: int) -> list[int]:
     return [2**power for power in range(most.bit_length())]
 
 
+def check_devices(number: int) -> None:
+    """Raise UserError unless the case's rows can be shared out evenly, as a power of two can."""
+    if number & (number - 1) or number > MAX_DEVICES:
+        raise UserError(f"--devices={number}: must be a power of two up to {MAX_DEVICES}")
+
+
 def main() -> None:
     """Measure and draw."""
     config = app.checked_config(CONFIG)
+    check_devices(DEVICES.value)
     out = Path(OUT.value)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -62,7 +70,7 @@ def main() -> None:
     import scaling_picture
     from scaling_devices import Case, scale
 
-    case = Case(batch_size=64, seq_len=32, hidden_size=128, vocab_size=96, num_layers=1)
+    case = Case(batch_size=MAX_DEVICES, seq_len=32, hidden_size=128, vocab_size=96, num_layers=1)
     counts = powers_of_two(DEVICES.value)
     report: dict[str, Any] = {"virtual": {}, "paper": {}}
     for name, rows_each in (("strong", None), ("weak", 8)):
