@@ -53,8 +53,9 @@ LOCAL_PATH, ANY_PATH = PathParser(local_path), PathParser(given_path)
 def define_config(default: Path = DEFAULT_CONFIG) -> flags.FlagHolder:
     """Define --config and --config.KEY=VALUE, once the command line's are known to be sound."""
     try:
-        sys.argv = _normalise(sys.argv)
-    except UserError as error:
+        words = flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
+        sys.argv = _normalise([*sys.argv[:1], *words])
+    except (flags.Error, UserError) as error:
         sys.exit(_fail(error))
     return config_flags.DEFINE_config_file(
         "config",

@@ -104,6 +104,8 @@ COMMAND_LINE = [
     ("train", "--config.sample.method=beam", "must be carry or window"),
     ("train", "--wrokdir=x", "wrokdir|workdir"),
     ("train", "--workdir", "workdir"),
+    ("train", "--flagfile=flags.txt", "config.batch_size=0: must be a whole number from 1"),
+    ("train", "--flagfile=none.txt", "none.txt"),
     ("train", "tiny", "tiny: not a flag|--help"),
     ("train", "--config.data.path=https://x/y.txt", "https://x/y.txt: https:// is not supported"),
     ("train", "--workdir=file:///x", "file:///x: give the path without file://"),
@@ -169,6 +171,7 @@ COMMAND_LINE = [
     ("train", "--config=wrong.py", "config.batch_size=|must be of type int"),
 ]
 CONFIG_FILES = {
+    "flags.txt": "--config=tiny\n# One flag a line.\n--config.batch_size=0\n",
     "broken.py": "def get_config(:\n",
     "empty.py": "",
     "unknown.py": "from charlstm.config import base_config\n\ndef get_config():\n"
