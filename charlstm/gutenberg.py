@@ -20,7 +20,7 @@ _MARKS = re.compile(
     rf"|^(?:\*{{3}}[ \t]{{0,9}})?{_END}[^\n]{{0,300}})"
     # The first line of a header.
     r"|(?P<header>^[* \t]{0,20}(?:THE |THIS )?PROJECT GUTENBERG(?:['\u2019]S)? "
-    r"(?:E-?BOOK|E-?TEXT|EDITION)S?(?:,| OF)\b"
+    r"(?:E-?BOOK|E-?TEXT|EDITION)S?(?:,| OF )"
     r"|^PROJECT GUTENBERG['\u2019]S [^\n]{1,200}, BY )"
     # The last line of a licence.
     r"|(?P<licence>SUBSCRIBE\s{1,9}TO\s{1,9}OUR\s{1,9}EMAIL\s{1,9}NEWSLETTER\s{1,9}TO\s{1,9}HEAR"
@@ -124,7 +124,7 @@ def _classify(tokens: Iterable[tuple[str, str]]) -> Iterator[tuple[bool, str]]:
             yield is_in_book, held
             yield False, text
             place, held, is_in_book = "footer", "", False
-        elif kind == "licence" and place == "footer":
+        elif kind == "licence" and (place == "footer" or (place == "between" and held.isspace())):
             yield False, held + text
             place, held = "between", ""
         elif kind == "header" and place != "header":

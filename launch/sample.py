@@ -5,10 +5,12 @@
 With --adapt_to=FILE the model first reads that text and learns from it, and writes as it then is;
 the run folder stays as it was.
 
-The text, after the prompt where one is given, goes to stdout and nothing else does. A run that was
-trained on documents begins a new one where no prompt is given, and stops at its end. Several texts
-are parted by a form feed. On a terminal control characters appear as escapes such as \\x1b, unless
---raw is given. Whatever is not given is as in the run's own config.sample.
+A prompt is cleaned as the run's text was: its line ends become newlines, and config.data says the
+rest, such as lower case. The text, after the prompt where one is given, goes to stdout and nothing
+else does. A run that was trained on documents begins a new one where no prompt is given, and stops
+at its end. Several texts are parted by a form feed. On a terminal control characters appear as
+escapes such as \\x1b, unless --raw is given. Whatever is not given is as in the run's own
+config.sample.
 
 With --check the text is compared with the part of the run's text that it learnt from, and stderr
 tells how many of its words stand there, and how much of it is copied. A word is a run of letters

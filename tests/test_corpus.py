@@ -273,6 +273,11 @@ def test_each_file_ends_a_document_and_so_does_the_separator(folder):
     assert text == f"First. {END}Second. {END}Or 2nd. {END}Third. {END}"
 
 
+def test_a_separator_may_have_the_line_ends_of_its_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"One.\r\n%\r\nTwo.\r\n")
+    assert read(tmp_path / "a.txt", document_separator="\r\n%\r\n") == f"One.{END}Two.\n{END}"
+
+
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_a_compressed_file_is_read_in_pieces_however_much_it_holds(tmp_path, ending):
     raw = os.urandom(1_500_000).hex().encode()

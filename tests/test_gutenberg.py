@@ -32,11 +32,12 @@ OTHER_HEADER = HEADER.replace(
     "The Project Gutenberg eBook of Dracula", "Project Gutenberg's Dracula, by Bram Stoker"
 )
 # Those that show where they begin or end, so that other text may stand beside them.
-CLEAR_HEADERS = [HEADER, OLD_HEADER, OTHER_HEADER]
+CLEAR_HEADERS = [HEADER, OLD_HEADER, OTHER_HEADER, HEADER.replace("eBook of", "EBook,")]
 CLEAR_FOOTERS = [
     f"{NEW_END}\n\n\n{LICENCE}",
     f"End of the Project Gutenberg EBook of Dracula, by Bram Stoker\n\n{NEW_END}\n{LICENCE}",
     f"{NEW_END}\n{LICENCE[:5000]}\n*** END: FULL LICENSE ***\n",
+    f"{NEW_END}\n{LICENCE}\n\n*** END: FULL LICENSE ***\n",
     f"{NEW_END}\n",
 ]
 HEADERS = [*CLEAR_HEADERS, f"{NEW_START}\n", f"A header.\n{NEW_START}\n"]

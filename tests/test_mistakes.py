@@ -286,7 +286,7 @@ TEXTS = [
         "needs an NVIDIA GPU|cpu|use fused",
     ),
     ("book.txt --config.model.hidden_size=9999999", "hidden_size=9999999|GiB of memory|lower"),
-    ("book.txt --workdir=file", "file: cannot write there|choose another --workdir"),
+    ("book.txt --workdir=file", "file: cannot be read (Not a directory)|choose another --workdir"),
     ("book.txt --workdir=file/run", "file/run: cannot write there|choose another --workdir"),
 ]
 
