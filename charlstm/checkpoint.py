@@ -1,13 +1,11 @@
 """The states of a run on disk, by Orbax: the two latest and the best, each leaf with a checksum."""
 
-import json
 import logging
 import math
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
@@ -18,19 +16,17 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from charlstm import cluster
-from charlstm.devices import whole
-from charlstm.errors import DamagedError, RunError, UserError, one_line
-from charlstm.files import check_readable, is_local, plain_path, read_json
+from charlstm.checksums import by_name, check_types, checksums, damaged, read_notes, seal, type_of
+from charlstm.errors import DamagedError, RunError, UserError
+from charlstm.files import check_readable, is_local, plain_path
 from charlstm.model import CharLSTM, model_from_config
 from charlstm.optim import averaged_params, make_optimizer, make_schedule
+from charlstm.orbax_calls import OrbaxError, call_orbax, without_warning
 from charlstm.paths import given_path
 from charlstm.run import Run, load_run
 from charlstm.steps import TrainState, init_state
 
 logger = logging.getLogger(__name__)
-
-# What was noted beside a state before schema 2, without checksums.
-UNSEALED = {"seconds", "since_log", "since_eval"}
 
 # What the name of a damaged checkpoint begins with, before its step.
 ASIDE = "damaged-"
@@ -111,20 +107,24 @@ class Checkpoints:
             "notes": notes,
             "loss": loss,
             "crc32": checksums(state),
-            "types": _by_name(_type_of, state),
+            "types": by_name(type_of, state),
         }
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            notes=ocp.args.JsonSave(sealed | {"seal": _seal(sealed)}),
+            notes=ocp.args.JsonSave(sealed | {"seal": seal(sealed)}),
         )
-        try:
+
+        def replace() -> None:
             self._delete(low=step, high=step)
             metrics = {"loss": math.inf if loss is None else loss}
             self._manager.save(step, args=args, metrics=metrics, force=True)
             self._empty_trash()
-        except Exception as error:  # of many types, as the many layers below see it
+
+        try:
+            call_orbax(replace)
+        except OrbaxError as error:
             raise RunError(
-                f"{self._folder}/{step}: could not be saved ({one_line(error)}); the checkpoint "
+                f"{self._folder}/{step}: could not be saved ({error}); the checkpoint "
                 "before it is kept: make room, or mend the folder, and give the same command again"
             ) from error
 
@@ -141,7 +141,7 @@ class Checkpoints:
         """
         folder = self._folder / str(step)
         sealed = read_notes(folder)
-        _check_types(folder, sealed, like)
+        check_types(folder, sealed, like)
         # Explicit devices, since the state may have been saved on others.
         default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -155,20 +155,20 @@ class Checkpoints:
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, restore_args))
         try:
-            state = self._manager.restore(step, args=args).state
-        except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            raise RunError(f"{folder}: could not be loaded ({one_line(error)})") from error
-        except Exception as error:  # Orbax has six types for damage
+            state = call_orbax(lambda: self._manager.restore(step, args=args).state)
+        except OrbaxError as error:
+            if error.lacks_memory:
+                raise RunError(f"{folder}: could not be loaded ({error})") from error
             check_readable(folder)
-            raise _damaged(folder / "state", one_line(error)) from error
+            raise damaged(folder / "state", str(error)) from error
         # Orbax itself restores other types, and flipped bits, without a word.
-        if _by_name(_type_of, state) != _by_name(_type_of, like):
-            raise _damaged(folder / "state", "it has other types")
+        if by_name(type_of, state) != by_name(type_of, like):
+            raise damaged(folder / "state", "it has other types")
         saved = sealed.get("crc32", {})
         found = checksums(state)
         if differing := [name for name in found if found[name] != saved.get(name, found[name])]:
             reason = f"the checksum of {', '.join(differing)} differs"
-            raise _damaged(folder / "state", reason)
+            raise damaged(folder / "state", reason)
         return state, sealed["notes"]
 
     def restore_newest(
@@ -237,21 +237,6 @@ class Checkpoints:
         (self._folder / str(step)).rename(aside)
 
 
-@contextmanager
-def without_warning(beginning: str) -> Iterator[None]:
-    """Leave out what Orbax logs within the block with this `beginning`."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(beginning)
-
-    absl = logging.getLogger("absl")
-    absl.addFilter(is_other)
-    try:
-        yield
-    finally:
-        absl.removeFilter(is_other)
-
-
 @jax.transfer_guard("allow")
 def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharLSTM, Any]:
     """Return the run in `workdir`, its model, and the params of its 'best' or 'latest' state.
@@ -307,83 +292,6 @@ def steps_in(folder: epath.Path) -> list[int]:
         return []
     names = [path.name for path in folder.iterdir()]
     return sorted(int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name))
-
-
-def read_notes(folder: epath.Path) -> dict[str, Any]:
-    """Return `notes`, `loss` and `crc32` as they were saved with the checkpoint in `folder`.
-
-    Raises:
-      DamagedError: if they are not as they were written.
-    """
-    path, metrics_path = folder / "notes" / "metadata", folder / "metrics" / "metrics"
-    sealed, metrics = read_json(path), read_json(metrics_path)
-    if not isinstance(sealed, dict) or not isinstance(metrics, dict):
-        raise _damaged(path, "not an object")
-    if sealed.keys() == UNSEALED:
-        return {"notes": sealed}
-    if sealed.pop("seal", None) != _seal(sealed):
-        raise _damaged(path, "its checksum differs")
-    kinds = {"notes": dict, "loss": float | None, "crc32": dict, "types": dict | None}
-    if not all(isinstance(sealed.get(name), kind) for name, kind in kinds.items()):
-        raise _damaged(path, "it is no note of a checkpoint")
-    if metrics.get("loss") != (math.inf if sealed["loss"] is None else sealed["loss"]):
-        raise _damaged(metrics_path, f"it has another loss than {path}")
-    return sealed
-
-
-def checksums(state: Any) -> dict[str, int]:
-    """Return a CRC-32 of each leaf's type, shape and content, by its path.
-
-    They are the same however the state lies on devices and processes.
-    """
-    return _by_name(_crc, state)
-
-
-def _by_name(function: Callable[[Any], Any], state: Any) -> dict[str, Any]:
-    """Return what `function` gives for each leaf of `state`, placeholders apart, by its path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    name_of = partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {name_of(path): function(leaf) for path, leaf in leaves if leaf is not ocp.PLACEHOLDER}
-
-
-def _check_types(folder: epath.Path, sealed: dict[str, Any], like: TrainState) -> None:
-    """Raise UserError if the checkpoint in `folder` was saved with other arrays than `like` has."""
-    here = _by_name(_type_of, like)
-    is_part = ocp.PLACEHOLDER in jax.tree.leaves(like)
-    # Schema 7 and earlier note no types.
-    there = sealed.get("types") or {
-        name: here.get(name, "an array") for name in sealed.get("crc32", here)
-    }
-    if is_part:
-        there = {name: kind for name, kind in there.items() if name in here}
-    differing = [
-        f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
-        for name in sorted(there | here)
-        if there.get(name) != here.get(name)
-    ]
-    if differing:
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise UserError(
-            f"{folder}: was saved by another version of charlstm or with other settings of JAX "
-            f"({'; '.join(differing[:3])}{more}); use those that it was saved with"
-        )
-
-
-def _type_of(leaf: Any) -> str:
-    return f"{leaf.dtype}{leaf.shape}"
-
-
-def _crc(leaf: Any) -> int:
-    start = zlib.crc32(_type_of(leaf).encode())
-    return zlib.crc32(whole(leaf).tobytes(), start)
-
-
-def _seal(sealed: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(sealed, sort_keys=True).encode())
-
-
-def _damaged(path: epath.Path, reason: str) -> DamagedError:
-    return DamagedError(f"{path}: missing or damaged ({reason}); bring the file back, or train on")
 
 
 def _finite_loss(metrics: dict[str, float]) -> float:

@@ -13,7 +13,8 @@ from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from charlstm.checkpoint import Checkpoints, checksums, only_params, steps_in
+from charlstm.checkpoint import Checkpoints, only_params, steps_in
+from charlstm.checksums import checksums
 from charlstm.errors import DamagedError, RunError, UserError
 from charlstm.optim import AverageState, averaged_params
 from charlstm.steps import TrainState

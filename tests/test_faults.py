@@ -254,7 +254,7 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_threads_of_the_caller
         "def main():\n"
         "    import jax, optax\n"
         "    from charlstm import CharLSTM, init_state\n"
-        "    from charlstm.checkpoint import checksums\n"
+        "    from charlstm.checksums import checksums\n"
         "    model = CharLSTM(vocab_size=70, hidden_size=256, num_layers=2)\n"
         "    print(checksums(init_state(model, optax.sgd(1.0), jax.random.key(0), 1)))\n"
         "app.run(main)"

@@ -20,7 +20,8 @@ from test_config import config_with
 from test_train import small_config
 
 from charlstm import CharLSTM, zero_carry
-from charlstm.checkpoint import _seal, load_model, read_notes
+from charlstm.checkpoint import load_model
+from charlstm.checksums import read_notes, seal
 from charlstm.config import base_config, flatten, validate
 from charlstm.corpus import open_corpus
 from charlstm.data import Streams, Windows, evaluation_batches, split, training_batches
@@ -210,7 +211,7 @@ def test_any_notes_that_their_author_has_sealed_are_a_clear_line_or_read(folder,
     del sealed["seal"]
     (sealed if name in sealed else sealed["notes"])[name] = value
     try:
-        path.write_text(json.dumps(sealed | {"seal": _seal(sealed)}))
+        path.write_text(json.dumps(sealed | {"seal": seal(sealed)}))
         Notes.from_json(read_notes(checkpoint)["notes"])
         load_model(folder / "run")
     except UserError as error:

@@ -48,14 +48,17 @@ MAY_IMPORT = {
     "run": "config errors files text",
     "cluster": "errors",
     "devices": "data errors steps",
-    "checkpoint": "cluster devices errors files model optim paths run steps",
+    "orbax_calls": "errors",
+    "checksums": "devices errors files steps",
+    "checkpoint": "checksums cluster errors files orbax_calls model optim paths run steps",
     "machine": "cost errors",
     "job": "console corpus data devices errors machine model run source",
     "journal": "checkpoint cluster console errors job log steps",
     "assess": "cluster data devices job keys log model sample steps",
-    "train": "assess baselines checkpoint checks cluster config console corpus cost cudnn curves "
-    "data devices dynamic encoding errors files find fused gutenberg job journal keys log "
-    "machine measure model optim originality paths recurrence run sample source steps text",
+    "train": "assess baselines checkpoint checks checksums cluster config console corpus cost "
+    "cudnn curves data devices dynamic encoding errors files find fused gutenberg job journal keys "
+    "log machine measure model optim orbax_calls originality paths recurrence run sample source "
+    "steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")

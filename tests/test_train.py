@@ -12,7 +12,8 @@ from etils import epath
 
 import charlstm.train as train_module
 from charlstm import journal
-from charlstm.checkpoint import Checkpoints, load_model, read_notes, state_shapes, steps_in
+from charlstm.checkpoint import Checkpoints, load_model, state_shapes, steps_in
+from charlstm.checksums import read_notes
 from charlstm.config import base_config
 from charlstm.data import Streams, evaluation_batches, split
 from charlstm.errors import RunError, UserError
