@@ -9,13 +9,13 @@ from pathlib import Path
 from etils import epath
 
 from charlstm.errors import UserError
+from charlstm.find import ending_of
 
 logger = logging.getLogger("charlstm.launch.folders")
 
 RUNS = Path("runs")
 DRACULA = "pg345"  # the stem of the file that an empty config.data.path downloads
 MANUAL = "python-manual"  # what trains instead where the download fails
-_ENDINGS = re.compile(r"(\.txt)?(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
 _MAX_NAME = 80
 
 
@@ -33,7 +33,9 @@ def text_name(path: str) -> str:
         given = Path(*given.parts[:depth])
     if given.name in ("", ".."):
         given = given.resolve()
-    name = _ENDINGS.sub("", given.name, count=1)
+    name = given.name
+    while ending := ending_of(name):
+        name = name[: -len(ending)]
     return re.sub(r"[^\w.-]+", "-", name)[:_MAX_NAME].strip("-.") or "text"
 
 
