@@ -63,10 +63,12 @@ class BestEffort(io.RawIOBase):
 
 def best_effort(stream: TextIO) -> TextIO:
     """Return a stream to the same file that drops what cannot be written."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream  # a notebook's, whose fileno() is that of the server's log
     try:
         raw = BestEffort(stream.fileno())
-    except (AttributeError, OSError):
-        return stream  # a notebook's, which is no file
+    except io.UnsupportedOperation:
+        return stream  # in memory
     buffer = io.BufferedWriter(raw)
     return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True)
 

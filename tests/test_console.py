@@ -1,4 +1,5 @@
 import fcntl
+import io
 import logging
 import os
 import re
@@ -128,7 +129,12 @@ def test_what_cannot_be_printed_is_dropped_and_training_goes_on(
 
 
 def test_a_stream_that_is_no_file_stays_as_it_is(capsys):
-    assert best_effort(sys.stdout) is sys.stdout
+    class Notebook(io.StringIO):
+        def fileno(self):
+            return 2
+
+    for stream in (sys.stdout, Notebook()):
+        assert best_effort(stream) is stream
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])

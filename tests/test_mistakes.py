@@ -327,7 +327,7 @@ def test_a_refused_run_comes_with_a_command_that_trains_elsewhere(ready, launch,
     # The same flags again, and one more, after interpreter and script.
     command = shlex.split(refusal.stderr)[-len(flags) - 3 :]
     assert command[1].endswith("train.py")
-    assert command[-1] == "--workdir=runs/full-2"
+    assert command[2:] == [*flags, "--workdir=runs/full-2"]
     answer = launch("train", *command[2:], cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     assert (tmp_path / "runs" / "full-2" / "config.json").exists()
