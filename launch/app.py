@@ -7,7 +7,6 @@ import signals
 import difflib
 import os
 import re
-import shlex
 import signal
 import sys
 import traceback
@@ -158,9 +157,16 @@ def parse_setting(key: str, word: str) -> Any:
         raise UserError(f"config.{key}={word}: must be {names[wanted]}") from None
 
 
-def train_command(settings: dict[str, Any]) -> str:
-    """Return the command of train.py for `settings`, beside the flags that were given here."""
-    words = ["python", "launch/train.py"]
+def train_command(holder: flags.FlagHolder, settings: dict[str, Any]) -> str:
+    """Return a command of train.py for `settings` and the config flags given here.
+
+    It trains in a folder that does not exist.
+    """
+    import folders
+
+    from charlstm.console import launcher_command
+
+    words = []
     for word in sys.argv[1:]:
         name, _, value = word.partition("=")
         if name == "--config":
@@ -169,7 +175,9 @@ def train_command(settings: dict[str, Any]) -> str:
         elif name.startswith("--config.") and name.removeprefix("--config.") not in settings:
             words.append(word)
     words += [f"--config.{key}={value}" for key, value in settings.items()]
-    return shlex.join(words)
+    path = settings.get("data.path", holder.value.data.path)
+    workdir = folders.free_workdir(folders.default_workdir(config_name(holder), path))
+    return launcher_command("train", *words, f"--workdir={workdir}")
 
 
 def _config_error(path: str, error: Exception) -> UserError:

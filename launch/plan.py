@@ -76,7 +76,7 @@ def main() -> int:
     settings: dict[str, Any] = {}
     if MINUTES.value:
         about, settings = plan_make.propose(config, 60 * MINUTES.value, SECONDS.value)
-        about["command"] = app.train_command(settings)
+        about["command"] = app.train_command(CONFIG, settings)
     else:
         about = plan_make.describe(config, SECONDS.value)
     if chips:

@@ -110,7 +110,9 @@ def show(trials: Sequence[Trial], rows: dict[str, dict[str, str]]) -> int:
     best = scores[0]
     if not best.num_failed:
         settings = dict(zip(keys, best.values, strict=True))
-        print(f"best: {app.train_command(settings)}")
+        if TEXTS.value:
+            settings["data.path"] = TEXTS.value[0]
+        print(f"best: {app.train_command(CONFIG, settings)}")
     return int(any(score.num_failed for score in scores))
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from launching import run_command
+from launching import command_of, run_command
 
 from charlstm.config import base_config, check_key, validate
 
@@ -29,7 +29,7 @@ def test_a_plan_tells_what_a_run_takes_and_writes_nothing(book_path):
     result = plan(book_path, "--config=tiny", "--json", "--chips=v5e:4")
     assert result.returncode == 0, result.stderr
     about = json.loads(result.stdout)
-    assert list(book_path.parent.iterdir()) == [book_path]
+    assert {path.name for path in book_path.parent.iterdir()} == {"book.txt", "runs"}
     assert about["steps"] == 200
     assert about["steps_per_epoch"] == math.ceil(5399 / 8 / 32)
     assert about["training_flops_per_char"] == 3 * about["forward_flops_per_char"]
@@ -53,14 +53,16 @@ def test_a_config_for_a_pod_is_counted_on_paper(book_path):
 
 
 def test_a_proposal_is_a_command_that_train_takes(book_path):
+    (book_path.parent / "runs" / "default-book").mkdir(parents=True)
     result = plan(book_path, "--minutes=4", "--config.seed=7")
     assert result.returncode == 0, result.stderr
     last = result.stdout.splitlines()[-1]
-    assert last.startswith(
-        "try: python launch/train.py --config.seed=7 --config.data.path=book.txt"
-    )
-    words = shlex.split(last.removeprefix("try: "))[2:]
-    assert list(book_path.parent.iterdir()) == [book_path]
+    python, script, *words = shlex.split(last.removeprefix("try: "))
+    assert [python, script] == command_of("train")
+    assert words[:2] == ["--config.seed=7", "--config.data.path=book.txt"]
+    # The default's folder exists.
+    assert words.pop() == "--workdir=runs/default-book-2"
+    assert {path.name for path in book_path.parent.iterdir()} == {"book.txt", "runs"}
     # To read 5,400 characters as often as is allowed takes far less, on a busy machine, too.
     steps = next(word for word in words if word.startswith("--config.num_steps="))
     most = plan_rule.MAX_EPOCHS * math.ceil(5399 / 16 / 50)

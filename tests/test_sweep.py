@@ -1,13 +1,14 @@
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
 
 import pytest
 from conftest import ROOT
-from launching import run_command
+from launching import command_of, run_command
 
 from charlstm.config import base_config, flatten
 from charlstm.corpus import open_corpus
@@ -47,8 +48,11 @@ def test_a_sweep_records_every_trial_once_and_goes_on_after_one_that_fails(book_
     assert failed["status"].startswith("failed: config.batch_size=999: with config.seq_len=32")
     assert failed["bits_per_char"] == ""
     assert "1 of 1 failed" in result.stdout.splitlines()[2]
-    assert result.stdout.splitlines()[-1].startswith("best: python launch/train.py --config=tiny")
-    assert result.stdout.endswith(" --config.batch_size=8\n")
+    best = shlex.split(result.stdout.splitlines()[-1].removeprefix("best: "))
+    assert best[:2] == command_of("train")
+    assert best[2] == "--config=tiny"
+    assert "--config.batch_size=8" in best
+    assert best[-2:] == ["--config.data.path=book.txt", "--workdir=runs/tiny-book"]
     # The figure is that of the final weights, on 5 % of the text.
     records = (folder / "out" / "metrics" / f"{finished['trial']}.jsonl").read_text().splitlines()
     final = json.loads(records[-1])
