@@ -69,8 +69,11 @@ def config_name(holder: flags.FlagHolder) -> str:
     return Path(config_flags.get_config_filename(flags.FLAGS[holder.name])).stem
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parse the flags, call `main`, and exit with its code; a user's mistake is one line and 2."""
+def run(main: Callable[[], int | None], example: str = "") -> None:
+    """Parse the flags, call `main`, and exit with its code; a user's mistake is one line and 2.
+
+    `example` is the flags of the example that --help shows.
+    """
     # The orthogonal initialiser is slow, and its result depends on the machine, where OpenBLAS
     # spreads over threads. It reads this when it is loaded, which JAX does, not imported yet.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -96,22 +99,13 @@ def run(main: Callable[[], int | None]) -> None:
         except KeyboardInterrupt:  # only in a notebook: elsewhere signals.py is faster
             return 128 + signal.SIGINT
         except Exception as error:
-            if isinstance(error, OSError) and early.stdout_failure():
-                return 0  # answered below
             if problem := runtime.problem_of_jax(error):
                 return _fail(UserError(problem))
             raise
 
-    def with_streams_flushed(argv: list[str]) -> int | None:
-        code = guarded(argv)
-        error = early.stdout_failure()
-        # A reader that closes its pipe, such as head, has enough.
-        if not code and error is not None and not isinstance(error, BrokenPipeError):
-            code = _fail(RunError(f"stdout: cannot be written ({error.strerror}); make room there"))
-        early.discard_unwritten()
-        return code
-
-    app.run(with_streams_flushed, flags_parser=_parse)
+    if {"-h", "-help", "--help"} & set(sys.argv[1:]):
+        sys.exit(_with_stdout(lambda: _help(example)))
+    app.run(lambda argv: _with_stdout(lambda: guarded(argv)), flags_parser=_parse)
 
 
 def calm_warnings() -> None:
@@ -192,6 +186,29 @@ def _unraisable(event: Any) -> None:
         sys.__unraisablehook__(event)
 
 
+def _with_stdout(work: Callable[[], int | None]) -> int | None:
+    """Return the exit code of `work`, or 1 with a line if stdout cannot take what it prints."""
+    code: int | None = 0
+    try:
+        code = work()
+    except OSError:
+        if early.stdout_failure() is None:
+            raise  # it was another file
+    error = early.stdout_failure()
+    # A reader that closes its pipe, such as head, has enough.
+    if not code and error is not None and not isinstance(error, BrokenPipeError):
+        code = _fail(RunError(f"stdout: cannot be written ({error.strerror}); make room there"))
+    early.discard_unwritten()
+    return code
+
+
+def _help(example: str) -> int:
+    import usage
+
+    print(usage.help_text(example))
+    return 0
+
+
 def _fail(error: Exception) -> int:
     if f"--{DEBUG.name}" in sys.argv:  # flags may be what the mistake is in
         traceback.print_exception(error)
@@ -205,7 +222,7 @@ def _parse(argv: list[str]) -> list[str]:
     except (flags.Error, UserError) as error:
         sys.exit(_fail(error))
     except SystemExit:
-        sys.exit(0)  # --help was asked for and given, which absl counts as a failure
+        sys.exit(0)  # after --helpfull, which absl counts as a failure
     except Exception as error:  # a config file is a program
         given = [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
         sys.exit(_fail(_config_error([str(DEFAULT_CONFIG), *given][-1], error)))

@@ -203,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, "--quick --what=step")

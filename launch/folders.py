@@ -9,6 +9,7 @@ from pathlib import Path
 from etils import epath
 
 from charlstm.errors import UserError
+from charlstm.files import is_local
 from charlstm.find import ending_of
 
 logger = logging.getLogger("charlstm.launch.folders")
@@ -17,6 +18,7 @@ RUNS = Path("runs")
 DRACULA = "pg345"  # the stem of the file that an empty config.data.path downloads
 MANUAL = "python-manual"  # what trains instead where the download fails
 _MAX_NAME = 80
+_MAX_LISTED = 5  # runs in a message
 
 
 def text_name(path: str) -> str:
@@ -81,11 +83,15 @@ def trained_workdir(given: str) -> str:
     """Return the --workdir that was given, or the run in runs/ that was trained last; log which.
 
     Raises:
-      UserError: if none was given and there is no run.
+      UserError: if none was given and there is no run, or there is none in the given one.
     """
-    if given:
-        return given
     runs = existing_runs()
+    if given:
+        if runs and is_local(epath.Path(given)) and not is_run(Path(given)):
+            names = ", ".join(map(str, runs[:_MAX_LISTED]))
+            more = f" and {len(runs) - _MAX_LISTED} more" if len(runs) > _MAX_LISTED else ""
+            raise UserError(f"{given}: no run there (no config.json); there are {names}{more}")
+        return given
     if not runs:
         raise UserError(
             f"no run in {RUNS.absolute()}; give --workdir=DIR, or train one with launch/train.py"

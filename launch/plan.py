@@ -89,4 +89,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, "--config.data.path=book.txt --minutes=10")

@@ -253,4 +253,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, "--prompt='The castle ' --length=500 --temperature=0.7")

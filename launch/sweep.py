@@ -142,4 +142,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, "--config=tiny --texts=book.txt --set=optimizer.learning_rate=4e-3,8e-3")

@@ -87,4 +87,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, "--config=tiny --config.data.path=book.txt")

@@ -105,3 +105,6 @@ def test_the_run_that_was_trained_last_is_taken_where_none_is_given(here):
     assert folders.existing_runs() == [
         folders.RUNS / name for name in ("latest", "older", "oldest")
     ]
+    with pytest.raises(UserError, match=r"nowhere: no run .* there are runs/latest, runs/older"):
+        folders.trained_workdir("nowhere")
+    assert folders.trained_workdir("runs/oldest") == "runs/oldest"

@@ -334,7 +334,7 @@ def test_a_refused_run_comes_with_a_command_that_trains_elsewhere(ready, launch,
 
 
 READING = [
-    ("sample", "--workdir=nowhere", "nowhere: no run there|train one"),
+    ("sample", "--workdir=nowhere", "nowhere: no run there|there are|runs/full"),
     ("sample", "--workdir=file", "file: no run there"),
     ("sample", "--workdir=runs/full --prompt=to€her", "'€' (U+20AC) at position 2|unknown to drop"),
     ("sample", "--workdir=runs/full --prompt=€€ --unknown=drop", "no character that the model"),
