@@ -455,6 +455,8 @@ def test_the_text_of_another_vocabulary_is_another_entry(cache, book, book_path)
         found = open_corpus(data_with(), str(book_path), vocab=foreign, unknown=unknown)
         text = "".join(char if char in foreign.characters else wanted for char in book)
         assert found.vocab.decode(found.ids_M) == text
+        assert found.num_unknown == sum(char not in foreign.characters for char in book)
+    assert own.num_unknown == 0
     assert_text(own, book)
 
 

@@ -215,6 +215,7 @@ def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(tra
     best = json.loads((folder / "runs/tiny-book/metrics.jsonl").read_text().splitlines()[-1])
     # The run reads its validation part as several streams, evaluate.py as one.
     assert abs(figures["bits_per_char"] - best["val/bits_per_char"]) < 0.02
+    assert figures["bits_per_byte"] == figures["bits_per_char"]  # of ASCII
     assert figures["cold"]["window"] == 256
     assert figures["cold"]["characters"] == figures["characters"]
     assert 0.9 < figures["cold"]["bits_per_char"] / figures["bits_per_char"] < 1.2
@@ -265,15 +266,17 @@ def test_a_text_read_first_changes_what_is_written_and_nothing_in_the_run(traine
 
 def test_another_text_is_evaluated_without_baselines_where_the_runs_own_has_gone(trained, book):
     folder, _ = trained
-    (folder / "new.txt").write_text(book[:300], encoding="utf-8")
+    (folder / "new.txt").write_text(book[:300] + "\u20ac", encoding="utf-8")
     (folder / "book.txt").rename(folder / "gone.txt")
     try:
-        flags = ("--workdir=runs/tiny-book", "--text=new.txt", "--json")
+        flags = ("--workdir=runs/tiny-book", "--text=new.txt", "--unknown=drop", "--json")
         result = warm_launcher()("evaluate", *flags, cwd=folder)
         silent = warm_launcher()("evaluate", *flags, "--nobaselines", cwd=folder)
     finally:
         (folder / "gone.txt").rename(folder / "book.txt")
     assert json.loads(result.stdout) == json.loads(silent.stdout)
+    assert json.loads(silent.stdout)["characters"] == 299
+    assert json.loads(silent.stdout)["bits_per_byte"] is None  # a character is missing
     assert "baselines" not in json.loads(result.stdout)
     assert "no baselines, which need the run's own text" in result.stderr
     assert silent.stderr == ""
