@@ -32,7 +32,9 @@ _MARKS = re.compile(
 _MARK_WORDS = ("utenberg", "small print", "newsletter", "full license")
 _MAX_LEAD = 64
 # What a header or footer speaks of, and the text between two books rarely does.
-_FRAME_WORDS = re.compile(r"gutenberg|licen[cs]e|copyright|header", re.IGNORECASE)
+_FRAME_WORDS = re.compile(
+    r"gutenberg|licen[cs]e|copyright|header|footer|e-?book|e-?text", re.IGNORECASE
+)
 
 
 def cut_gutenberg(chunks: Iterable[str]) -> Iterator[str]:
@@ -107,16 +109,15 @@ def _find_words(text: str) -> list[int]:
 def _classify(tokens: Iterable[tuple[str, str]]) -> Iterator[tuple[bool, str]]:
     """Yield (is_kept, text) from what _split yields, in order.
 
-    Up to MAX_FRAME_CHARS characters are held back in four places, and kept if more follow:
-      top: at the beginning of the text. A "start" makes it a header.
+    Up to MAX_FRAME_CHARS characters are held back in three places, and kept if more follow:
+      between: at the beginning, and after a licence. A "start" makes it a header, if it reads so.
       header: after the first line of a header. A "start" makes it a header.
       footer: after an "end". A "start" or the end of the text makes it a footer, if it reads so.
-      between: after a licence. A "start" makes it a header, if it reads so.
     """
-    place, held, is_in_book = "top", "", False
+    place, held, is_in_book = "between", "", False
     for kind, text in tokens:
         if kind == "start":
-            is_header = place in ("top", "header") or _FRAME_WORDS.search(held)
+            is_header = place == "header" or _FRAME_WORDS.search(held)
             yield not is_header, held
             yield False, text
             place, held, is_in_book = "", "", True

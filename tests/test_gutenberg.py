@@ -40,12 +40,12 @@ CLEAR_FOOTERS = [
     f"{NEW_END}\n{LICENCE}\n\n*** END: FULL LICENSE ***\n",
     f"{NEW_END}\n",
 ]
-HEADERS = [*CLEAR_HEADERS, f"{NEW_START}\n", f"A header.\n{NEW_START}\n"]
+CLEAR_HEADERS.append(f"{NEW_START}\n")
 FOOTERS = [
     *CLEAR_FOOTERS,
-    "",
     "End of Project Gutenberg's Etext of Dracula, by Bram Stoker\n",
     f"{NEW_END}\nA licence.\n",
+    "",
 ]
 LINE = "So it went on, and on, and nobody knew why. "
 LONG = f"{LINE}\n\n" * 3000  # more than 131,072 characters
@@ -55,18 +55,19 @@ NEWLINES = st.integers(0, 3).map("\n".__mul__)
 @st.composite
 def compositions(draw):
     """Return (a file, what should be left of it): books and other text in any order."""
-    content, pieces, may_be_other, has_book = "", [], True, False
+    content, pieces, last, has_book = "", [], "\n", False
     for number in range(draw(st.integers(1, 5))):
         size = draw(st.sampled_from([0, 3, 800, len(LINE) * 500, len(LONG)]))
         text = f"{number}: {LONG[:size]}.\nThe end of {number}."
-        if may_be_other and draw(st.booleans()):
+        if last in ("\n", *CLEAR_FOOTERS) and draw(st.booleans()):
             content += f"{draw(NEWLINES) if pieces else ''}{text}\n"
-            may_be_other = False
+            last = text
         else:
-            header = draw(st.sampled_from(CLEAR_HEADERS if pieces else HEADERS))
-            footer = draw(st.sampled_from(FOOTERS))
-            content += f"{draw(NEWLINES)}{header}{draw(NEWLINES)}{text}\n{draw(NEWLINES)}{footer}"
-            may_be_other, has_book = footer in CLEAR_FOOTERS, True
+            # This one would take other text, and is taken for one in a book without an end.
+            unclear = [f"A header.\n{NEW_START}\n"] if last in ("\n", *FOOTERS[:-1]) else []
+            header = draw(st.sampled_from(CLEAR_HEADERS + unclear))
+            last, has_book = draw(st.sampled_from(FOOTERS)), True
+            content += f"{draw(NEWLINES)}{header}{draw(NEWLINES)}{text}\n{draw(NEWLINES)}{last}"
         pieces.append(text)
     return content, "\n\n".join(pieces) + "\n" if has_book else content
 
