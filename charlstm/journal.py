@@ -89,7 +89,7 @@ class Notes:
 
 @dataclass
 class Lap:
-    """Characters since a moment of this process."""
+    """Characters of training since a moment, which moves on while the run does something else."""
 
     start: float
     chars: float = 0.0
@@ -158,10 +158,16 @@ class Journal:
         """Write the means since the last such line, and show them."""
         self._read()
         mean, self.notes.since_log = self.notes.since_log, Mean()
-        now = time.monotonic()
-        lap, self._log_lap = self._log_lap, Lap(now)
+        rate = self._log_lap.rate(time.monotonic())
+        with self._pausing():
+            self._log_lap = Lap(time.monotonic())
+            self._write_training(step, mean, rate, schedule)
+
+    def _write_training(
+        self, step: int, mean: Mean, rate: float, schedule: Callable[[int], Any]
+    ) -> None:
         record = self._stamp(step) | {
-            "chars_per_second": lap.rate(now),
+            "chars_per_second": rate,
             # The optimizer does not count steps that were left out.
             "learning_rate": float(schedule(step - 1 - self.notes.skipped)),
             "skipped_steps": self.notes.skipped,
@@ -200,15 +206,20 @@ class Journal:
     def evaluating(self) -> Iterator[None]:
         """Show that an evaluation runs, and leave its time out of the characters per second."""
         self._read()  # the steps before it have come to their end
+        self._eval_rate = self._eval_lap.rate(time.monotonic())
+        with self._bar.status("evaluating"), self._pausing():
+            self._eval_lap = Lap(time.monotonic())
+            yield
+
+    @contextmanager
+    def _pausing(self) -> Iterator[None]:
         begin = time.monotonic()
-        self._eval_rate = self._eval_lap.rate(begin)
         try:
-            with self._bar.status("evaluating"):
-                yield
+            yield
         finally:
-            end = time.monotonic()
-            self._log_lap.start += end - begin
-            self._eval_lap = Lap(end)
+            elapsed = time.monotonic() - begin
+            self._log_lap.start += elapsed
+            self._eval_lap.start += elapsed
 
     def save(self, state: TrainState, loss: float | None = None) -> None:
         """Save a checkpoint, once the metrics of all its steps are known."""

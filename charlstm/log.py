@@ -41,7 +41,9 @@ class RunLog:
         # Not by its SummaryWriter, whose thread would tell of a full disk by a traceback.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.summary import scalar
 
+        self._scalar = scalar  # imported before the first characters per second are measured
         self._picture = workdir / "curves.png"
         self._title = title
         self._read_only = read_only
@@ -60,8 +62,6 @@ class RunLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record, which has at least 'step'."""
-        from tensorboardX.summary import scalar
-
         line = _line(record)
         self.records.append(record)
         if self._read_only:
@@ -71,7 +71,7 @@ class RunLog:
             self._samples.append(sample)
         for name, value in record.items():
             if isinstance(value, float):
-                self._write_event(record["step"], summary=scalar(name, value))
+                self._write_event(record["step"], summary=self._scalar(name, value))
         self._events.flush()
 
     def _write_event(self, step: int, **content: Any) -> None:
