@@ -11,15 +11,14 @@ HEAD_BYTES = 2**12  # of a file, which show what it is
 COMPRESSIONS = {
     b"\x1f\x8b": ".gz",
     b"\x28\xb5\x2f\xfd": ".zst",
-    b"BZh": ".bz2",
     b"\xfd7zXZ\x00": ".xz",
-}
+} | {b"BZh%d1AY&SY" % level: ".bz2" for level in range(1, 10)}
 _OTHER_KINDS = {
     b"PK\x03\x04": "a zip archive, as .docx, .odt and .epub are, too",
     b"%PDF-": "a PDF",
     b"{\\rtf": "an RTF document",
     b"\xd0\xcf\x11\xe0": "an old Word document",
-    b"Rar!": "a RAR archive",
+    b"Rar!\x1a": "a RAR archive",
     b"7z\xbc\xaf": "a 7z archive",
 }
 

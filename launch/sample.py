@@ -129,14 +129,15 @@ def check_memory(run: "Run", prompt: str, settings: dict[str, Any]) -> None:
 
     model, length = run.config.model, settings["length"]
     # A tenth less than measured, of which text and the pieces of SIZE characters are the most.
-    numbers = 5 * length + len(prompt) + 9 * SIZE + 2 * len(run.vocab)
+    numbers = len(prompt) + 9 * SIZE + 2 * len(run.vocab)
     numbers += 6 * model.num_layers * model.hidden_size
+    numbers += 0 if STREAM.value else 5 * length
     needed = 4 * numbers * NUM_SAMPLES.value
     if needed > (there := memory_bytes()):
         raise UserError(
-            f"--num_samples={NUM_SAMPLES.value}: so many texts of {length:,} characters take at "
-            f"least {needed / 2**30:,.0f} GiB of memory, and there are {there / 2**30:,.0f}; give "
-            "fewer at a time, with another --seed for each"
+            f"--num_samples={NUM_SAMPLES.value} --length={length}: so much text takes at least "
+            f"{needed / 2**30:,.0f} GiB of memory, and there are {there / 2**30:,.0f}; give less "
+            "at a time, with another --seed each time"
         )
 
 

@@ -341,8 +341,9 @@ READING = [
     (
         "sample",
         "--workdir=runs/full --num_samples=100000000000",
-        "--num_samples=100000000000: so many texts of|GiB of memory|fewer",
+        "--num_samples=100000000000 --length=|GiB of memory|give less",
     ),
+    ("sample", "--workdir=runs/full --length=2147483647", "--length=2147483647: so much text"),
     ("sample", "--workdir=runs/full --prompt=so --method=window", "at least 32 characters|carry"),
     ("evaluate", "--workdir=nowhere", "nowhere: no run there"),
     ("evaluate", "--workdir=runs/full --text=none.txt", "none.txt: no such file; give --text=FILE"),
