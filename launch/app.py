@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import notebook
 import runtime
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -74,14 +75,6 @@ def run(main: Callable[[], int | None], example: str = "") -> None:
 
     `example` is the flags of the example that --help shows.
     """
-    # The orthogonal initialiser is slow, and its result depends on the machine, where OpenBLAS
-    # spreads over threads. It reads this when it is loaded, which JAX does, not imported yet.
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # JAX and Orbax tell much that is not about the run, and of a failed save in pages.
-    logging.set_verbosity(logging.FATAL)
-    calm_warnings()
-    sys.unraisablehook = _unraisable
 
     def guarded(argv: list[str]) -> int | None:
         try:
@@ -103,9 +96,20 @@ def run(main: Callable[[], int | None], example: str = "") -> None:
                 return _fail(UserError(problem))
             raise
 
-    if {"-h", "-help", "--help"} & set(sys.argv[1:]):
-        sys.exit(_with_stdout(lambda: _help(example)))
-    app.run(lambda argv: _with_stdout(lambda: guarded(argv)), flags_parser=_parse)
+    with notebook.restored():
+        set_logging()
+        if {"-h", "-help", "--help"} & set(sys.argv[1:]):
+            sys.exit(_with_stdout(lambda: _help(example)))
+        app.run(lambda argv: _with_stdout(lambda: guarded(argv)), flags_parser=_parse)
+
+
+def set_logging() -> None:
+    """Let dependencies log errors of their own only, and show their warnings as lines."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # JAX and Orbax tell much that is not about the run, and of a failed save in pages.
+    logging.set_verbosity(logging.FATAL)
+    calm_warnings()
+    sys.unraisablehook = _unraisable
 
 
 def calm_warnings() -> None:

@@ -32,6 +32,9 @@ def prepare() -> None:
             raise UserError(
                 f"{name}={value}: launchers copy to devices; unset it, or set it to log"
             )
+    # The orthogonal initialiser is slow, and its result depends on the machine, where OpenBLAS
+    # spreads over threads. It reads this when JAX loads it.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     keep_compilations()
     keep_memory()
 

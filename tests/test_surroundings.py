@@ -182,3 +182,45 @@ def test_a_second_signal_ends_the_process_at_once():
 
 def test_a_hangup_that_nohup_ignores_is_ignored():
     assert stopped_by(-signal.SIGHUP, signal.SIGINT) == (0, [0, signal.SIGINT])
+
+
+# Runs launchers one after the other as %run does in a notebook, whose stdout is no file.
+NOTEBOOK = """
+import io, os, runpy, signal, sys, types
+sys.modules["IPython"] = types.ModuleType("IPython")
+for line in sys.stdin.read().splitlines():
+    script, *flags = line.split()
+    sys.argv = [script, *flags]
+    sys.stdout = cell = io.StringIO()
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        print(end.code, len(cell.getvalue()) > 0, sys.stdout is cell, file=sys.__stdout__)
+print(signal.getsignal(signal.SIGINT) is signal.default_int_handler, file=sys.__stdout__)
+"""
+
+
+def test_launchers_run_one_after_the_other_in_a_notebook(tmp_path):
+    commands = [
+        "sample --length=ten",
+        "sample --help",
+        "train --config=tiny --help",
+        "train --config.batch_size=0",
+        "plan --minutes=0",
+        "train --config=tiny --config.data.path=none.txt",
+        "sample --workdir=nowhere",
+    ]
+    lines = [f"{ROOT}/launch/{command.replace(' ', '.py ', 1)}" for command in commands]
+    answer = subprocess.run(
+        [sys.executable, "-c", NOTEBOOK],
+        input="\n".join(lines),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    *outcomes, has_handler = answer.stdout.splitlines()
+    prints = {"0": "0 True True", "2": "2 False True"}
+    assert outcomes == [prints[code] for code in "2002222"], answer.stderr
+    assert has_handler == "True"
+    assert len(answer.stderr.splitlines()) == 5, answer.stderr
