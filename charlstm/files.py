@@ -202,6 +202,13 @@ def _is_plain(path: str) -> bool:
     return not PATTERN_CHARS.intersection(path) and path.isprintable()
 
 
+def is_lock(path: epath.Path) -> bool:
+    """Return whether `path` is a file that sole_writer made."""
+    if not path.is_file() or is_link(path):
+        return False
+    return path.read_bytes()[: len(LOCK_TEXT)] in (b"", LOCK_TEXT.encode())
+
+
 @contextmanager
 def sole_writer(folder: epath.Path, remedy: str = "choose another --workdir") -> Iterator[None]:
     """Make `folder` if need be, and keep other writers out of it until the end of the block.
@@ -219,6 +226,8 @@ def sole_writer(folder: epath.Path, remedy: str = "choose another --workdir") ->
     lock = FileLock(os.fspath(path))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(path) and not is_lock(path):
+            raise UserError(f"{path}: is not a lock of this program; {remedy}")
         lock.acquire(timeout=0)
         path.write_text(f"{LOCK_TEXT}{os.getpid()} on {socket.gethostname()}")
     except Timeout:

@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 from charlstm.config import base_config, flatten, validate
 from charlstm.errors import DamagedError, OccupiedError, UserError, one_line
 from charlstm.files import (
-    LOCK_TEXT,
     is_link,
+    is_lock,
     read_json,
     refuse_links,
     temporary_name,
@@ -162,14 +162,11 @@ def check_free(workdir: epath.Path) -> None:
 def _may_stay(path: epath.Path) -> bool:
     if path.name == "checkpoints":
         return path.is_dir() and not any(path.iterdir())
-    if not path.is_file() or is_link(path):
-        return False
     if path.name == ".lock":
-        return path.read_bytes()[: len(LOCK_TEXT)] in (b"", LOCK_TEXT.encode())
+        return is_lock(path)
     written = "vocab.json", "prompts.json"
-    return path.name in written or path.name in [
-        temporary_name(name) for name in (*written, "config.json")
-    ]
+    names = {*written, *(temporary_name(name) for name in (*written, "config.json"))}
+    return path.name in names and path.is_file() and not is_link(path)
 
 
 def _occupied(workdir: epath.Path, names: list[str]) -> OccupiedError:

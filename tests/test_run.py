@@ -8,6 +8,7 @@ from etils import epath
 from test_train import small_config, stop_after
 
 from charlstm.errors import UserError
+from charlstm.files import sole_writer
 from charlstm.job import prepare
 from charlstm.run import load_run, write_run
 from charlstm.train import train
@@ -65,6 +66,21 @@ def test_a_start_that_was_killed_before_its_config_was_written_starts_again(book
         write_run(prepare(small_config(book_path), epath.Path(folder)).run)
         for name in ("vocab.json", "prompts.json", "config.json"):
             assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_lock_file_of_another_program_is_not_replaced(kind, tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    if kind == "link":
+        (tmp_path / ".lock").symlink_to("precious")
+    else:
+        (tmp_path / ".lock").write_text("kept")
+    with (
+        pytest.raises(UserError, match=r"\.lock: is not a lock"),
+        sole_writer(epath.Path(tmp_path)),
+    ):
+        pass
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"kept"}
 
 
 def test_a_run_that_another_process_has_begun_meanwhile_is_not_replaced(book_path, tmp_path):
