@@ -86,7 +86,7 @@ MISTAKES = [
     ("--texts=blank.txt", "blank.txt: the text is empty"),
     ("--texts=book.txt,book.txt", "--texts: has a value twice"),
     ("--texts=book.txt --out=book.txt", "book.txt: cannot write there|choose another --out"),
-    ("--texts=book.txt --out=gs://bucket", "--out=gs://bucket: must be on this machine"),
+    ("--texts=book.txt --out=gs://bucket", "gs://bucket: must be on this machine"),
     ("--texts=book.txt --out=other", "another sweep (it varies model.hidden_size)"),
     ("--texts=book.txt --out=same", "num_steps is 7 there and 20 here|another --out"),
     ("--texts=book.txt --out=broken", "sweep.json: is not as it was written"),
