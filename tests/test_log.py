@@ -29,7 +29,11 @@ def test_a_resumed_log_drops_what_a_lost_later_step_wrote(tmp_path):
 TORN = {"metrics.jsonl": '{"step": 99, "tr', "samples.txt": "=== st"}
 
 
-def test_the_same_records_give_the_same_files_however_often_the_log_is_closed(tmp_path):
+@pytest.mark.parametrize("is_local", [True, False], ids=["local", "bucket"])
+def test_the_same_records_give_the_same_files_however_often_the_log_is_closed(
+    is_local, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("charlstm.files.is_local", lambda path: is_local)
     records = [{"step": step, "train/loss": step / 3} for step in range(1, 8)]
     records[2] |= {"sample": "a\nb", "val/bits_per_char": 2.5}
     records[5] |= {"sample": "caf\u00e9"}
