@@ -3,12 +3,9 @@
 Every function is to be called by all processes alike. Where there is one process, they do nothing.
 """
 
-import ctypes
 import importlib.util
 import logging
 import os
-import signal
-import sys
 import threading
 import time
 import warnings
@@ -22,7 +19,8 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from charlstm.errors import RunError, UserError, one_line, printable
+from charlstm.errors import RunError, UserError, one_line
+from charlstm.native import aborts_told, end_at_once, only_python_writes
 
 logger = logging.getLogger(__name__)
 
@@ -310,55 +308,3 @@ class Watch:
                 gone = [0]  # which holds the line
             if gone and not self._is_over.is_set():
                 end_at_once(self.farewell(*gone))
-
-
-@contextmanager
-def aborts_told(message: str) -> Iterator[None]:
-    """Tell `message` if the runtime aborts the process within the block, as where process 0 dies.
-
-    JAX hands on no hook for it, and Python's own signal handlers come too late.
-    """
-    if sys.platform == "win32":
-        yield
-        return
-    signal_type = ctypes.CFUNCTYPE(None, ctypes.c_int)
-    set_handler = ctypes.CDLL(None).signal
-    set_handler.argtypes, set_handler.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    # Without locks, which the interrupted thread may hold: neither logging nor print.
-    line = f"error: {printable(message)}\n".encode()
-    stderr = sys.stderr.fileno()
-
-    def write_and_exit(number: int) -> None:
-        os.write(stderr, line)
-        os._exit(RunError.exit_code)
-
-    handler = signal_type(write_and_exit)
-    before = set_handler(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
-    try:
-        yield
-    finally:
-        set_handler(signal.SIGABRT, before)
-
-
-@contextmanager
-def only_python_writes(name: str) -> Iterator[None]:
-    """Keep what libraries in C++ tell off stdout or stderr, by its `name` in sys."""
-    before = getattr(sys, name)
-    number = {"stdout": 1, "stderr": 2}[name]
-    ours, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, number)
-    os.close(nowhere)
-    setattr(sys, name, os.fdopen(os.dup(ours), "w", encoding="utf-8", buffering=1))
-    try:
-        yield
-    finally:
-        getattr(sys, name).close()
-        setattr(sys, name, before)
-        os.dup2(ours, number)
-        os.close(ours)
-
-
-def end_at_once(message: str) -> None:
-    """Tell `message` and end the process, whatever its other threads wait for."""
-    logger.error(message)
-    os._exit(RunError.exit_code)

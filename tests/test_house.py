@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "console": "errors",
     "log": "curves errors files",
     "run": "config errors files text",
-    "cluster": "errors",
+    "native": "errors",
+    "cluster": "errors native",
     "devices": "data errors steps",
     "orbax_calls": "errors",
     "checksums": "devices errors files steps",
@@ -57,8 +58,8 @@ MAY_IMPORT = {
     "assess": "cluster data devices job keys log model sample steps",
     "train": "assess baselines checkpoint checks checksums cluster config console corpus cost "
     "cudnn curves data devices dynamic encoding errors files find fused gutenberg job journal keys "
-    "log machine measure model optim orbax_calls originality paths recurrence run sample source "
-    "steps text",
+    "log machine measure model native optim orbax_calls originality paths recurrence run "
+    "sample source steps text",
 }
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")
