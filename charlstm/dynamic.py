@@ -57,7 +57,7 @@ def make_anchor(model: CharLSTM, params: Any, texts: Sequence[np.ndarray]) -> An
             "train a run with a longer seq_len than 1, which keeps longer texts"
         )
     ids_ST = np.stack([text[:length] for text in texts]).astype(np.int32)
-    return Anchor(params, jax.jit(make_gradient_scales(model))(params, ids_ST))
+    return Anchor(params, jax.jit(make_gradient_scales(model))(params, jax.device_put(ids_ST)))
 
 
 def make_gradient_scales(model: CharLSTM) -> Callable[[Any, jax.Array], Any]:
@@ -124,5 +124,5 @@ def adapt(model: CharLSTM, anchor: Anchor, ids_M: np.ndarray) -> Any:
     dynamic_step = jax.jit(make_dynamic_step(model))
     reader, batches = Reader(anchor.params, zero_carry(model, 1)), Streams(ids_M, 1, WINDOW)
     for step in range(batches.steps_per_epoch):
-        reader, _ = dynamic_step(anchor, reader, batches(step))
+        reader, _ = dynamic_step(anchor, reader, jax.device_put(batches(step)))
     return reader.params

@@ -13,6 +13,7 @@ from charlstm.recurrence import (
     NORM_EPSILON,
     LayerCarry,
     Params,
+    aligned,
     are_ids,
     inverse_rms,
     kept_rows,
@@ -55,12 +56,12 @@ def fused_lstm(
     params, carry, inputs = vary_alike((params, carry, inputs))
     # Since sigmoid(s) = (1 + tanh(s / 2)) / 2, with halved sums one tanh serves all four gates.
     halve_G = jnp.repeat(jnp.array([0.5, 0.5, 1.0, 0.5], dtype), carry[0].shape[-1])
-    input_kernel_EG = side_by_side(params, "i") * halve_G
+    input_kernel_EG = side_by_side(params, "i") * halve_G[None]
     recurrent_kernel_HG, gain_G = side_by_side(params, "h"), None
     if "norm" in params:
         gain_G = params["norm"]["gain"] * halve_G
     else:
-        recurrent_kernel_HG *= halve_G
+        recurrent_kernel_HG *= halve_G[None]
     bias_F = jnp.concatenate([params[f"h{gate}"]["bias"] for gate in GATES]) * halve_G
     input_kernel_EF = input_kernel_EG
     if "scale" in params:
@@ -69,10 +70,11 @@ def fused_lstm(
         bias_F = jnp.concatenate([bias_F, jnp.ones_like(params["hi"]["bias"])])
     if are_ids(inputs):
         # The bias joins the rows that are looked up, which are fewer than the time steps.
-        rows_EF = (input_kernel_EF + bias_F).astype(dtype)
+        rows_EF = (input_kernel_EF + bias_F[None]).astype(dtype)
     else:
         rows_EF = jnp.zeros((0, bias_F.size), dtype)
-        inputs = inputs.astype(dtype) @ input_kernel_EF.astype(dtype) + bias_F.astype(dtype)
+        inputs = inputs.astype(dtype) @ input_kernel_EF.astype(dtype)
+        inputs = inputs + aligned(bias_F.astype(dtype), inputs)
     recur = partial(_recur, norm_epsilon, (recurrent_kernel_HG.astype(dtype), rows_EF, gain_G))
     return _by_shards(recur, num_shards)(carry, inputs, keep_TB, mask_BH)
 
@@ -101,7 +103,7 @@ def _scan(
         if gain_G is not None:
             root_B1 = inverse_rms(product_BG, norm_epsilon)
             normed = product_BG * root_B1, root_B1
-            product_BG = normed[0] * gain_G
+            product_BG = normed[0] * gain_G[None]
         tanh_BG = jnp.tanh(drive_BF[..., : product_BG.shape[-1]] + product_BG)
         i_BH, f_BH, g_BH, o_BH = jnp.split(tanh_BG, 4, axis=-1)
         i_BH, f_BH, o_BH = ((1 + tanh_BH) / 2 for tanh_BH in (i_BH, f_BH, o_BH))
@@ -126,7 +128,8 @@ def _scale(drive_XF: jax.Array, hidden_size: int) -> jax.Array | None:
 
 def _product(h_XH: jax.Array, *factors: jax.Array | None) -> jax.Array:
     """Return `h_XH` times the factors that there are; X are any other axes."""
-    return math.prod((factor for factor in factors if factor is not None), start=h_XH)
+    there = (aligned(factor, h_XH) for factor in factors if factor is not None)
+    return math.prod(there, start=h_XH)
 
 
 def _by_shards(recur: Callable[..., Any], num_shards: int) -> Callable[..., Any]:
@@ -273,7 +276,7 @@ def _product_grad(sums_grad_XG: jax.Array, gain_G: jax.Array | None, normed: Any
     if gain_G is None:
         return sums_grad_XG
     normed_XG, root_X1 = normed
-    grad_XG = sums_grad_XG * gain_G
+    grad_XG = sums_grad_XG * aligned(gain_G, sums_grad_XG)
     along_X1 = jnp.mean(grad_XG * normed_XG, axis=-1, keepdims=True)
     return root_X1 * (grad_XG - normed_XG * along_X1)
 

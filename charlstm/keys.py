@@ -24,4 +24,5 @@ def derive_key(key: jax.Array, stream: str) -> jax.Array:
     """
     if stream not in STREAMS:
         raise ValueError(f"stream={stream!r}: must be one of {', '.join(STREAMS)}")
-    return jax.random.fold_in(key, STREAMS.index(stream))
+    # Compiled, since jax.transfer_guard forbids to pass a number on.
+    return jax.jit(jax.random.fold_in, static_argnums=1)(key, STREAMS.index(stream))

@@ -203,11 +203,16 @@ def predict(
 
 def zero_carry(model: CharLSTM, batch_size: int) -> Carry:
     """Return the empty carry of `model` for B sequences: (c_BH, h_BH) of zeros for each layer."""
+    return _zeros(batch_size, model.hidden_size, model.num_layers)
 
+
+# Compiled, since jax.transfer_guard forbids to make zeros from a number of Python's.
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(batch_size: int, hidden_size: int, num_layers: int) -> Carry:
     def zeros() -> jax.Array:
-        return jnp.zeros((batch_size, model.hidden_size), jnp.float32)
+        return jnp.zeros((batch_size, hidden_size), jnp.float32)
 
-    return tuple((zeros(), zeros()) for _ in range(model.num_layers))
+    return tuple((zeros(), zeros()) for _ in range(num_layers))
 
 
 def check_carry(carry: Any, batch_size: int, hidden_size: int, num_layers: int) -> None:

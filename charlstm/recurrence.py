@@ -128,6 +128,11 @@ def flax_lstm(
     return jax.lax.scan(step, carry, (inputs_TBE, keep_TB))
 
 
+def aligned(leaf: jax.Array, like: jax.Array) -> jax.Array:
+    """Return `leaf` with as many axes as `like`, new ones in front."""
+    return jnp.expand_dims(leaf, tuple(range(like.ndim - leaf.ndim)))
+
+
 def vary_alike(tree: Any) -> Any:
     """Return `tree` with all numbers varying over the same axes of jax.shard_map.
 
@@ -157,7 +162,8 @@ def _with_gains(params: Params) -> Params:
     if "norm" not in params:
         return cell
     for gate, gain_H in zip(GATES, jnp.split(params["norm"]["gain"], 4), strict=True):
-        cell[f"h{gate}"] = cell[f"h{gate}"] | {"kernel": cell[f"h{gate}"]["kernel"] * gain_H}
+        kernel_HH = cell[f"h{gate}"]["kernel"]
+        cell[f"h{gate}"] = cell[f"h{gate}"] | {"kernel": kernel_HH * aligned(gain_H, kernel_HH)}
     return cell
 
 

@@ -32,7 +32,7 @@ def keep_probable(weights_BV: jax.Array, top_k: Any, top_p: Any) -> jax.Array:
     # three times as fast.
     bits_BV = jax.lax.bitcast_convert_type(weights_BV, jnp.int32)
     sorted_BV = jax.lax.bitcast_convert_type(-jnp.sort(-bits_BV, axis=-1), jnp.float32)
-    among_BV = (jnp.arange(weights_BV.shape[-1]) < top_k) | (top_k <= 0)
+    among_BV = (jnp.arange(weights_BV.shape[-1])[None] < top_k) | (top_k <= 0)
     sums_BV = jnp.cumsum(jnp.where(among_BV, sorted_BV, 0.0), axis=-1)
     among_BV &= (sums_BV - sorted_BV < top_p * sums_BV[:, -1:]) | (top_p >= 1)
     count_B1 = jnp.maximum(jnp.sum(among_BV, axis=-1, keepdims=True), 1)
@@ -65,7 +65,7 @@ def pick(
     greedy_B1 = column(temperature) == 0
     below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     heated_BV = below_BV / jnp.where(greedy_B1, 1.0, column(temperature))
-    weights_BV = jnp.where(greedy_B1, below_BV == 0, jnp.exp(heated_BV))
+    weights_BV = jnp.where(greedy_B1, jnp.float32(below_BV == 0), jnp.exp(heated_BV))
     weights_BV = jax.lax.cond(
         jnp.any((column(top_k) > 0) | (column(top_p) < 1)),
         lambda: keep_probable(weights_BV, top_k, top_p),
@@ -261,7 +261,7 @@ def make_sampler(
 def align(prompt_BP: Any, lengths_B: Any) -> jax.Array:
     """Return prompts, of which each is the beginning of its row, moved to the ends of the rows."""
     width = prompt_BP.shape[1]
-    sources_BP = jnp.arange(width) - width + jnp.reshape(jnp.asarray(lengths_B), (-1, 1))
+    sources_BP = jnp.arange(width)[None] - width + column(lengths_B)
     moved_BP = jnp.take_along_axis(jnp.asarray(prompt_BP), jnp.maximum(sources_BP, 0), axis=1)
     return jnp.where(sources_BP < 0, NOTHING, moved_BP.astype(jnp.int32))
 
@@ -333,8 +333,10 @@ def stream(
         count = min(chunk, SIZE, length - first)
         begun_BP, rest_BP = rest_BP[:, :count], rest_BP[:, count:]
         given_BT = np.pad(begun_BP, ((0, 0), (0, SIZE - begun_BP.shape[1])))
+        # Put by hand, since jax.transfer_guard forbids it otherwise.
+        given = jax.device_put((state, given_BT, first, count))
         state, ids_BT = compiled_write_on(
-            model, READERS[method], params, state, given_BT, first, count, key, settings
+            model, READERS[method], params, *given, key, jax.device_put(settings)
         )
         if first + count > 0:
             yield np.asarray(ids_BT)[:, max(-first, 0) : count]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from charlstm.checks import check_batch, check_count, check_divides, check_params, check_shape
@@ -52,16 +53,22 @@ def init_state(
       ValueError: if `params` are not those of `model`.
     """
     check_count("batch_size", batch_size)
-    carry = zero_carry(model, batch_size)
-    init = partial(model.init, derive_key(key, "params"), jnp.zeros((batch_size, 1), jnp.int32))
-    if params is None:
-        params = init(carry)["params"]
-    else:
-        check_params(params, jax.eval_shape(init, carry)["params"])
-    # Copied, since some optimizers keep params themselves, and no array may be donated twice.
-    params, opt_state = jax.tree.map(jnp.copy, (params, optimizer.init(params)))
-    step = jnp.zeros((), jnp.int32)
-    return TrainState(step, params, opt_state, carry, derive_key(key, "dropout"))
+    if params is not None:
+        wanted = jax.eval_shape(partial(init_state, model, optimizer, batch_size=batch_size), key)
+        check_params(params, wanted.params)
+
+    def make(key: jax.Array, params: Any) -> TrainState:
+        carry = zero_carry(model, batch_size)
+        if params is None:
+            ids_B1 = jnp.zeros((batch_size, 1), jnp.int32)
+            params = model.init(derive_key(key, "params"), ids_B1, carry)["params"]
+        # Copied, since some optimizers keep params themselves, and no array may be donated twice.
+        params, opt_state = jax.tree.map(jnp.copy, (params, optimizer.init(params)))
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, opt_state, carry, derive_key(key, "dropout"))
+
+    # Compiled as a whole, which takes a fraction of compiling each of its operations.
+    return jax.jit(make)(key, params)
 
 
 def reset_rows(carry: Carry, reset_B: jax.Array) -> Carry:
@@ -265,7 +272,7 @@ def make_eval_step(
         carry, (nats_BT, correct_BT) = score_step(params, carry, batch)
         totals = {
             "nats": jnp.sum(nats_BT * batch.weights_BT),
-            "correct": jnp.sum(correct_BT * batch.weights_BT),
+            "correct": jnp.sum(jnp.where(correct_BT, batch.weights_BT, 0.0)),
             "count": jnp.sum(batch.weights_BT),
         }
         return carry, totals
@@ -279,9 +286,24 @@ def evaluate(
     carry: Carry,
     batches: Iterable[Batch],
 ) -> dict[str, float]:
-    """Return `loss` (nats per character), `accuracy` and `count` over all `batches`."""
+    """Return `loss` (nats per character), `accuracy` and `count` over all `batches`.
+
+    Args:
+      eval_step: as make_eval_step returns, best compiled by jax.jit.
+      params: the model's.
+      carry: before the first batch, such as zero_carry(model, batch_size).
+      batches: Batches of the same size, the carry of each handed on to the next.
+
+    Raises:
+      ValueError: if no character in them counts.
+    """
     sums = {"nats": 0.0, "correct": 0.0, "count": 0.0}
     pending: Metrics | None = None
+
+    def on_device(batch: Batch) -> Batch:
+        # Arrays of NumPy only: jax.transfer_guard forbids to pass them on as they are.
+        is_numpy = lambda leaf: isinstance(leaf, np.ndarray)  # noqa: E731
+        return Batch(*(jax.device_put(leaf) if is_numpy(leaf) else leaf for leaf in batch))
 
     def add(totals: Metrics | None) -> None:
         # In Python's double precision: float32 would lose characters beyond 16 million.
@@ -289,9 +311,11 @@ def evaluate(
             sums[name] += float(value)
 
     for batch in batches:
-        carry, totals = eval_step(params, carry, batch)
+        carry, totals = eval_step(params, carry, on_device(batch))
         add(pending)  # one batch late, so that the device never waits for the host
         pending = totals
     add(pending)
     count = sums["count"]
+    if not count:
+        raise ValueError("batches: no character in them counts")
     return {"loss": sums["nats"] / count, "accuracy": sums["correct"] / count, "count": count}

@@ -1,0 +1,70 @@
+"""The API under JAX's own switches, as people set them in their shells."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from charlstm import (
+    CharLSTM,
+    Streams,
+    derive_key,
+    evaluate,
+    init_state,
+    make_eval_step,
+    make_sampler,
+    make_train_step,
+    zero_carry,
+)
+from charlstm.dynamic import adapt, make_anchor
+from charlstm.sample import stream
+
+V, B, T, H = 7, 2, 5, 8
+IDS_M = np.random.default_rng(0).integers(V, size=60, dtype=np.int32)
+BATCHES = Streams(IDS_M, B, T)
+OPTIMIZER = optax.sgd(0.1)  # optax's adam itself fails where promotion is strict
+SWITCHES = {
+    "enable_x64": lambda: jax.enable_x64(True),
+    "numpy_rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "numpy_dtype_promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "transfer_guard": lambda: jax.transfer_guard("disallow"),
+}
+KINDS = [
+    CharLSTM(V, H, scale_hidden=True, rms_norm=True, dropout_rate=0.2, recurrent_dropout=0.1),
+    CharLSTM(
+        V, H, recurrence="flax", input="embed", embed_size=4, scale_hidden=True, rms_norm=True
+    ),
+    CharLSTM(V, H, input="scaled"),
+]
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("model", KINDS, ids=["fused", "flax", "scaled"])
+def test_training_evaluating_and_writing_work_and_keep_their_types(model, switch):
+    key = jax.random.key(0)
+    with SWITCHES[switch]():
+        state = init_state(model, OPTIMIZER, key, B)
+        step = jax.jit(make_train_step(model, OPTIMIZER))
+        trained, metrics = step(state, jax.device_put(BATCHES(0)))
+        eval_step = jax.jit(make_eval_step(model))
+        result = evaluate(eval_step, trained.params, zero_carry(model, B), map(BATCHES, range(2)))
+        sampler = jax.jit(make_sampler(model, 4))
+        sample_key, prompt_BP = derive_key(key, "sample"), BATCHES(0).inputs_BT
+        ids_BL = sampler(trained.params, jax.device_put(prompt_BP), sample_key)
+        pieces = stream(model, trained.params, list(prompt_BP), sample_key, length=4)
+        np.testing.assert_array_equal(np.concatenate(list(pieces), axis=1), ids_BL)
+    floats = jax.tree.leaves((state.params, state.carry, trained.params, trained.carry))
+    floats += [metrics[name] for name in ("loss", "count", "grad_norm")]
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
+    assert 0 < result["loss"] < 2 * np.log(V)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_model_learns_while_it_reads(switch):
+    model = KINDS[0]
+    params = init_state(model, OPTIMIZER, jax.random.key(0), 1).params
+    with SWITCHES[switch]():
+        anchor = make_anchor(model, params, [IDS_M[:10], IDS_M[10:20]])
+        moved = adapt(model, anchor, IDS_M)
+    assert {leaf.dtype for leaf in jax.tree.leaves(moved)} == {jnp.dtype("float32")}
