@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from charlstm.data import Windows as Windows
     from charlstm.keys import derive_key as derive_key
     from charlstm.model import CharLSTM as CharLSTM
+    from charlstm.model import hidden_states as hidden_states
     from charlstm.model import predict as predict
     from charlstm.model import zero_carry as zero_carry
+    from charlstm.recurrence import LayerStates as LayerStates
     from charlstm.sample import make_sampler as make_sampler
     from charlstm.sample import sample_step as sample_step
     from charlstm.steps import TrainState as TrainState
@@ -25,12 +27,14 @@ __version__ = "0.1.0"
 _HOME = {
     "Batch": "data",
     "CharLSTM": "model",
+    "LayerStates": "recurrence",
     "Streams": "data",
     "TrainState": "steps",
     "Vocab": "text",
     "Windows": "data",
     "derive_key": "keys",
     "evaluate": "steps",
+    "hidden_states": "model",
     "init_state": "steps",
     "make_eval_step": "steps",
     "make_sampler": "sample",

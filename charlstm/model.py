@@ -12,7 +12,15 @@ from ml_collections import ConfigDict
 from charlstm.checks import check_choice, check_count, check_ids, check_rate
 from charlstm.cudnn import cudnn_lstm
 from charlstm.fused import fused_lstm
-from charlstm.recurrence import CELLS, NORM_EPSILON, LayerCarry, flax_lstm, init_lstm
+from charlstm.recurrence import (
+    CELLS,
+    NORM_EPSILON,
+    LayerCarry,
+    LayerStates,
+    flax_lstm,
+    init_lstm,
+    trace_lstm,
+)
 from charlstm.text import END, Vocab
 
 Carry = tuple[LayerCarry, ...]
@@ -23,6 +31,7 @@ RECURRENCES: dict[str, Callable[..., tuple[LayerCarry, jax.Array]]] = {
 }
 # The axes of layer_TBE along which a mask of dropout is the same.
 DROPOUT_MASKS: dict[str, tuple[int, ...]] = {"step": (), "window": (0,)}
+STATES = "intermediates"  # the collection of Flax that hidden_states asks for
 INPUTS = ("one_hot", "embed", "scaled")
 DTYPES = ("float32", "bfloat16")
 
@@ -139,9 +148,15 @@ class CharLSTM(nn.Module):
             if train and self.recurrent_dropout:
                 rng = self.make_rng("dropout")
                 mask_BH = hidden_mask(rng, self.recurrent_dropout, layer_carry[1].shape)
-            layer_carry, layer_TBE = recur(
-                params, layer_carry, layer, keep_TB=keep_TB, mask_BH=mask_BH, dtype=self.dtype
-            )
+            options: dict[str, Any] = {"keep_TB": keep_TB, "dtype": self.dtype}
+            if self.is_mutable_collection(STATES):
+                options["norm_epsilon"] = self.norm_epsilon
+                layer_carry, states = trace_lstm(params, layer_carry, layer, **options)
+                self.sow(STATES, f"layer_{index}", states)
+                layer_TBE = states.h_BTH.swapaxes(0, 1)
+            else:
+                options["mask_BH"] = mask_BH
+                layer_carry, layer_TBE = recur(params, layer_carry, layer, **options)
             layer = nn.Dropout(self.dropout_rate, broadcast_dims=shared)(
                 layer_TBE, deterministic=not train
             )
@@ -199,6 +214,21 @@ def predict(
         return model.apply({"params": params}, ids_BT, carry)  # type: ignore[return-value]
     rngs = {"dropout": dropout_key}
     return model.apply({"params": params}, ids_BT, carry, train=True, rngs=rngs)  # type: ignore[return-value]
+
+
+def hidden_states(
+    model: CharLSTM, params: Any, ids_BT: jax.Array, carry: Carry
+) -> tuple[LayerStates, ...]:
+    """Return the states and gates of each layer at each character, N LayerStates.
+
+    Pure, for any `recurrence`, and without dropout: the states are those from which `predict`
+    computes its logits, up to rounding.
+
+    Raises:
+      ValueError: as CharLSTM does.
+    """
+    _, collections = model.apply({"params": params}, ids_BT, carry, mutable=STATES)
+    return tuple(collections[STATES][f"layer_{index}"][0] for index in range(model.num_layers))
 
 
 def zero_carry(model: CharLSTM, batch_size: int) -> Carry:

@@ -22,7 +22,7 @@ Sources: Hochreiter and Schmidhuber 1997; Gers et al. 2000 (the forget gate); Gr
 arXiv 1503.04069 ('vanilla LSTM', here without peepholes).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,18 @@ from flax import linen as nn
 
 Params = dict[str, dict[str, jax.Array]]
 LayerCarry = tuple[jax.Array, jax.Array]
+
+
+class LayerStates(NamedTuple):
+    """What one layer holds at each character that it reads."""
+
+    c_BTH: jax.Array  # the cell state after the character
+    h_BTH: jax.Array  # the hidden state after it, which is the layer's output
+    input_gate_BTH: jax.Array  # how much of the candidate is written, 0 to 1
+    forget_gate_BTH: jax.Array  # how much of the cell state before is kept, 0 to 1
+    candidate_BTH: jax.Array  # what may be written, -1 to 1
+    output_gate_BTH: jax.Array  # how much of tanh(c) is shown, 0 to 1
+
 
 GATES = "ifgo"
 # Much less makes the sums after an empty carry as large as all others, and rounding errors with
@@ -126,6 +138,47 @@ def flax_lstm(
         return (c_BH, h_BH), h_BH
 
     return jax.lax.scan(step, carry, (inputs_TBE, keep_TB))
+
+
+def trace_lstm(
+    params: Params,
+    carry: LayerCarry,
+    inputs: jax.Array,
+    *,
+    keep_TB: jax.Array | None = None,
+    norm_epsilon: float = NORM_EPSILON,
+    dtype: Any = jnp.float32,
+) -> tuple[LayerCarry, LayerStates]:
+    """Run one LSTM layer over time and return every state and gate: the equations, written out.
+
+    The arguments are those of flax_lstm, and the states agree with it.
+    """
+    params, carry, inputs = vary_alike((params, carry, inputs))
+    input_kernel_EG, recurrent_kernel_HG = (
+        side_by_side(params, side).astype(dtype) for side in "ih"
+    )
+    bias_1G = jnp.concatenate([params[f"h{gate}"]["bias"] for gate in GATES])[None].astype(dtype)
+
+    def step(carry: LayerCarry, given: Any) -> tuple[LayerCarry, Any]:
+        x_BE, keep_B = given
+        c_BH, h_BH = (kept_rows(leaf_BH, keep_B) for leaf_BH in carry)
+        x_BE, seen_BH = x_BE.astype(dtype), h_BH.astype(dtype)
+        if "scale" in params:
+            seen_BH = seen_BH * (1 + x_BE @ params["scale"]["kernel"].astype(dtype))
+        product_BG = seen_BH @ recurrent_kernel_HG
+        if "norm" in params:
+            gain_1G = params["norm"]["gain"][None].astype(dtype)
+            product_BG = product_BG * inverse_rms(product_BG, norm_epsilon) * gain_1G
+        sums_BG = (x_BE @ input_kernel_EG + product_BG + bias_1G).astype(c_BH.dtype)
+        i_BH, f_BH, g_BH, o_BH = jnp.split(sums_BG, 4, axis=-1)
+        i_BH, f_BH, o_BH = map(jax.nn.sigmoid, (i_BH, f_BH, o_BH))
+        g_BH = jnp.tanh(g_BH)
+        c_BH = f_BH * c_BH + i_BH * g_BH
+        h_BH = o_BH * jnp.tanh(c_BH)
+        return (c_BH, h_BH), LayerStates(c_BH, h_BH, i_BH, f_BH, g_BH, o_BH)
+
+    carry, states = jax.lax.scan(step, carry, (as_vectors(params, inputs, dtype), keep_TB))
+    return carry, LayerStates(*(leaf_TBH.swapaxes(0, 1) for leaf_TBH in states))
 
 
 def aligned(leaf: jax.Array, like: jax.Array) -> jax.Array:

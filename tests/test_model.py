@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from lstm_numpy import lstm
 
-from charlstm.model import CharLSTM, hidden_mask, predict, zero_carry
+from charlstm.model import CharLSTM, hidden_mask, hidden_states, predict, zero_carry
 
 # All different, so that no two axes can be mixed up unnoticed.
 B, T, V, H = 3, 6, 11, 10
@@ -362,3 +362,31 @@ def test_bfloat16_gives_logits_and_carry_in_float32_near_those_of_float32(input,
     arguments = jax.random.key(0), ids_BT, carry
     initial = jax.eval_shape(rounded.init, *arguments)
     assert {leaf.dtype for leaf in jax.tree.leaves(initial)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"recurrence": "fused"},
+        {"recurrence": "flax", "input": "embed", "scale_hidden": True, "rms_norm": True},
+        {"input": "scaled", "end_id": END_ID, "rms_norm": True, "dropout_rate": 0.5},
+    ],
+    ids=["plain", "all parts", "documents"],
+)
+def test_hidden_states_are_those_from_which_the_logits_come(fields):
+    model = make_model(num_layers=2, **fields)
+    params, ids_BT, carry = draw_params(model), draw_ids(), draw_carry(model)
+    ids_BT[1, 2] = END_ID
+    layers = jax.jit(partial(hidden_states, model, params))(ids_BT, carry)
+    logits_BTV, last_carry = compiled_predict(model, params)(ids_BT, carry)
+    dense = params["dense"]
+    assert_trees_close(layers[-1].h_BTH @ dense["kernel"] + dense["bias"], logits_BTV)
+    found = tuple((states.c_BTH[:, -1], states.h_BTH[:, -1]) for states in layers)
+    assert_trees_close(found, last_carry)
+    for states, (c_BH, _) in zip(layers, carry, strict=True):
+        c_before_BTH = np.concatenate([c_BH[:, None], states.c_BTH[:, :-1]], axis=1)
+        if model.end_id is not None:
+            c_before_BTH = np.where((ids_BT == END_ID)[..., None], 0, c_before_BTH)
+        written_BTH = states.input_gate_BTH * states.candidate_BTH
+        assert_trees_close(states.c_BTH, states.forget_gate_BTH * c_before_BTH + written_BTH)
+        assert_trees_close(states.h_BTH, states.output_gate_BTH * np.tanh(states.c_BTH))
