@@ -1,5 +1,7 @@
 """The language model: characters in, logits of the next character out."""
 
+from __future__ import annotations  # help() then shows names such as TrainStep
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,5 +1,7 @@
 """New text: a pure step from one character to the next, and loops around it."""
 
+from __future__ import annotations  # help() then shows names such as TrainStep
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any

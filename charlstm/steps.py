@@ -1,5 +1,7 @@
 """The pure steps: (state, batch) -> (state, metrics)."""
 
+from __future__ import annotations  # help() then shows names such as TrainStep
+
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import export
 
 from charlstm.checks import check_batch, check_count, check_divides, check_params, check_shape
 from charlstm.data import Batch
@@ -20,7 +23,11 @@ Loss = Callable[[jax.Array, Batch], jax.Array]
 
 
 class TrainState(NamedTuple):
-    """All that a training run depends on, besides its text and config."""
+    """All that a training run depends on, besides its text and config.
+
+    To serialize it with flax.serialization, which takes no keys, put jax.random.key_data(key) in
+    place of the key, and jax.random.wrap_key_data to get it back.
+    """
 
     step: jax.Array  # int32, how many steps have been taken
     params: Any
@@ -30,6 +37,13 @@ class TrainState(NamedTuple):
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainSteps = Callable[[TrainState, Batch, jax.Array | int], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Any, Carry, Batch], tuple[Carry, Metrics]]
+ScoreStep = Callable[[Any, Carry, Batch], tuple[Carry, tuple[jax.Array, jax.Array]]]
+
+# For Exported.serialize; the states of an optimizer are for its user to register.
+export.register_namedtuple_serialization(Batch, serialized_name="charlstm.Batch")
+export.register_namedtuple_serialization(TrainState, serialized_name="charlstm.TrainState")
 
 
 def init_state(
@@ -209,9 +223,7 @@ def apply_gradient(
     return TrainState(state.step + 1, params, opt_state, carry, state.key), metrics
 
 
-def make_train_steps(
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
-) -> Callable[[TrainState, Batch, jax.Array | int], tuple[TrainState, Metrics]]:
+def make_train_steps(train_step: TrainStep) -> TrainSteps:
     """Return train_steps(state, batches, count) -> (state, metrics), many steps as one function.
 
     It takes the first `count` of the S batches, which have the axis S in front, and gives the
@@ -240,9 +252,7 @@ def make_train_steps(
     return train_steps
 
 
-def make_score_step(
-    model: CharLSTM,
-) -> Callable[[Any, Carry, Batch], tuple[Carry, tuple[jax.Array, jax.Array]]]:
+def make_score_step(model: CharLSTM) -> ScoreStep:
     """Return score_step(params, carry, batch) -> (carry, (nats_BT, correct_BT)), a pure function.
 
     The nats of each target, and whether it was the most probable one. Nothing is dropped out.
@@ -257,9 +267,7 @@ def make_score_step(
     return score_step
 
 
-def make_eval_step(
-    model: CharLSTM,
-) -> Callable[[Any, Carry, Batch], tuple[Carry, Metrics]]:
+def make_eval_step(model: CharLSTM) -> EvalStep:
     """Return eval_step(params, carry, batch) -> (carry, totals), a pure function.
 
     The totals are sums over the batch, so that totals of batches add up: `nats`, `correct` (the
@@ -281,7 +289,7 @@ def make_eval_step(
 
 
 def evaluate(
-    eval_step: Callable[[Any, Carry, Batch], tuple[Carry, Metrics]],
+    eval_step: EvalStep,
     params: Any,
     carry: Carry,
     batches: Iterable[Batch],
