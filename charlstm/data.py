@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     Several batches are one Batch with the axis S of steps in front.
     """
 
-    inputs_BT: Any  # int32 ids
+    inputs_BT: Any  # int32 ids, 0 to V - 1 in all places
     targets_BT: Any  # int32 ids of the characters that follow
     weights_BT: Any  # float32, 0 where a position does not count
     reset_B: Any  # bool, where the carry begins anew

@@ -91,8 +91,14 @@ def reset_rows(carry: Carry, reset_B: jax.Array) -> Carry:
 
 
 def cross_entropy(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
-    """Return nats_BT, minus the logarithm of the probability of each target."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets_BT)
+    """Return nats_BT, minus the logarithm of the probability of each target.
+
+    NaN for a target that no character has.
+    """
+    vocab_size = logits_BTV.shape[-1]
+    # optax counts negative ones from the end.
+    targets_BT = jnp.where(batch.targets_BT < 0, vocab_size, batch.targets_BT)
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
 
 
 def make_train_step(
@@ -124,7 +130,9 @@ def make_train_step(
         where no shard_map is used, as under jax.jit with shardings.
 
     The step raises ValueError for a batch whose shapes do not agree with each other, with the carry
-    or with `micro_batches`, and if the optimizer needs an argument that it does not get.
+    or with `micro_batches`, for ids that are not below V, and if the optimizer needs an argument
+    that it does not get. The ids of traced batches are not known: a wrong one makes the loss NaN,
+    and the step is skipped.
     """
     check_count("micro_batches", micro_batches)
 
@@ -261,7 +269,7 @@ def make_score_step(model: CharLSTM) -> ScoreStep:
     def score_step(params: Any, carry: Carry, batch: Batch) -> Any:
         carry = reset_rows(carry, batch.reset_B)
         logits_BTV, carry = predict(model, params, batch.inputs_BT, carry)
-        nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets_BT)
+        nats_BT = cross_entropy(logits_BTV, batch)
         return carry, (nats_BT, jnp.argmax(logits_BTV, axis=-1) == batch.targets_BT)
 
     return score_step

@@ -103,6 +103,17 @@ def test_a_batch_that_makes_no_sense_is_refused(batch, message):
         jax.eval_shape(lambda state: make_train_step(MODEL, optax.sgd(0.1))(state, batch), state)
 
 
+@pytest.mark.parametrize("wrong", [5, -1])
+@pytest.mark.parametrize("name", ["inputs_BT", "targets_BT"])
+def test_a_compiled_step_skips_a_batch_with_an_id_of_no_character(name, wrong):
+    state = init_state(MODEL, optax.sgd(0.1), jax.random.key(0), 2)
+    batch = BATCHES(0)
+    getattr(batch, name)[0, 1] = wrong
+    new_state, metrics = jax.jit(make_train_step(MODEL, optax.sgd(0.1)))(state, batch)
+    assert metrics["skipped"]
+    jax.tree.map(np.testing.assert_array_equal, new_state.params, state.params)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
