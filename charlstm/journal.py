@@ -16,7 +16,7 @@ from charlstm.checkpoint import Checkpoints
 from charlstm.console import TrainingBar, launcher_command
 from charlstm.errors import DamagedError
 from charlstm.job import Job
-from charlstm.log import RunLog, bits
+from charlstm.log import RunLog, bits, sample_after_prompt
 from charlstm.steps import Metrics, TrainState
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ MAX_STREAK = 5
 # Long beside what a call costs, short beside what a person at Ctrl-C waits gladly.
 CALL_SECONDS = 0.25
 CLOCK_TICK = time.get_clock_info("monotonic").resolution  # two looks may give the same time
-PROMPT_TAIL = 60  # characters of a sample's prompt that are printed
 
 
 @dataclass
@@ -291,7 +290,5 @@ def describe_evaluation(record: dict[str, Any], chars_per_second: float) -> Iter
     parts.append(f"{record['seconds']:.0f} s")
     yield f"step {record['step']}: {', '.join(parts)}"
     if "sample" in record:
-        prompt = record["prompt"]
-        tail = prompt if len(prompt) <= PROMPT_TAIL else f"...{prompt[-PROMPT_TAIL:]}"
-        text = textwrap.indent(f"[{tail}]{record['sample']}", "    ", lambda line: True)
+        text = textwrap.indent(sample_after_prompt(record), "    ", lambda line: True)
         yield f"sample at step {record['step']}, its prompt in brackets:\n\n{text}\n"

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 # What each sample in samples.txt begins with, before its step.
 SAMPLE_MARK = "=== step "
+PROMPT_TAIL = 60  # characters of a sample's prompt that are shown
 
 
 def bits(nats: float) -> float:
@@ -122,6 +123,15 @@ def read_records(path: epath.Path) -> list[dict[str, Any]]:
     return records
 
 
+def sample_after_prompt(record: dict[str, Any]) -> str:
+    """Return the sample of a record after the end of its prompt in brackets, if it has one."""
+    prompt = record.get("prompt", "")  # older runs did not record it
+    if not prompt:
+        return record["sample"]
+    tail = prompt if len(prompt) <= PROMPT_TAIL else f"...{prompt[-PROMPT_TAIL:]}"
+    return f"[{tail}]{record['sample']}"
+
+
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
@@ -132,4 +142,4 @@ def _sample(record: dict[str, Any]) -> str:
         return ""
     figure = record.get("val/bits_per_char")
     validation = "" if figure is None else f", validation {figure:.3f} bits per character"
-    return f"{SAMPLE_MARK}{record['step']}{validation} ===\n{record['sample']}\n\n"
+    return f"{SAMPLE_MARK}{record['step']}{validation} ===\n{sample_after_prompt(record)}\n\n"

@@ -35,7 +35,7 @@ def test_the_same_records_give_the_same_files_however_often_the_log_is_closed(
 ):
     monkeypatch.setattr("charlstm.files.is_local", lambda path: is_local)
     records = [{"step": step, "train/loss": step / 3} for step in range(1, 8)]
-    records[2] |= {"sample": "a\nb", "val/bits_per_char": 2.5}
+    records[2] |= {"prompt": "x" * 99 + "the ", "sample": "a\nb", "val/bits_per_char": 2.5}
     records[5] |= {"sample": "caf\u00e9"}
     for folder, size in (("once", 7), ("often", 2)):
         (tmp_path / folder).mkdir()
@@ -53,7 +53,8 @@ def test_the_same_records_give_the_same_files_however_often_the_log_is_closed(
         often = (tmp_path / "often" / name).read_text().removesuffix(torn)
         assert often == (tmp_path / "once" / name).read_text()
     assert read_records(epath.Path(tmp_path / "once" / "metrics.jsonl")) == records
-    expected = "=== step 3, validation 2.500 bits per character ===\na\nb\n\n"
+    expected = "=== step 3, validation 2.500 bits per character ===\n[..."
+    expected += "x" * 56 + "the ]a\nb\n\n"
     expected += "=== step 6 ===\ncaf\u00e9\n\n"
     assert (tmp_path / "once" / "samples.txt").read_text() == expected
 
