@@ -4,6 +4,7 @@ import glob
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from etils import epath
@@ -61,6 +62,18 @@ def free_workdir(workdir: str) -> str:
         number += 1
         free = f"{workdir.rstrip('/')}-{number}"
     return free
+
+
+def in_free_workdir(words: Sequence[str], workdir: str) -> list[str]:
+    """Return the flags `words` with --workdir=free_workdir(workdir) for any --workdir of theirs."""
+    others, remaining = [], iter(words)
+    for word in remaining:
+        name, equals, _ = word.partition("=")
+        if name not in ("-workdir", "--workdir"):
+            others.append(word)
+        elif not equals:
+            next(remaining, "")  # its value
+    return [*others, f"--workdir={free_workdir(workdir)}"]
 
 
 def is_run(folder: Path) -> bool:

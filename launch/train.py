@@ -79,8 +79,8 @@ def main() -> int:
         try:
             finished = train(config, workdir, should_stop=stop, profile=PROFILE.value)
         except OccupiedError as error:
-            free = f"--workdir={folders.free_workdir(workdir)}"
-            command = launcher_command("train", *app.GIVEN_FLAGS, free)
+            words = folders.in_free_workdir(app.GIVEN_FLAGS, workdir)
+            command = launcher_command("train", *words)
             raise UserError(f"{error}, for example: {command}") from error
     # Perhaps the signal came to another process.
     return 0 if finished else 128 + (stop.number or signal.SIGTERM)

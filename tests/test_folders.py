@@ -92,6 +92,16 @@ def test_a_free_folder_is_one_where_nothing_is(here):
     assert folders.free_workdir("runs/x/") == "runs/x-3"
 
 
+@pytest.mark.parametrize(
+    "given", [(), ("--workdir=poems",), ("-workdir=poems",), ("--workdir", "poems")]
+)
+def test_a_command_for_a_free_folder_names_no_other(here, given):
+    (here / "poems").mkdir()
+    words = ["--config=tiny", *given, "--profile"]
+    expected = ["--config=tiny", "--profile", "--workdir=poems-2"]
+    assert folders.in_free_workdir(words, "poems") == expected
+
+
 def test_the_run_that_was_trained_last_is_taken_where_none_is_given(here):
     with pytest.raises(UserError, match=r"no run in .*my poems/runs; give --workdir"):
         folders.trained_workdir("")
