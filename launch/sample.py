@@ -49,6 +49,7 @@ logger = logging.getLogger("charlstm.launch.sample")
 # read by the other.
 STREAM_CHUNK = 16
 MAX_FILE_BYTES = 2**26  # of a prompt or a list of words
+MAX_SAMPLES = 10**7  # at once; see check_memory for fewer
 MAX_SHOWN = 10  # prompts from the training text
 
 WORKDIR = flags.DEFINE(
@@ -63,7 +64,9 @@ LENGTH = flags.DEFINE_integer("length", None, "how many characters, the prompt n
 TEMPERATURE = flags.DEFINE_float("temperature", None, "0 takes the most probable character")
 TOP_K = flags.DEFINE_integer("top_k", None, "choose among the k most probable; 0: all")
 TOP_P = flags.DEFINE_float("top_p", None, "choose among those with this much probability; 1: all")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "how many texts", lower_bound=1)
+NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", 1, "how many texts", lower_bound=1, upper_bound=MAX_SAMPLES
+)
 SEED = flags.DEFINE_integer(
     "seed", 0, "the same seed gives the same text", lower_bound=0, upper_bound=2**32 - 1
 )
