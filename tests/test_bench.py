@@ -171,7 +171,7 @@ def test_the_memory_of_a_process_is_what_it_has_held():
 def test_a_contender_that_fails_is_named_with_its_reason():
     worker = Worker("nonsense")
     try:
-        with pytest.raises(RunError, match="nonsense failed: .* no module nonsense"):
+        with pytest.raises(RunError, match=r"nonsense failed: .* no module nonsense"):
             worker.ask("ready")
     finally:
         worker.close()
