@@ -38,11 +38,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import folders
 from absl import flags
 from bench_sections import FULL, QUICK, Bench, Settings, Shape
 from rich.console import Console
 
 from charlstm.errors import UserError
+from charlstm.files import write_file
 from charlstm.source import find_source
 
 logger = logging.getLogger("charlstm.launch.bench")
@@ -176,11 +178,7 @@ def main() -> None:
     """Measure as the flags say."""
     sections = parse_sections()
     settings, peers = parse_settings(), parse_peers()
-    out = Path(OUT.value)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={out}: {error.strerror}; name a folder") from None
+    out = folders.make_out(OUT.value, "bench.json", {"cpu", "settings"})
     # Whoever reads the tables in a file or through a pipe has no width to tell.
     is_terminal = sys.stdout.isatty()  # whatever FORCE_COLOR says
     width = shutil.get_terminal_size().columns if is_terminal else 110
@@ -196,9 +194,9 @@ def main() -> None:
             report[section] = getattr(bench, section)()
             # Written after each, so that an end half-way leaves what there is.
             text = json.dumps(report, indent=1, allow_nan=False)
-            (out / "bench.json").write_text(text + "\n", encoding="utf-8")
+            write_file(out / "bench.json", text + "\n")
             for name, picture in bench.pictures.items():
-                (out / name).write_bytes(picture)
+                write_file(out / name, picture)
     logger.info("all figures: %s", out / "bench.json")
 
 

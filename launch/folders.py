@@ -1,16 +1,17 @@
-"""Which run folder a launcher uses where --workdir is not given."""
+"""Which folder a launcher writes to: the run folder, and that of --out."""
 
 import glob
 import logging
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from etils import epath
 
-from charlstm.errors import UserError
-from charlstm.files import is_local
+from charlstm.errors import DamagedError, UserError
+from charlstm.files import is_local, read_json, temporary_name
 from charlstm.find import ending_of
 
 logger = logging.getLogger("charlstm.launch.folders")
@@ -112,3 +113,32 @@ def trained_workdir(given: str) -> str:
     others = f", the last trained of {len(runs)} in {RUNS}/" if len(runs) > 1 else ""
     logger.info("run folder: %s%s", runs[0], others)
     return str(runs[0])
+
+
+def make_out(out: str, report: str, keys: set[str]) -> epath.Path:
+    """Return the folder `out`, made if need be, for a launcher that writes `report` and more there.
+
+    Raises:
+      UserError: if it cannot be made, or if it is not empty and has no `report` of an earlier
+        start, a JSON object with `keys`.
+    """
+    folder = epath.Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = list(folder.iterdir())
+    except OSError as error:
+        raise UserError(
+            f"--out={out}: cannot write there ({error.strerror}); choose another --out"
+        ) from None
+    with suppress(DamagedError, TypeError):
+        if keys <= set(read_json(folder / report)):
+            return folder
+    # What a start leaves that was killed before it wrote its report.
+    leftovers = {".lock", temporary_name(report)}
+    if others := sorted({path.name for path in entries} - leftovers):
+        shown = ", ".join(others[:_MAX_LISTED])
+        raise UserError(
+            f"--out={out}: is not empty, and has no {report} of an earlier start (it holds "
+            f"{shown}); choose another --out"
+        )
+    return folder

@@ -19,13 +19,14 @@ import app  # first, since it handles signals
 # isort: split
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
+import folders
 from absl import flags
 
 from charlstm import cost
 from charlstm.errors import UserError
+from charlstm.files import write_file
 
 logger = logging.getLogger("charlstm.launch.scaling")
 
@@ -59,11 +60,7 @@ def main() -> None:
     """Measure and draw."""
     config = app.checked_config(CONFIG)
     check_devices(DEVICES.value)
-    out = Path(OUT.value)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={out}: {error.strerror}; name a folder") from None
+    out = folders.make_out(OUT.value, "scaling.json", {"virtual", "paper"})
     # JAX reads it when it is imported, which is further down.
     devices = f"--xla_force_host_platform_device_count={DEVICES.value}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices}"
@@ -96,9 +93,9 @@ def main() -> None:
                 f"{name} on paper: {row['chips']} x {chip.name}, {row['rows']} rows: {seconds} ms"
             )
     text = json.dumps(report, indent=1, allow_nan=False)
-    (out / "scaling.json").write_text(text + "\n", encoding="utf-8")
+    write_file(out / "scaling.json", text + "\n")
     about = f"{config.model.num_layers} x {config.model.hidden_size}, T = {config.seq_len}"
-    (out / "scaling.png").write_bytes(scaling_picture.draw(report, f"{about}, {chip.name}"))
+    write_file(out / "scaling.png", scaling_picture.draw(report, f"{about}, {chip.name}"))
     logger.info("all figures: %s", out / "scaling.json")
 
 

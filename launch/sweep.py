@@ -34,6 +34,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+import folders
 import sweep_plan
 import sweep_table
 import sweep_trial
@@ -130,7 +131,9 @@ def main() -> int:
     texts = [sweep_trial.open_text(path, cleaning) for path in TEXTS.value or [config.data.path]]
     names = sweep_plan.distinct("--texts", [text.name for text in texts])
     trials = sweep_plan.make_trials(config, combinations, names, seeds)
-    sweep_plan.refuse_other(out / "sweep.json", sweep_plan.common(trials))
+    about = sweep_plan.common(trials)
+    sweep_plan.refuse_other(out / "sweep.json", about)
+    folders.make_out(OUT.value, "sweep.json", set(about))
     try:
         with sole_writer(epath.Path(out), "choose another --out"):
             return search(trials, texts, cleaning, shares, out)

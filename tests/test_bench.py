@@ -211,7 +211,7 @@ MISTAKES = [
     ("--what=step --entropy", "--what=step and --entropy: give one of them"),
     ("--what=step --quality", "--what=step and --quality: give one of them"),
     ("--entropy --quality", "--entropy and --quality: give one of them"),
-    ("--quality --minutes=0", "--minutes=0: must be a number above 0"),
+    ("--quality --minutes=0", "--minutes=0.0: must be a number above 0"),
     ("--quality --minutes=nan", "--minutes=nan: must be a number above 0"),
     ("--quality --text=none.txt", "none.txt: no such file; give --text=FILE"),
     ("--minutes=3", "--minutes=3.0: is for --quality, which is not given"),

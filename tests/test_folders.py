@@ -3,6 +3,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from etils import epath
 
 import charlstm.source
 from charlstm.errors import UserError
@@ -100,6 +101,25 @@ def test_a_command_for_a_free_folder_names_no_other(here, given):
     words = ["--config=tiny", *given, "--profile"]
     expected = ["--config=tiny", "--profile", "--workdir=poems-2"]
     assert folders.in_free_workdir(words, "poems") == expected
+
+
+def test_an_output_folder_is_ours_or_empty(here):
+    assert folders.make_out("new/out", "bench.json", {"cpu"}) == epath.Path("new/out")
+    (here / "new/out/.bench.json.tmp").touch()  # of a start that was killed
+    (here / "new/out/.lock").write_text("process 7 on host")
+    folders.make_out("new/out", "bench.json", {"cpu"})
+    for content in ("my figures", "[]", '{"cost": 3}'):
+        (here / "new/out/bench.json").write_text(content)
+        with pytest.raises(UserError, match=r"new/out: is not empty.* holds bench.json"):
+            folders.make_out("new/out", "bench.json", {"cpu"})
+    (here / "new/out/bench.json").write_text('{"cpu": "x", "step": []}')
+    (here / "new/out/bench.png").touch()
+    folders.make_out("new/out", "bench.json", {"cpu"})
+    with pytest.raises(UserError, match=r"has no scaling.json .* bench.json, bench.png"):
+        folders.make_out("new/out", "scaling.json", {"paper"})
+    (here / "file").touch()
+    with pytest.raises(UserError, match="cannot write there"):
+        folders.make_out("file", "bench.json", {"cpu"})
 
 
 def test_the_run_that_was_trained_last_is_taken_where_none_is_given(here):

@@ -6,6 +6,7 @@ from etils import epath
 from test_train import small_config
 
 from charlstm.checkpoint import Checkpoints
+from charlstm.data import Batch
 from charlstm.job import prepare
 from charlstm.journal import Journal, Notes, describe_evaluation
 from charlstm.log import read_records
@@ -105,11 +106,12 @@ def test_characters_a_second_leave_out_compilation_evaluation_and_an_earlier_pro
 
 
 def test_evaluation_totals_are_read_one_batch_late():
-    reads, batches = [], [1, 2, 3]
+    reads, batches = [], [Batch(number, None, None, None) for number in (1, 2, 3)]
 
     def eval_step(params, carry, batch):
-        assert batch - 1 not in reads
-        return carry, {name: OnDevice(batch, reads) for name in ("nats", "correct", "count")}
+        number = batch.inputs_BT
+        assert number - 1 not in reads
+        return carry, {name: OnDevice(number, reads) for name in ("nats", "correct", "count")}
 
     assert evaluate(eval_step, None, None, batches)["count"] == 3
     assert reads == [1, 1, 1, 2, 2, 2, 3, 3, 3]

@@ -123,6 +123,7 @@ COMMAND_LINE = [
     ("sample", "--length=0", "--length=0: must be"),
     ("sample", "--length=ten", "length|ten"),
     ("sample", "--num_samples=0", "num_samples|0"),
+    ("sample", "--num_samples=100000000", "num_samples=100000000|10000000]"),
     ("sample", "--seed=-1", "seed|-1"),
     ("sample", "--checkpoint=worst", "checkpoint|worst|best"),
     ("sample", "--method=beam", "method|beam|carry"),
@@ -164,7 +165,7 @@ COMMAND_LINE = [
     ("scaling", "--devices=3", "--devices=3: must be a power of two up to 64"),
     ("scaling", "--devices=128", "--devices=128: must be a power of two up to 64"),
     ("scaling", "--rows=-1", "rows|-1"),
-    ("scaling", "--out=latin1.txt/x", "--out=latin1.txt/x|name a folder"),
+    ("scaling", "--out=latin1.txt/x", "--out=latin1.txt/x|choose another --out"),
     ("train", "--config=broken.py", "broken.py: raised SyntaxError"),
     ("train", "--config=empty.py", "empty.py: raised AttributeError|define get_config()"),
     ("train", "--config=unknown.py", "config.hiden_size: no such key; did you mean"),
@@ -321,10 +322,10 @@ def test_a_run_of_other_settings_is_refused_with_what_differs(flag, messages, re
 def test_a_refused_run_comes_with_a_command_that_trains_elsewhere(ready, launch, tmp_path):
     shutil.copytree(ready / "runs", tmp_path / "runs")
     shutil.copy(ready / "other.txt", tmp_path)
-    flags = [*TINY, "--workdir=runs/full", "--config.data.path=other.txt"]
-    refusal = launch("train", *flags, cwd=tmp_path)
+    flags = [*TINY, "--config.data.path=other.txt"]
+    refusal = launch("train", "--workdir=runs/full", *flags, cwd=tmp_path)
     assert refusal.returncode == 2
-    # The same flags again, and one more, after interpreter and script.
+    # The same flags again but for the folder, after interpreter and script.
     command = shlex.split(refusal.stderr)[-len(flags) - 3 :]
     assert command[1].endswith("train.py")
     assert command[2:] == [*flags, "--workdir=runs/full-2"]
@@ -340,8 +341,8 @@ READING = [
     ("sample", "--workdir=runs/full --prompt=€€ --unknown=drop", "no character that the model"),
     (
         "sample",
-        "--workdir=runs/full --num_samples=100000000000",
-        "--num_samples=100000000000 --length=|GiB of memory|give less",
+        "--workdir=runs/full --num_samples=9999999 --length=9999999",
+        "--num_samples=9999999 --length=9999999: |GiB of memory|give less",
     ),
     ("sample", "--workdir=runs/full --length=2147483647", "--length=2147483647: so much text"),
     ("sample", "--workdir=runs/full --prompt=so --method=window", "at least 32 characters|carry"),
