@@ -192,8 +192,7 @@ class Checkpoints:
             if is_wanted(notes):
                 self._delete(low=step + 1)
                 return state, notes
-        names = sorted(path.name for path in self._folder.iterdir())
-        if aside := [name for name in names if name.startswith(ASIDE)]:
+        if aside := set_aside_in(self._folder):
             raise UserError(
                 f"{self._folder}: no checkpoint is left that is not damaged; bring the files of "
                 f"{', '.join(aside)} back under the step's number, choose another --workdir to "
@@ -260,6 +259,11 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
         try:
             with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
                 step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
+                if step is None and (aside := set_aside_in(run.workdir / "checkpoints")):
+                    raise DamagedError(
+                        f"{run.workdir}: no checkpoint is left that is not damaged; bring the "
+                        f"files of {', '.join(aside)} back under the step's number, or train anew"
+                    )
                 if step is None:
                     raise UserError(f"{run.workdir}: no checkpoint yet; let it train on")
                 state, _ = checkpoints.restore(step, only_params(like))
@@ -292,6 +296,13 @@ def steps_in(folder: epath.Path) -> list[int]:
         return []
     names = [path.name for path in folder.iterdir()]
     return sorted(int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name))
+
+
+def set_aside_in(folder: epath.Path) -> list[str]:
+    """Return the names of the checkpoints in `folder` that were set aside as damaged."""
+    if not folder.exists():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(ASIDE))
 
 
 def _finite_loss(metrics: dict[str, float]) -> float:

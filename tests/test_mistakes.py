@@ -444,6 +444,13 @@ DAMAGES = {
         lambda run: shutil.rmtree(run / "checkpoints"),
         "no checkpoint yet; let it train on",
     ),
+    "all checkpoints are set aside": (
+        lambda run: [
+            path.rename(path.with_name(f"damaged-{path.name}"))
+            for path in list((run / "checkpoints").iterdir())
+        ],
+        "no checkpoint is left that is not damaged; bring the files of damaged-2, damaged-4 back",
+    ),
     "a checkpoint's weights are gone": (
         lambda run: shutil.rmtree(run / "checkpoints" / "4" / "state"),
         "checkpoints/4/state: missing or damaged",
