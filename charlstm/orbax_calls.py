@@ -19,7 +19,8 @@ class OrbaxError(Exception):
     """A failure within Orbax, of whatever type its many layers raised, as one line."""
 
     def __init__(self, error: Exception):
-        super().__init__(one_line(error))
+        # TensorStore appends a specification of a thousand characters.
+        super().__init__(one_line(error).partition(" [tensorstore_spec=")[0])
         self.lacks_memory = isinstance(error, MemoryError | jax.errors.JaxRuntimeError)
 
 

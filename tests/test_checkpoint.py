@@ -318,3 +318,13 @@ def test_notes_of_the_schema_without_checksums_are_read(whole, tmp_path):
     state, notes = newest(tmp_path / "run")
     assert_is(state, 2)
     assert notes["seconds"] == 1.0
+
+
+def test_the_error_of_a_damaged_file_leaves_out_how_it_was_opened(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "checkpoints").glob("*/state/d/*"):
+        path.write_text("x")
+    with closing(Checkpoints(epath.Path(tmp_path), read_only=True)) as checkpoints:
+        with pytest.raises(DamagedError, match="missing or damaged") as caught:
+            checkpoints.restore(checkpoints.latest_step(), LIKE)
+    assert "tensorstore_spec" not in str(caught.value)
