@@ -61,7 +61,7 @@ def check_types(folder: epath.Path, sealed: dict[str, Any], like: TrainState) ->
     """Raise UserError if the checkpoint in `folder` was saved with other arrays than `like` has."""
     here = by_name(type_of, like)
     is_part = ocp.PLACEHOLDER in jax.tree.leaves(like)
-    # Schema 7 and earlier note no types.
+    # Older checkpoints note no types.
     there = sealed.get("types") or {
         name: here.get(name, "an array") for name in sealed.get("crc32", here)
     }
