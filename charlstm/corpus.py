@@ -100,7 +100,7 @@ def open_corpus(
         if vocab is None and data.min_count > 1:
             unknown = "replace"
         corpus = _prepare(found, cleaning, survey, used, unknown, recipe)
-    log_cut(corpus, is_own=vocab is None)
+    log_cut(corpus.source, corpus.num_cut, len(corpus.ids_M), is_reported=vocab is None)
     return corpus
 
 
@@ -134,16 +134,19 @@ def _prepare(
     return corpus
 
 
-def log_cut(text: Corpus, is_own: bool = True) -> None:
-    """Log how much was left out of a text: if that is a lot, or if the text is not the run's."""
-    is_much = 10 * text.num_cut > text.num_cut + len(text.ids_M)
-    if is_much or (text.num_cut and not is_own):
+def log_cut(path: str, num_cut: int, num_left: int, is_reported: bool = False) -> None:
+    """Log how many characters were left out of a text, if any; a lot is a warning.
+
+    Of a text of which this `is_reported` elsewhere, only the warning is logged.
+    """
+    is_much = 10 * num_cut > num_cut + num_left
+    if is_much or (num_cut and not is_reported):
         logger.log(
             logging.WARNING if is_much else logging.INFO,
             "%s: left out %s characters of Project Gutenberg's headers and licences, %s remain",
-            text.source,
-            f"{text.num_cut:,}",
-            f"{len(text.ids_M):,}",
+            path,
+            f"{num_cut:,}",
+            f"{num_left:,}",
         )
 
 

@@ -20,7 +20,7 @@ import signals
 from ml_collections import ConfigDict
 
 from charlstm.config import flatten
-from charlstm.corpus import Survey, check_survey, read_characters, take_survey
+from charlstm.corpus import Survey, check_survey, log_cut, read_characters, take_survey
 from charlstm.errors import UserError, one_line
 from charlstm.source import Source, find_source
 from charlstm.text import END, Cleaning
@@ -90,6 +90,7 @@ def open_text(path: str, cleaning: Cleaning) -> Text:
     source = find_source(path, remedy=remedy)
     survey = take_survey(source, cleaning)
     check_survey(survey, source, cleaning, remedy)
+    log_cut(source.path, survey.num_cut, int(survey.counts.sum()))
     stem = re.sub(r"\W+", "_", Path(source.path).name.split(".")[0])[:40] or "text"
     return Text(f"{stem}-{survey.sha256[:8]}", source, survey)
 

@@ -144,12 +144,14 @@ def trial_config(**settings):
         Cleaning(lowercase=True, strip_punctuation=True, separator="\n%\n"),
     ],
 )
-def test_the_last_tenth_of_what_train_would_read_is_cut_off(cleaning, book, tmp_path):
+def test_the_last_tenth_of_what_train_would_read_is_cut_off(cleaning, book, tmp_path, caplog):
     frame = "*** {} OF THE PROJECT GUTENBERG EBOOK X ***\n"
     body = book[:3000] + "\n%\n" + "İstanbul, Straße!\r\n" * 20 + book[3000:]
     content = "\ufeffheader\n" + frame.format("START") + body + frame.format("END") + "licence\n"
     (tmp_path / "book.txt").write_bytes(content.encode())
+    caplog.set_level("INFO", "charlstm")
     text = sweep_trial.open_text(str(tmp_path / "book.txt"), cleaning)
+    assert "of Project Gutenberg's headers and licences" in caplog.text
     sweep_trial.write_first_part(text, cleaning, tmp_path / "texts" / "cut.txt")
 
     data = base_config().data
