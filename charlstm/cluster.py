@@ -20,7 +20,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from charlstm.errors import RunError, UserError, one_line
-from charlstm.native import aborts_told, end_at_once, only_python_writes
+from charlstm.native import aborts_explained, end_at_once, only_python_writes
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +98,8 @@ def joined(
         yield
         return
     watch = Watch()
-    # Gloo tells of each connection on stdout.
-    with aborts_told(watch.farewell(0)), only_python_writes("stdout"):
+    # Gloo prints each connection on stdout.
+    with aborts_explained(watch.farewell(0)), only_python_writes("stdout"):
         watch.start()
         connect()
         try:
@@ -135,12 +135,12 @@ def _join(cluster: Cluster, coordinator: str | None, process_id: int | None, tim
     alarm = threading.Timer(timeout, end_at_once, [waited])
     alarm.daemon = True
     alarm.start()
-    # Otherwise the runtime would abort a process that has lost another, before the watch tells.
+    # Otherwise the runtime aborts a process that has lost another before the watch reports it.
     jax.config.update("jax_enable_recoverability", True)
     try:
         with (
             only_python_writes("stderr"),
-            aborts_told(f"{failed}; {remedy}"),
+            aborts_explained(f"{failed}; {remedy}"),
             warnings.catch_warnings(),
         ):
             # Processes that flags name need no package to be found.

@@ -39,7 +39,7 @@ from charlstm.text import END, Cleaning, Vocab, count_characters
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # raised whenever the same text would give other ids
-# Up to so many characters a text is numbered in memory, anew at each start: a second at most.
+# Up to so many characters a text is numbered in memory at each start: a second at most.
 SMALL_CHARS = 2**24
 SMALL_BYTES = 2**24  # on disk; above it the passes are worth a progress bar
 
@@ -82,7 +82,7 @@ def open_corpus(
       source: what an earlier run read.
       vocab: the characters; None takes the text's own, of which the rare ones are folded.
       unknown: what to do with others than those of `vocab`: see Vocab.encode.
-      remedy: what the error of a text that can't be had tells to do.
+      remedy: what to do, for the error of a text that cannot be read.
 
     Raises:
       UserError: if it is missing, unreadable, empty, not UTF-8, or changes meanwhile.
@@ -154,11 +154,11 @@ def read_characters(
     source: Source,
     cleaning: Cleaning,
     tally: Counter[str],
-    heard: Callable[[File, bytes], Any],
+    on_read: Callable[[File, bytes], Any],
 ) -> Iterator[str]:
     """Yield the cleaned characters of all files in order: see Cleaning.apply and read_blocks."""
     for file in source.files:
-        blocks = read_blocks(file, partial(heard, file))
+        blocks = read_blocks(file, partial(on_read, file))
         yield from cleaning.apply(decode(blocks, file.where), tally)
 
 
@@ -166,13 +166,13 @@ def take_survey(source: Source, cleaning: Cleaning) -> Survey:
     """Read a text for the first time: count its characters and hash its bytes."""
     tally: Counter[str] = Counter()
     digests = {file.name: hashlib.sha256() for file in source.files}
-    with told("counting characters", source) as advance:
+    with reading("counting characters", source) as advance:
 
-        def heard(file: File, raw: bytes) -> None:
+        def on_read(file: File, raw: bytes) -> None:
             digests[file.name].update(raw)
             advance(len(raw))
 
-        counts = count_characters(read_characters(source, cleaning, tally, heard))
+        counts = count_characters(read_characters(source, cleaning, tally, on_read))
     sha256 = hash_of(source, [digest.hexdigest() for digest in digests.values()])
     return Survey(counts, sha256, tally["cut"], tally["separators"])
 
@@ -184,9 +184,9 @@ def number(source: Source, cleaning: Cleaning, vocab: Vocab, unknown: str) -> It
       UserError: at the end, if the files are not as they were found.
     """
     start = 0
-    with told("numbering characters", source) as advance:
-        heard = lambda file, raw: advance(len(raw))  # noqa: E731
-        for chunk in read_characters(source, cleaning, Counter(), heard):
+    with reading("numbering characters", source) as advance:
+        on_read = lambda file, raw: advance(len(raw))  # noqa: E731
+        for chunk in read_characters(source, cleaning, Counter(), on_read):
             yield vocab.encode(chunk, unknown, start)
             start += len(chunk)
         source.refuse_changed()
@@ -212,7 +212,7 @@ def check_survey(
 
 
 @contextmanager
-def told(what: str, source: Source) -> Iterator[Callable[[int], Any]]:
+def reading(what: str, source: Source) -> Iterator[Callable[[int], Any]]:
     """Yield advance(number of bytes) for a pass over a large text: a bar, and at its end a line."""
     if source.num_bytes <= SMALL_BYTES:
         yield lambda count: None

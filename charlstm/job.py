@@ -114,7 +114,7 @@ def open_own(run: Run, remedy: str, may_fetch: bool = True) -> Corpus:
 
     Args:
       run: perhaps started in another folder.
-      remedy: what the error tells to do.
+      remedy: what to do, for the error.
       may_fetch: whether Dracula, if that is the text, may be downloaded again.
 
     Raises:

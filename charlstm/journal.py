@@ -1,4 +1,4 @@
-"""What a run keeps and tells while it trains: means, seconds, metrics, checkpoints, the screen."""
+"""The records of a run while it trains: means, seconds, metrics, checkpoints, the console."""
 
 import logging
 import math
@@ -99,7 +99,7 @@ class Lap:
 
 
 class DivergedError(Exception):
-    """MAX_STREAK steps in a row had no finite loss and gradient; the message tells of the last."""
+    """MAX_STREAK steps in a row had no finite loss and gradient; the message is about the last."""
 
     def __init__(self, message: str, retreats: int):
         super().__init__(message)
@@ -150,7 +150,7 @@ class Journal:
 
     @property
     def fitting_count(self) -> int:
-        """How many steps one call should take, so that whoever waits for its end waits little."""
+        """How many steps one call should take, short enough to wait for."""
         return cluster.least(max(1, int(CALL_SECONDS / max(self._seconds_per_step, CLOCK_TICK))))
 
     def log_training(self, step: int, schedule: Callable[[int], Any]) -> None:

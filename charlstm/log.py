@@ -39,7 +39,7 @@ class RunLog:
           DamagedError: if metrics.jsonl is damaged.
           UserError: if samples.txt is not of this program.
         """
-        # Not by its SummaryWriter, whose thread would tell of a full disk by a traceback.
+        # Not by its SummaryWriter, whose thread prints a traceback when the disk is full.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
         from tensorboardX.summary import scalar

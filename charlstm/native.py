@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def aborts_told(message: str) -> Iterator[None]:
+def aborts_explained(message: str) -> Iterator[None]:
     """Print `message` if the runtime aborts the process within the block, as when process 0 dies.
 
     JAX has no hook for that, and Python's own signal handlers come too late.

@@ -45,7 +45,7 @@ BEFORE: dict[int, dict[str, Any]] = {
 }
 NUM_PROMPTS = 256
 PRNG_IMPLS = "threefry2x32", "rbg", "unsafe_rbg"
-# What may change between two starts of a run: how long it trains, how often it tells and saves,
+# What may change between two starts of a run: how long it trains, how often it logs and saves,
 # where the text lies (its hash may not change), which twin of the recurrence computes, and on how
 # many devices.
 FREE_KEYS = {

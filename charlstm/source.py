@@ -115,12 +115,12 @@ def hash_of(source: Source, digests: list[str]) -> str:
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def read_blocks(file: File, heard: Callable[[bytes], Any] = len) -> Iterator[bytes]:
+def read_blocks(file: File, on_read: Callable[[bytes], Any] = len) -> Iterator[bytes]:
     """Yield what a file holds, decompressed, in blocks of BLOCK bytes.
 
     Args:
       file: compressed if its name says so.
-      heard: called with all bytes as they lie on the disk, in order.
+      on_read: called with each piece as it lies on the disk, in order.
 
     Raises:
       UserError: if it cannot be read, or decompressed to its end.
@@ -130,7 +130,7 @@ def read_blocks(file: File, heard: Callable[[bytes], Any] = len) -> Iterator[byt
     try:
         with readable(file.where, "mend it, or leave it out"), file.open() as stream:
             size = COMPRESSED_BLOCK if make else BLOCK
-            pieces = _heard(iter(lambda: stream.read(size), b""), heard)
+            pieces = _reported(iter(lambda: stream.read(size), b""), on_read)
             yield from _regroup(_decompress(pieces, ending)) if make else pieces
     except DecompressionError as error:
         raise UserError(
@@ -138,9 +138,9 @@ def read_blocks(file: File, heard: Callable[[bytes], Any] = len) -> Iterator[byt
         ) from None
 
 
-def _heard(pieces: Iterable[bytes], heard: Callable[[bytes], Any]) -> Iterator[bytes]:
+def _reported(pieces: Iterable[bytes], on_read: Callable[[bytes], Any]) -> Iterator[bytes]:
     for piece in pieces:
-        heard(piece)
+        on_read(piece)
         yield piece
 
 

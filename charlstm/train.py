@@ -52,7 +52,7 @@ def train(
 
     Args:
       config: the settings; those of a run that is there already must be the same, but for its
-        length, how often it tells and saves, its samples, and where the text lies.
+        length, how often it logs and saves, its samples, and where the text lies.
       workdir: the run folder, made if need be.
       should_stop: asked several times a second, or after every step if it takes longer; once true,
         all is saved and the function returns.
@@ -67,7 +67,7 @@ def train(
     workdir = epath.Path(given_path(os.fspath(workdir)))
     job, like = cluster.together(partial(make_ready, config, workdir))
     cluster.check_same(what_must_agree(job))
-    with ExitStack() as stack, failing_writes_told(workdir):
+    with ExitStack() as stack, failing_writes_reported(workdir):
         cluster.together(partial(open_folder, job, stack))
         cluster.together(partial(check_shared, workdir))
         with closing(Checkpoints(workdir)) as checkpoints:
@@ -229,7 +229,7 @@ def what_must_agree(job: Job) -> dict[str, Any]:
     """Return what all processes of a run must have alike; the text may lie in different places."""
     settings = {f"config.{name}": value for name, value in flatten(job.run.config).items()}
     del settings["config.data.path"]
-    # Of this process, where job.run.machine tells with which the run began.
+    # Of this process; job.run.machine has those that the run began with.
     settings["the kind of random keys"] = job.run.prng_impl
     return settings | {"the text": job.run.text["sha256"], **this_machine()["versions"]}
 
@@ -251,7 +251,7 @@ def check_shared(workdir: epath.Path) -> None:
 
 
 @contextmanager
-def failing_writes_told(workdir: epath.Path) -> Iterator[None]:
+def failing_writes_reported(workdir: epath.Path) -> Iterator[None]:
     """Turn a write that fails within the block into one line."""
     try:
         yield

@@ -106,7 +106,7 @@ def run(main: Callable[[], int | None], example: str = "") -> None:
 def set_logging() -> None:
     """Let dependencies log errors of their own only, and show their warnings as lines."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # JAX and Orbax tell much that is not about the run, and of a failed save in pages.
+    # JAX and Orbax log much that is not about the run, and pages about a failed save.
     logging.set_verbosity(logging.FATAL)
     calm_warnings()
     sys.unraisablehook = _unraisable
@@ -185,7 +185,7 @@ def _config_error(path: str, error: Exception) -> UserError:
 
 
 def _unraisable(event: Any) -> None:
-    # After a failed save, each of Orbax's other writes finds its loop gone and tells it here.
+    # After a failed save, each of Orbax's other writes finds its loop closed and reports it here.
     if str(event.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(event)
 

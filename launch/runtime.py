@@ -65,9 +65,9 @@ def show_warning(message: Warning | str, *place: Any) -> None:
 
 
 def keep_compilations() -> None:
-    """Let JAX keep what it compiles for the next start, in the user's cache unless told otherwise.
+    """Let JAX keep what it compiles for the next start, by default in the user's cache.
 
-    In a folder for each machine, since machines of different kinds may share a home.
+    Each machine has its own folder there, since machines of different kinds may share a home.
     """
     if (given := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is not None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = given_path(given)

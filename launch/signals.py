@@ -39,7 +39,7 @@ class SignalWatch:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Handle the signals from now on, except a SIGHUP that nohup has told us to ignore."""
+        """Handle the signals from now on, except a SIGHUP that is ignored, as by nohup."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer)
