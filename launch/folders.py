@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import early
 from etils import epath
 
 from charlstm.errors import DamagedError, UserError
@@ -82,14 +83,14 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def existing_runs() -> list[Path]:
-    """Return the runs in runs/, the one that was trained last first."""
+def existing_runs(parent: Path = RUNS) -> list[Path]:
+    """Return the runs in the folder `parent`, the one that was trained last first."""
 
     def trained_at(folder: Path) -> float:
         files = (folder / name for name in ("config.json", "metrics.jsonl"))
         return max(path.stat().st_mtime for path in files if path.exists())
 
-    runs = [folder for folder in RUNS.glob("*") if is_run(folder)]
+    runs = [folder for folder in parent.glob("*") if is_run(folder)]
     return sorted(runs, key=lambda folder: (-trained_at(folder), folder.name))
 
 
@@ -99,20 +100,29 @@ def trained_workdir(given: str) -> str:
     Raises:
       UserError: if none was given and there is no run, or there is none in the given one.
     """
-    runs = existing_runs()
     if given:
-        if runs and is_local(epath.Path(given)) and not is_run(Path(given)):
-            names = ", ".join(map(str, runs[:_MAX_LISTED]))
-            more = f" and {len(runs) - _MAX_LISTED} more" if len(runs) > _MAX_LISTED else ""
-            raise UserError(f"{given}: no run there (no config.json); there are {names}{more}")
+        if is_local(epath.Path(given)) and not is_run(Path(given)) and (there := _nearby(given)):
+            raise UserError(f"{given}: no run there (no config.json); there are {there}")
         return given
+    runs = existing_runs()
     if not runs:
-        raise UserError(
-            f"no run in {RUNS.absolute()}; give --workdir=DIR, or train one with launch/train.py"
-        )
+        there = _nearby("")
+        hint = f"; there are {there}" if there else ", or train one with launch/train.py"
+        raise UserError(f"no run in {RUNS.absolute()}; give --workdir=DIR{hint}")
     others = f", the last trained of {len(runs)} in {RUNS}/" if len(runs) > 1 else ""
     logger.info("run folder: %s%s", runs[0], others)
     return str(runs[0])
+
+
+def _nearby(given: str) -> str:
+    """Return the names of runs in runs/, in the folder `given` and in the repository's runs/."""
+    found: dict[Path, str] = {}
+    for parent in (RUNS, Path(given or RUNS), Path(early.REPOSITORY) / RUNS):
+        for run in existing_runs(parent):
+            found.setdefault(run.resolve(), str(run))
+    names = list(found.values())
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more
 
 
 def make_out(out: str, report: str, keys: set[str]) -> epath.Path:

@@ -21,6 +21,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("CHARLSTM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(charlstm.source, "DRACULA_URLS", ("http://127.0.0.1:9/x",))
+    monkeypatch.setattr("early.REPOSITORY", str(tmp_path / "clone"))
     return folder
 
 
@@ -138,3 +139,17 @@ def test_the_run_that_was_trained_last_is_taken_where_none_is_given(here):
     with pytest.raises(UserError, match=r"nowhere: no run .* there are runs/latest, runs/older"):
         folders.trained_workdir("nowhere")
     assert folders.trained_workdir("runs/oldest") == "runs/oldest"
+
+
+def test_where_no_run_is_those_nearby_are_named(here):
+    in_clone, in_given = here.parent / "clone" / "runs" / "a", here / "mine" / "b"
+    for run in (in_clone, in_given):
+        run.mkdir(parents=True)
+        (run / "config.json").touch()
+    with pytest.raises(UserError, match=f"no run in .*/runs; .*there are {in_clone}$"):
+        folders.trained_workdir("")
+    with pytest.raises(UserError, match=f"mine: no run .* there are mine/b, {in_clone}$"):
+        folders.trained_workdir("mine")
+    make_run("c")
+    with pytest.raises(UserError, match=f" there are runs/c, {in_clone}$"):
+        folders.trained_workdir("runs")
