@@ -22,13 +22,17 @@ INDENT = 28  # columns, for the names of flags
 
 
 def help_text(example: str) -> str:
-    """Return the help of the launcher that runs; `example` is its flags in an example."""
+    """Return the help of the launcher that runs; `example` is its flags in an example.
+
+    A launcher whose example has a book.txt learns from texts.
+    """
     name, width = Path(sys.argv[0]).stem, min(shutil.get_terminal_size().columns or 80, 100)
     document = sys.modules["__main__"].__doc__ or ""
     parts = [re.sub(r"python launch/(\w+)\.py", lambda found: launcher_command(found[1]), document)]
+    if "book.txt" in example:
+        parts.append("Text\n" + textwrap.indent(textwrap.fill(TEXT, width - 2), "  "))
     if "config" in flags.FLAGS:
         configs = [_entry(f"  {stem}", about, width) for stem, about in _configs().items()]
-        parts.append("Text\n" + textwrap.indent(textwrap.fill(TEXT, width - 2), "  "))
         parts.append("\n".join(["Configs, by --config=NAME or a file of yours", *configs]))
         parts.append(textwrap.indent(textwrap.fill(SETTINGS, width - 2), "  "))
     own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
