@@ -21,6 +21,9 @@ OPTIMIZERS = {
     "adam of bfloat16": optax.adam(0.1, mu_dtype=jnp.bfloat16),
     "add_noise": optax.chain(optax.add_noise(0.01, 0.5, jax.random.key(1)), optax.sgd(1.0)),
     "apply_if_finite": optax.apply_if_finite(optax.adam(0.1), 3),
+    "backtracking line search": optax.chain(
+        optax.sgd(300.0), optax.scale_by_backtracking_linesearch(15, store_grad=True)
+    ),
     "chain of adam and reduce_on_plateau": optax.chain(
         optax.adam(0.1), contrib.reduce_on_plateau()
     ),
