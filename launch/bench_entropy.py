@@ -42,7 +42,7 @@ def known_sources(is_small: bool) -> Iterator[tuple[Source, Recipe]]:
     The small ones have fewer classes, kinds and depths, and take some seconds.
     """
     if is_small:
-        yield markov_source(1_900_000, num_classes=2), Recipe(num_steps=1500)
+        yield markov_source(1_700_000, num_classes=2), Recipe(num_steps=1200)
         yield bracket_source(1_400_000, num_kinds=3, max_depth=6), Recipe(num_steps=1000)
     else:
         # Enough text that nearly all that is read is new: nothing is learnt by heart.
@@ -131,11 +131,8 @@ def entropy(probs_CV: np.ndarray) -> np.ndarray:
     return -np.sum(probs_CV * np.log2(safe_CV), axis=-1)
 
 
-def learn(source: Source, recipe: Recipe, **compiler: Any) -> dict[str, Any]:
-    """Train a model on a text but for its end, and return how far from the limit it is there.
-
-    `compiler` goes to jax.jit.
-    """
+def learn(source: Source, recipe: Recipe) -> dict[str, Any]:
+    """Train a model on a text but for its end, and return how far from the limit it is there."""
     import jax
     import optax
 
@@ -151,14 +148,14 @@ def learn(source: Source, recipe: Recipe, **compiler: Any) -> dict[str, Any]:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
     state = init_state(model, optimizer, jax.random.key(0), batch_size)
     train_steps = make_train_steps(make_train_step(model, optimizer))
-    train_steps = jax.jit(train_steps, donate_argnums=0, **compiler)
+    train_steps = jax.jit(train_steps, donate_argnums=0)
     batches = Streams(source.ids_M[:-HELD_OUT_CHARS], batch_size, seq_len)
     for step in range(0, num_steps, CALL_STEPS):
         count = min(CALL_STEPS, num_steps - step)
         state, _ = train_steps(state, read_steps(batches, step, count, CALL_STEPS), count)
     held_out = Streams(source.ids_M[-HELD_OUT_CHARS:], batch_size, seq_len, context=seq_len)
     result = evaluate(
-        jax.jit(make_eval_step(model), **compiler),
+        jax.jit(make_eval_step(model)),
         state.params,
         zero_carry(model, batch_size),
         map(held_out, range(held_out.steps_per_epoch)),

@@ -11,12 +11,6 @@ from pathlib import Path
 # As the launchers do: LAPACK's result depends on its threads, and they fight over two cores.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["KERAS_BACKEND"] = "jax"
-# Little optimisation and the older code generator: compiling takes most of a small test's time, and
-# so it takes a sixth. SHIPPED asks for what users have, where a result must be theirs.
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false"
-)
 # One compilation for the whole session, its workers and the launchers' processes included.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="charlstm-tests-")
@@ -30,11 +24,8 @@ from hypothesis import settings
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-# Eight virtual devices for the tests' own process; a launcher would take all that it finds.
-_XLA_FLAGS = os.environ["XLA_FLAGS"]
-os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
-jax.devices()
-os.environ["XLA_FLAGS"] = _XLA_FLAGS
+# Eight virtual devices for the tests' own process; launched processes keep what they find.
+jax.config.update("jax_num_cpu_devices", 8)
 
 # Time says nothing here: the first example compiles, and the machine is shared.
 settings.register_profile("default", deadline=None)
@@ -42,9 +33,6 @@ settings.register_profile("long", deadline=None, max_examples=2000)
 settings.load_profile("default")
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = {  # for jax.jit
-    "compiler_options": {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-}
 sys.path.insert(0, str(Path(__file__).parent))
 
 

@@ -3,7 +3,7 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED
+from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "launch"))
 
@@ -81,7 +81,7 @@ def test_brackets_are_nested_and_closed_by_their_own_kind():
 
 def assert_learnt(is_small):
     for source, recipe in known_sources(is_small):
-        learnt = learn(source, recipe, **SHIPPED)
+        learnt = learn(source, recipe)
         # Below by no more than what the held-out text may differ from its expectation.
         assert -0.005 < learnt["excess"] < 0.02, learnt
 

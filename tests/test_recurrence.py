@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHIPPED
 from flax import linen as nn
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -110,10 +109,7 @@ def value_and_gradients(name, arguments, gradients, dtype="float32"):
         return result, pull(gradients)
 
     inputs = jnp.asarray(inputs) if is_ids else cast(inputs, dtype)
-    # What people run is optimized.
-    is_run = (name, dtype) == ("fused", "float32")
-    compiled = jax.jit(run, **SHIPPED) if is_run else jax.jit(run)
-    return compiled(*cast((params, carry), dtype), inputs, cast(gradients, dtype))
+    return jax.jit(run)(*cast((params, carry), dtype), inputs, cast(gradients, dtype))
 
 
 def test_numpy_gradient_is_the_slope_of_numpy_forward():

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SHIPPED
 
 from charlstm.data import training_batches
 from charlstm.model import model_from_config, predict, zero_carry
@@ -23,10 +22,10 @@ keras = pytest.importorskip("keras")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 ROOT = Path(__file__).resolve().parent.parent
-# An epoch of 15 batches, the last of 37 rows: 20 steps meet the small batch and go beyond it.
+# An epoch of 8 batches, the last of 37 rows: 12 steps include the small batch and go beyond it.
 SMALL_BATCH = 37
-NUM_STEPS = 20
-TEXT_LENGTH = 14 * 128 + SMALL_BATCH + 100
+NUM_STEPS = 12
+TEXT_LENGTH = 7 * 128 + SMALL_BATCH + 100
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +110,7 @@ def test_losses_follow_those_of_keras(config, ids_M, vocab_size, vocab, keras_mo
     state = init_state(model, optimizer, jax.random.key(0), config.batch_size)
     params = params_of(keras_model)
     state = state._replace(params=params, opt_state=optimizer.init(params))
-    train_step = jax.jit(make_train_step(model, optimizer), donate_argnums=0, **SHIPPED)
+    train_step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
     batches = training_batches(ids_M, config)
 
     losses, wanted, counts = [], [], []
@@ -126,7 +125,7 @@ def test_losses_follow_those_of_keras(config, ids_M, vocab_size, vocab, keras_mo
         targets_BV = np.eye(vocab_size)[batch.targets_BT[real_B, -1]]
         keras_model.reset_metrics()  # else it returns the mean over all batches so far
         wanted.append(float(keras_model.train_on_batch(inputs_BT1, targets_BV)))
-    assert counts == [128] * 14 + [SMALL_BATCH] + [128] * 5
+    assert counts == [128] * 7 + [SMALL_BATCH] + [128] * 4
     # It has learnt something, so the losses agree about more than a constant.
     assert wanted[-1] < wanted[0] - 0.1
     # With equal rules the losses differ by 2e-7; a step of Adam multiplies what differs.
@@ -170,7 +169,7 @@ def test_greedy_text_equals_that_of_keras(config, ids_M, vocab_size, vocab, kera
 
     model = model_from_config(config, vocab)
     sampler = make_sampler(model, 200, method=config.sample.method, seq_len=config.seq_len)
-    found_1L = jax.jit(sampler, **SHIPPED)(
+    found_1L = jax.jit(sampler)(
         params_of(keras_model),
         seed_T[None],
         jax.random.key(0),
