@@ -47,6 +47,24 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="takes minutes: give --slow"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compile_cheaply(request):
+    """Compile with little optimization in a module whose results do not depend on it.
+
+    Such a module has `pytestmark = pytest.mark.cheap_compile`. Processes that it starts do the same.
+    """
+    if not request.node.get_closest_marker("cheap_compile"):
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def book() -> str:
     """Return a made-up text of 6,000 characters with words, lines and capitals."""
