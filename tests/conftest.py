@@ -33,6 +33,13 @@ settings.register_profile("long", deadline=None, max_examples=2000)
 settings.load_profile("default")
 
 ROOT = Path(__file__).resolve().parent.parent
+# Modules that check messages, files and texts, for which the numbers of a model do not matter.
+# Everything else is compiled as users have it.
+CHEAP = {
+    f"test_{name}"
+    for name in "bench console corpus folders fuzz journal launch log mistakes paths plan quality "
+    "run runtime scaling surroundings sweep".split()
+}
 sys.path.insert(0, str(Path(__file__).parent))
 
 
@@ -49,11 +56,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="module", autouse=True)
 def _compile_cheaply(request):
-    """Compile with little optimization in a module whose results do not depend on it.
-
-    Such a module has `pytestmark = pytest.mark.cheap_compile`. Processes that it starts do the same.
-    """
-    if not request.node.get_closest_marker("cheap_compile"):
+    """Compile with little optimization in the modules of CHEAP, and in processes they start."""
+    if request.path.stem not in CHEAP:
         yield
         return
     jax.config.update("jax_disable_most_optimizations", True)

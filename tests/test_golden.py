@@ -25,7 +25,9 @@ def made_up_text(num_chars):
         for consonant in "bcdfghklmnprstvw"
         for vowel in ("a", "e", "i", "o", "u", "an", "er", "il")
     ]
-    words = ["".join(chooser.choices(syllables, k=chooser.choice((1, 2, 2, 3)))) for _ in range(400)]
+    words = [
+        "".join(chooser.choices(syllables, k=chooser.choice((1, 2, 2, 3)))) for _ in range(400)
+    ]
     followers = [chooser.sample(range(400), 12) for _ in words]
     weights = list(accumulate(1 / rank for rank in range(1, 13)))
     word, sentences, size = 0, [], 0
