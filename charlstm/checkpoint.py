@@ -164,7 +164,7 @@ class Checkpoints:
         # Orbax itself restores other types, and flipped bits, without a word.
         if by_name(type_of, state) != by_name(type_of, like):
             raise damaged(folder / "state", "it has other types")
-        saved = sealed.get("crc32", {})
+        saved = sealed["crc32"]
         found = checksums(state)
         if differing := [name for name in found if found[name] != saved.get(name, found[name])]:
             reason = f"the checksum of {', '.join(differing)} differs"
@@ -306,5 +306,5 @@ def set_aside_in(folder: epath.Path) -> list[str]:
 
 
 def _finite_loss(metrics: dict[str, float]) -> float:
-    # One NaN, which checkpoints of schema 1 may hold, would make Orbax forget the best one.
+    # One NaN would make Orbax forget the best one.
     return metrics["loss"] if math.isfinite(metrics["loss"]) else math.inf

@@ -16,9 +16,6 @@ from charlstm.errors import DamagedError, UserError
 from charlstm.files import read_json
 from charlstm.steps import TrainState
 
-# What was noted beside a state before schema 2, without checksums.
-UNSEALED = {"seconds", "since_log", "since_eval"}
-
 
 def read_notes(folder: epath.Path) -> dict[str, Any]:
     """Return `notes`, `loss` and `crc32` as they were saved with the checkpoint in `folder`.
@@ -30,11 +27,9 @@ def read_notes(folder: epath.Path) -> dict[str, Any]:
     sealed, metrics = read_json(path), read_json(metrics_path)
     if not isinstance(sealed, dict) or not isinstance(metrics, dict):
         raise damaged(path, "not an object")
-    if sealed.keys() == UNSEALED:
-        return {"notes": sealed}
     if sealed.pop("seal", None) != seal(sealed):
         raise damaged(path, "its checksum differs")
-    kinds = {"notes": dict, "loss": float | None, "crc32": dict, "types": dict | None}
+    kinds = {"notes": dict, "loss": float | None, "crc32": dict, "types": dict}
     if not all(isinstance(sealed.get(name), kind) for name, kind in kinds.items()):
         raise damaged(path, "it is no note of a checkpoint")
     if metrics.get("loss") != (math.inf if sealed["loss"] is None else sealed["loss"]):
@@ -61,10 +56,7 @@ def check_types(folder: epath.Path, sealed: dict[str, Any], like: TrainState) ->
     """Raise UserError if the checkpoint in `folder` was saved with other arrays than `like` has."""
     here = by_name(type_of, like)
     is_part = ocp.PLACEHOLDER in jax.tree.leaves(like)
-    # Older checkpoints note no types.
-    there = sealed.get("types") or {
-        name: here.get(name, "an array") for name in sealed.get("crc32", here)
-    }
+    there = sealed["types"]
     if is_part:
         there = {name: kind for name, kind in there.items() if name in here}
     differing = [

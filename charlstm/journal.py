@@ -65,7 +65,7 @@ class Notes:
 
     @classmethod
     def from_json(cls, notes: dict[str, Any]) -> "Notes":
-        """Return what asdict() gave; what an earlier schema did not count is 0.
+        """Return what asdict() gave.
 
         Raises:
           DamagedError: if `notes` are something else.
@@ -75,10 +75,10 @@ class Notes:
                 Mean(float(notes[name]["total"]), float(notes[name]["count"]))
                 for name in ("since_log", "since_eval")
             )
-            norm = notes.get("grad_norm")
+            norm = notes["grad_norm"]
             grad_norm = None if norm is None else float(norm)
             skipped, streak, retreats = (
-                int(notes.get(name, 0)) for name in ("skipped", "streak", "retreats")
+                int(notes[name]) for name in ("skipped", "streak", "retreats")
             )
             seconds = float(notes["seconds"])
             return cls(seconds, since_log, since_eval, grad_norm, skipped, streak, retreats)

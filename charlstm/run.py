@@ -29,20 +29,8 @@ from charlstm.files import (
 )
 from charlstm.text import END, Cleaning, Vocab
 
-# Raised whenever an older reader could misunderstand a newer folder. 1 had no checksums; before 3
-# there were no documents, and the validation part had no limit.
-SCHEMA = 7
-# What runs did before a schema, which does not say so.
-BEFORE: dict[int, dict[str, Any]] = {
-    4: {
-        "data": {"reset_rate": 0.0},
-        "model": {"dropout_mask": "step", "scale_hidden": False},
-        "optimizer": {"b2": 0.999, "final_share": 0.0, "average_share": 0.0},
-    },
-    5: {"model": {"rms_norm": False}},
-    6: {"model": {"norm_epsilon": 1e-5}},
-    7: {"model": {"recurrent_dropout": 0.0}},
-}
+# Raised whenever an older reader could misunderstand a newer folder.
+SCHEMA = 1
 NUM_PROMPTS = 256
 PRNG_IMPLS = "threefry2x32", "rbg", "unsafe_rbg"
 # What may change between two starts of a run: how long it trains, how often it logs and saves,
@@ -180,7 +168,7 @@ def load_run(workdir: epath.Path) -> Run:
     """Read a run folder.
 
     Raises:
-      UserError: if it is none, was written by a newer version, or has a link that leads out of it.
+      UserError: if it is none, was written by another version, or has a link that leads out of it.
       DamagedError: if a file is not as it was written.
     """
     if not has_run(workdir):
@@ -194,28 +182,24 @@ def load_run(workdir: epath.Path) -> Run:
             f"{path}: not the config.json of a run; bring the file "
             "back, or choose another --workdir"
         )
-    if schema > SCHEMA:
-        raise UserError(f"{workdir}: written by a newer version of charlstm; upgrade to read it")
-    is_sealed = schema > 1 or "checksum" in about
-    if is_sealed and about.pop("checksum", None) != _checksum(about):
+    if schema != SCHEMA:
+        raise UserError(
+            f"{workdir}: written by another version of charlstm (schema {schema} there and "
+            f"{SCHEMA} here); use that version, or choose another --workdir"
+        )
+    if about.pop("checksum", None) != _checksum(about):
         raise DamagedError(
             f"{path}: is not as it was written (its checksum differs); bring the file back, and "
             "change settings by flags only"
         )
     config = base_config().lock()
     try:
-        for later, settings in BEFORE.items():
-            if schema < later:
-                config.update(settings)
         config.update(ConfigDict(about["config"]))
-        limit = config.data.max_val_chars
-        if schema < 3 and about["text"].get("validation_characters", 0) > limit:
-            config.data.max_val_chars = 0  # where the part is shorter, both mean the same
         validate(config)
         text = {name: str(about["text"][name]) for name in ("source", "sha256")}
         machine = {"versions": dict(about["versions"]), "devices": list(about["devices"])}
-        hashes = dict(about["sha256"]) if is_sealed else {}
-        prng_impl = about.get("prng_impl", PRNG_IMPLS[0])
+        hashes = dict(about["sha256"])
+        prng_impl = about["prng_impl"]
         if prng_impl not in PRNG_IMPLS:
             raise ValueError(f"prng_impl is {prng_impl!r}")
     except (
@@ -275,7 +259,7 @@ def _read_vocab(path: epath.Path, hashes: dict[str, str]) -> Vocab:
 
 def _read_strings(path: epath.Path, hashes: dict[str, str]) -> list[str]:
     strings = read_json(path)
-    if hashes and hashes.get(path.name) != hashlib.sha256(path.read_bytes()).hexdigest():
+    if hashes.get(path.name) != hashlib.sha256(path.read_bytes()).hexdigest():
         raise DamagedError(f"{path}: is not as it was written; bring the file back")
     if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
         raise DamagedError(f"{path}: not a list of strings; bring the file back")

@@ -1,4 +1,3 @@
-import json
 import math
 import re
 import shutil
@@ -308,16 +307,6 @@ def test_a_flipped_bit_is_noticed_or_does_no_harm(number, place, whole, tmp_path
     flip(paths[number % len(paths)], place)
     assert_damage_never_goes_unnoticed(workdir, caplog)
     shutil.rmtree(workdir.parent)
-
-
-def test_notes_of_the_schema_without_checksums_are_read(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
-    notes = tmp_path / "run" / "checkpoints" / "2" / "notes" / "metadata"
-    means = {"total": 0.0, "count": 0.0}
-    notes.write_text(json.dumps({"seconds": 1.0, "since_log": means, "since_eval": means}))
-    state, notes = newest(tmp_path / "run")
-    assert_is(state, 2)
-    assert notes["seconds"] == 1.0
 
 
 def test_the_error_of_a_damaged_file_leaves_out_how_it_was_opened(whole, tmp_path):

@@ -18,6 +18,7 @@ from charlstm.devices import by_rows, local_rows, make_mesh, put_batch, replicat
 from charlstm.errors import UserError
 from charlstm.log import read_records
 from charlstm.model import CharLSTM
+from charlstm.optim import make_optimizer, make_schedule
 from charlstm.steps import init_state, make_train_step
 from charlstm.train import train
 
@@ -86,21 +87,29 @@ def test_eight_devices_train_as_one_does(on_one, tmp_path):
     assert_same(tmp_path / "run", reference)
 
 
-def test_eight_devices_begin_as_one_does_where_moves_are_cautious(on_one, tmp_path):
+def test_eight_devices_begin_as_one_does_with_a_cautious_optimizer():
+    config = config_of("", NUM_DEVICES, **{"optimizer.name": "cautious_adamw"})
+    optimizer = make_optimizer(config, make_schedule(config, 6))
+    model = CharLSTM(vocab_size=20, hidden_size=8, rms_norm=True)
+    batches = Streams(np.random.default_rng(0).integers(0, 20, 1000), batch_size=16, seq_len=8)
+    initial = init_state(model, optimizer, jax.random.key(0), 16)
     losses = []
     for number in (1, NUM_DEVICES):
-        settings = {"num_steps": 6, "optimizer.name": "cautious_adamw"}
-        assert train(config_of(on_one[1], number, **settings), tmp_path / str(number))
-        losses.append(series(tmp_path / str(number), "train/loss"))
-    assert len(losses[0]) == 6
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+        config.mesh.data = number
+        mesh = make_mesh(config)
+        step = jax.jit(make_train_step(model.clone(num_shards=number), optimizer))
+        state = jax.device_put(initial, state_shardings(initial, mesh))
+        for index in range(6):
+            state, metrics = step(state, put_batch(batches(index), by_rows(mesh, 16), 16))
+            losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses[6:], losses[:6], rtol=1e-6)
+    assert losses[5] < losses[0]
 
 
 def test_a_run_goes_on_with_other_devices(on_one, tmp_path):
     reference, path = on_one
     num_steps = [0]
-    # From 8 to 1, from 1 to 8, from 8 to 2, and from 2 to 8.
-    for number in (8, 1, 8, 2):
+    for number in (8, 1):
         calls = iter(range(10**6))
         assert not train(
             config_of(path, number), tmp_path / "run", lambda calls=calls: next(calls) > 9

@@ -162,16 +162,15 @@ def test_any_content_of_a_file_of_a_run_is_a_clear_line(folder, name, content):
 
 
 @given(st.sampled_from(sorted(flatten(base_config()))), JSON)
-def test_any_setting_in_an_old_runs_config_is_a_clear_line_or_loads(folder, key, value):
-    # Of schema 1, which has no checksum that would notice at once.
+def test_any_setting_that_its_author_has_sealed_is_a_clear_line_or_loads(folder, key, value):
     path = folder / "run" / "config.json"
     whole = path.read_bytes()
-    about = json.loads(whole) | {"schema": 1}
-    del about["checksum"], about["sha256"]
+    about = json.loads(whole)
+    del about["checksum"]
     *sections, name = key.split(".")
     (about["config"][sections[0]] if sections else about["config"])[name] = value
     try:
-        path.write_text(json.dumps(about))
+        path.write_text(json.dumps(about | {"checksum": _checksum(about)}))
         load_model(folder / "run")
     except UserError as error:
         assert_clear(error)

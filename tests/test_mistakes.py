@@ -410,9 +410,9 @@ DAMAGES = {
         lambda run: (run / "config.json").write_text('{"schema": 1' + "0" * 5000 + "}"),
         "config.json: missing or damaged",
     ),
-    "the run is of a newer version": (
+    "the run is of another version": (
         lambda run: edited(run / "config.json", schema=99),
-        "written by a newer version of charlstm; upgrade",
+        "written by another version of charlstm|schema 99 there",
     ),
     "vocab.json is missing": (
         lambda run: (run / "vocab.json").unlink(),
