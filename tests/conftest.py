@@ -6,7 +6,9 @@ import random
 import shutil
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 # As the launchers do: LAPACK's result depends on its threads, and they fight over two cores.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -33,12 +35,13 @@ settings.register_profile("long", deadline=None, max_examples=2000)
 settings.load_profile("default")
 
 ROOT = Path(__file__).resolve().parent.parent
-# Modules that check messages, files and texts, for which the numbers of a model do not matter.
-# Everything else is compiled as users have it.
+# Modules that are compiled with little optimization: they check messages, files and texts, or
+# formulas that hold at any optimization. What has to be exact is compiled as users have it.
 CHEAP = {
     f"test_{name}"
-    for name in "bench console corpus folders fuzz journal launch log mistakes paths plan quality "
-    "run runtime scaling surroundings sweep".split()
+    for name in "api bench console corpus cost dynamic folders fuzz journal keys launch log measure "
+    "mistakes model optim optimizers paths plan quality run runtime scaling surroundings sweep "
+    "switches".split()
 }
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -54,18 +57,28 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="takes minutes: give --slow"))
 
 
+@contextmanager
+def little_optimization():
+    """Compile with little optimization within the block, also in processes that it starts."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    # XLA has read its own variable when the tests start, so that this one reaches processes only.
+    cheap = {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+    }
+    with patch.dict(os.environ, cheap):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _compile_cheaply(request):
-    """Compile with little optimization in the modules of CHEAP, and in processes they start."""
     if request.path.stem not in CHEAP:
         yield
         return
-    jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.clear_caches()
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+    with little_optimization():
+        yield
     jax.clear_caches()
 
 
