@@ -6,7 +6,7 @@ import random
 import shutil
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -39,9 +39,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # formulas that hold at any optimization. What has to be exact is compiled as users have it.
 CHEAP = {
     f"test_{name}"
-    for name in "api bench console corpus cost dynamic folders fuzz journal keys launch log measure "
-    "mistakes model optim optimizers paths plan quality run runtime scaling surroundings sweep "
-    "switches".split()
+    for name in "api bench console corpus cost dynamic folders fuzz journal keys launch log "
+    "measure mistakes model optim optimizers paths plan quality run runtime scaling surroundings "
+    "sweep switches".split()
 }
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -71,15 +71,26 @@ def little_optimization():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_cheaply(request):
-    if request.path.stem not in CHEAP:
-        yield
-        return
+@contextmanager
+def _cheap_programs():
+    # Functions that are compiled once a process must not be shared with exact tests.
     jax.clear_caches()
     with little_optimization():
         yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def cheaply():
+    """Compile with little optimization in one test, whose numbers do not matter."""
+    with _cheap_programs():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_cheaply(request):
+    with _cheap_programs() if request.path.stem in CHEAP else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ class Processes:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         count = f"--xla_force_host_platform_device_count={num_devices}"
-        environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}"}
+        environment = os.environ | {"XLA_FLAGS": count}
         self.errors = [folder / f"stderr-{index}" for index in range(size)]
         self.processes = []
         for index, path in enumerate(self.errors):
