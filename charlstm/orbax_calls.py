@@ -20,7 +20,7 @@ class OrbaxError(Exception):
 
     def __init__(self, error: Exception):
         # TensorStore appends a specification of a thousand characters.
-        super().__init__(one_line(error).partition(" [tensorstore_spec=")[0])
+        super().__init__(one_line(error).partition(" [tensorstore_spec")[0])
         self.lacks_memory = isinstance(error, MemoryError | jax.errors.JaxRuntimeError)
 
 

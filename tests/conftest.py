@@ -39,9 +39,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # formulas that hold at any optimization. What has to be exact is compiled as users have it.
 CHEAP = {
     f"test_{name}"
-    for name in "api bench console corpus cost dynamic folders fuzz journal keys launch log "
-    "measure mistakes model optim optimizers paths plan quality run runtime scaling surroundings "
-    "sweep switches".split()
+    for name in "api bench checkpoint console corpus cost dynamic folders fuzz journal keys launch "
+    "log measure mistakes model optim optimizers paths plan quality run runtime sample scaling "
+    "sharded_step steps surroundings sweep switches".split()
 }
 sys.path.insert(0, str(Path(__file__).parent))
 
