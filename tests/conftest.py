@@ -61,12 +61,7 @@ def pytest_collection_modifyitems(config, items):
 def little_optimization():
     """Compile with little optimization within the block, also in processes that it starts."""
     jax.config.update("jax_disable_most_optimizations", True)
-    # XLA has read its own variable when the tests start, so that this one reaches processes only.
-    cheap = {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
-    }
-    with patch.dict(os.environ, cheap):
+    with patch.dict(os.environ, {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}):
         yield
     jax.config.update("jax_disable_most_optimizations", False)
 
