@@ -166,7 +166,7 @@ class Checkpoints:
             raise damaged(folder / "state", "it has other types")
         saved = sealed["crc32"]
         found = checksums(state)
-        if differing := [name for name in found if found[name] != saved.get(name, found[name])]:
+        if differing := [name for name in found if found[name] != saved.get(name)]:
             reason = f"the checksum of {', '.join(differing)} differs"
             raise damaged(folder / "state", reason)
         return state, sealed["notes"]
@@ -262,7 +262,7 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
                 if step is None and (aside := set_aside_in(run.workdir / "checkpoints")):
                     raise DamagedError(
                         f"{run.workdir}: no checkpoint is left that is not damaged; bring the "
-                        f"files of {', '.join(aside)} back under the step's number, or train anew"
+                        f"files of {', '.join(aside)} back under the step's number, or train again"
                     )
                 if step is None:
                     raise UserError(f"{run.workdir}: no checkpoint yet; let it train on")

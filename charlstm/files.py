@@ -90,7 +90,7 @@ def read_json(path: epath.Path) -> Any:
         raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         raise DamagedError(
-            f"{path}: missing or damaged ({one_line(error)}); bring the file back, or train anew"
+            f"{path}: missing or damaged ({one_line(error)}); bring the file back, or train again"
         ) from error
 
 
