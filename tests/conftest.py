@@ -61,9 +61,11 @@ def pytest_collection_modifyitems(config, items):
 def little_optimization():
     """Compile with little optimization within the block, also in processes that it starts."""
     jax.config.update("jax_disable_most_optimizations", True)
-    with patch.dict(os.environ, {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        with patch.dict(os.environ, {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}):
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @contextmanager
