@@ -215,7 +215,8 @@ def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(tra
     best = json.loads((folder / "runs/tiny-book/metrics.jsonl").read_text().splitlines()[-1])
     # The run reads its validation part as several streams, evaluate.py as one.
     assert abs(figures["bits_per_char"] - best["val/bits_per_char"]) < 0.02
-    assert figures["bits_per_byte"] == figures["bits_per_char"]  # of ASCII
+    # In ASCII a character is a byte; the figures differ by rounding only.
+    assert math.isclose(figures["bits_per_byte"], figures["bits_per_char"], rel_tol=1e-12)
     assert figures["cold"]["window"] == 256
     assert figures["cold"]["characters"] == figures["characters"]
     assert 0.9 < figures["cold"]["bits_per_char"] / figures["bits_per_char"] < 1.2
