@@ -1,6 +1,7 @@
 import json
 import math
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -8,38 +9,29 @@ from conftest import ROOT
 from launching import command_of, run_command
 
 from charlstm.config import base_config, check_key, validate
+from charlstm.errors import UserError
 
 sys.path.insert(0, str(ROOT / "launch"))
 
+import plan_make
 import plan_rule
 import plan_trial
 from plan_trial import Parts
 
 QUICK = ["--seconds=0.1", "--config.data.path=book.txt"]
-
-
-def plan(book_path, *flags):
-    return run_command("plan", *flags, *QUICK, cwd=book_path.parent)
+# A model and an optimizer that compile in less time than the default ones.
+PLAIN = {
+    "model.scale_hidden": False,
+    "model.rms_norm": False,
+    "optimizer.name": "adam",
+    "optimizer.weight_decay": 0.0,
+    "optimizer.schedule": "constant",
+    "optimizer.average_share": 0.0,
+}
+PLAIN_FLAGS = [f"--config.{key}={value}" for key, value in PLAIN.items()]
 
 
 # --- the launcher ---
-
-
-def test_a_plan_tells_what_a_run_takes_and_writes_nothing(book_path):
-    result = plan(book_path, "--config=tiny", "--json", "--chips=v5e:4")
-    assert result.returncode == 0, result.stderr
-    about = json.loads(result.stdout)
-    assert list(book_path.parent.iterdir()) == [book_path]
-    assert about["steps"] == 200
-    assert about["steps_per_epoch"] == math.ceil(5399 / 8 / 32)
-    assert about["training_flops_per_char"] == 3 * about["forward_flops_per_char"]
-    spent = about["command_seconds"]
-    assert spent["total"] == pytest.approx(sum(spent.values()) - spent["total"])
-    assert spent["steps"] == pytest.approx(200 * about["step_seconds"])
-    assert about["largest_batch"] > 1000
-    paper = about["on paper"]
-    assert paper["fits"]
-    assert paper["step_seconds"] >= max(paper["seconds"].values())
 
 
 def test_a_config_for_a_pod_is_counted_on_paper(book_path):
@@ -52,31 +44,61 @@ def test_a_config_for_a_pod_is_counted_on_paper(book_path):
     assert "the whole command" not in result.stdout
 
 
+# Starts the launcher, whose widths are timed for no longer than they have to be.
+PROGRAM = """
+import runpy, sys
+script, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, script.rpartition("/")[0])
+import plan_make
+plan_make.SHORT = 0.0
+sys.argv[0] = script
+runpy.run_path(script, run_name="__main__")
+"""
+
+
 def test_a_proposal_is_a_command_that_train_takes(book_path):
     (book_path.parent / "runs" / "default-book").mkdir(parents=True)
-    result = plan(book_path, "--minutes=4", "--config.seed=7")
+    flags = ["--minutes=4", "--json", "--chips=v5e:4", *PLAIN_FLAGS, *QUICK]
+    python, script, *flags = command_of("plan", *flags)
+    command = [python, "-c", PROGRAM, script, *flags]
+    result = subprocess.run(
+        command, cwd=book_path.parent, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
-    last = result.stdout.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert {path.name for path in book_path.parent.iterdir()} == {"book.txt", "runs"}
+    about = json.loads(result.stdout)
+    last = plan_make.table(about).splitlines()[-1]
     python, script, *words = shlex.split(last.removeprefix("try: "))
     assert [python, script] == command_of("train")
-    assert words[:2] == ["--config.seed=7", "--config.data.path=book.txt"]
-    # The default's folder exists.
+    # The flags that the rule leaves alone are repeated as they were given.
+    assert words[: len(PLAIN) + 1] == [*PLAIN_FLAGS, "--config.data.path=book.txt"]
+    # The folder with the default name exists.
     assert words.pop() == "--workdir=runs/default-book-2"
-    assert {path.name for path in book_path.parent.iterdir()} == {"book.txt", "runs"}
-    # To read 5,400 characters as often as is allowed takes far less, on a busy machine, too.
+    # Four minutes are more than enough to read 5,400 characters as often as the rule allows.
     steps = next(word for word in words if word.startswith("--config.num_steps="))
     most = plan_rule.MAX_EPOCHS * math.ceil(5399 / 16 / 50)
     assert steps == f"--config.num_steps={most}"
     for word in words:
         check_key(word.removeprefix("--config.").split("=")[0])
+    # What the proposed run takes was measured, and is estimated.
+    assert about["steps"] == most
+    spent = about["command_seconds"]
+    assert spent["total"] == pytest.approx(sum(spent.values()) - spent["total"])
+    assert spent["steps"] == pytest.approx(most * about["step_seconds"])
+    assert about["largest_batch"] > 1000
+    paper = about["on paper"]
+    assert paper["fits"]
+    assert paper["step_seconds"] >= max(paper["seconds"].values())
 
 
-def test_a_time_in_which_nothing_can_be_trained_is_one_line(book_path):
-    result = plan(book_path, "--minutes=0.001")
-    assert result.returncode == 2
-    (line,) = [line for line in result.stderr.splitlines() if "error" in line]
-    assert "--minutes=0.001: all but the steps takes" in line
-    assert "give at least" in line
+def test_a_time_in_which_nothing_can_be_trained_is_an_error(book_path, monkeypatch):
+    config = base_config()
+    config.data.path = str(book_path)
+    monkeypatch.setattr(plan_trial, "time_process", lambda: 5.0)
+    message = r"--minutes=0\.001: all but the steps takes 5\.\d s here; give at least 0\.2"
+    with pytest.raises(UserError, match=message):
+        plan_make.propose(config, 0.06, 0.1)
 
 
 # --- the estimate ---
@@ -84,27 +106,46 @@ def test_a_time_in_which_nothing_can_be_trained_is_one_line(book_path):
 
 @pytest.fixture
 def job(book_path):
-    from plan_make import read
-
     config = base_config()
+    config.update_from_flattened_dict(PLAIN)
     config.update({"num_steps": 205, "batch_size": 8, "seq_len": 32, "eval_every_steps": 100})
     config.data.path = str(book_path)
     config.mesh.data = 1
     config.model.hidden_size = 64
-    return read(config)
+    return plan_make.read(config)
+
+
+PARTS = Parts(start=1.0, step=0.1, batch=0.01, sample=0.5, draw=0.2, save=0.3, once=2.0, end=0.4)
 
 
 def test_an_estimate_counts_each_part_as_often_as_train_does_it(job):
-    parts = Parts(
-        start=1.0, step=0.1, batch=0.01, sample=0.5, draw=0.2, save=0.3, once=2.0, end=0.4
-    )
-    spent = plan_trial.estimate(job, parts, loading=5.0)
+    spent = plan_trial.estimate(job, PARTS, loading=5.0)
     # Evaluations at 100, 200 and the end, each of which saves.
     each = job.val_batches.steps_per_epoch * 0.01 + 0.7
     assert spent.start == 6.0
     assert spent.steps == pytest.approx(20.5)
     assert spent.evaluations == pytest.approx(2.0 + 3 * each)
     assert spent.checkpoints == pytest.approx(3 * 0.3 + 0.4)
+
+
+def test_a_plan_of_given_settings_has_counts_times_and_memory(job, monkeypatch):
+    monkeypatch.setattr(plan_trial, "time_process", lambda: 5.0)
+    monkeypatch.setattr(plan_trial, "rehearse", lambda job, folder, seconds: PARTS)
+    # 2 MiB a row and 20 MiB beside them.
+    monkeypatch.setattr(plan_trial, "step_bytes", lambda job, rows: (20 + 2 * rows) * 2**20)
+    monkeypatch.setattr(plan_make, "memory_bytes", lambda: 2**30)
+    about = plan_make.describe(job.run.config, 0.1)
+    assert about["steps"] == 205
+    assert about["steps_per_epoch"] == math.ceil(5399 / 8 / 32)
+    assert about["training_flops_per_char"] == 3 * about["forward_flops_per_char"]
+    assert about["chars_per_second"] == pytest.approx(8 * 32 / 0.1)
+    spent = about["command_seconds"]
+    assert spent["total"] == pytest.approx(sum(spent.values()) - spent["total"])
+    assert 6.0 < spent["start"] < 7.0
+    assert about["compiled_step_bytes"] == 36 * 2**20
+    usable = plan_make.MEMORY_SHARE * about["memory_bytes"] - plan_make.PROCESS_BYTES
+    assert about["largest_batch"] == int((usable / 2**20 - 20) / 2)
+    assert "an epoch: 2.2 s" in plan_make.table(about)
 
 
 def test_the_largest_batch_is_the_last_one_that_fits(job):
