@@ -45,7 +45,7 @@ def known_sources(is_small: bool) -> Iterator[tuple[Source, Recipe]]:
     if is_small:
         recipe = Recipe(hidden_size=64, num_steps=1000, learning_rate=3e-2)
         yield markov_source(1_430_000, num_classes=3, alpha=0.3, vocab_size=6), recipe
-        yield bracket_source(1_430_000, num_kinds=3, max_depth=6), recipe
+        yield bracket_source(1_430_000, num_kinds=3, max_depth=5), recipe
     else:
         # Enough text that nearly all that is read is new: nothing is learnt by heart.
         yield markov_source(10_600_000), Recipe(num_steps=10_000)
