@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from launching import WarmLauncher
 
 sys.path.insert(0, str(ROOT / "launch"))
 
@@ -221,9 +222,16 @@ MISTAKES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def launch():
+    warm = WarmLauncher("absl.app", "ml_collections.config_flags", "numpy", "rich.console")
+    yield warm
+    warm.close()
+
+
 @pytest.mark.parametrize(("flag", "message"), MISTAKES)
-def test_a_mistake_is_one_line_that_helps(flag, message, tmp_path):
-    result = bench(*flag.split(), cwd=tmp_path)
+def test_a_mistake_is_one_line_that_helps(flag, message, tmp_path, launch):
+    result = launch("bench", *flag.split(), cwd=tmp_path)
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
