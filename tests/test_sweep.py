@@ -22,8 +22,13 @@ import sweep_table
 import sweep_trial
 
 SHORT = ["--config=tiny", "--config.num_steps=20", "--config.eval_every_steps=10", "--out=out"]
-# A batch that the text is too short for is noticed by train.py alone.
-SWEEP = [*SHORT, "--texts=book.txt", "--set=batch_size=8,999"]
+# A model and an optimizer that compile in less time than the default ones.
+PLAIN = [
+    f"--config.{setting}"
+    for setting in ("model.scale_hidden=0", "model.rms_norm=0", "optimizer.average_share=0")
+]
+# Only train.py notices that the text is too short for a batch.
+SWEEP = [*SHORT, *PLAIN, "--texts=book.txt", "--set=batch_size=8,999"]
 
 
 def table_of(folder):
