@@ -39,8 +39,8 @@ class Recipe(NamedTuple):
 def known_sources(is_small: bool) -> Iterator[tuple[Source, Recipe]]:
     """Yield texts, and recipes that come within 2 % of their rates: half a minute each, or less.
 
-    The small ones have fewer characters, classes, kinds and depths, and take some seconds. They have
-    the same recipe and as many characters as each other, so that they share compiled programs.
+    The small ones have fewer characters, classes, kinds and depths, and take some seconds. Their
+    recipes and vocabulary sizes are equal, so that they share compiled programs.
     """
     if is_small:
         recipe = Recipe(hidden_size=64, num_steps=1000, learning_rate=3e-2)
