@@ -27,8 +27,7 @@ from charlstm.config import base_config
 from charlstm.data import Windows
 from charlstm.errors import RunError, UserError
 from charlstm.model import CharLSTM, zero_carry
-from charlstm.optim import make_optimizer, make_schedule
-from charlstm.steps import evaluate, init_state, make_eval_step
+from charlstm.steps import evaluate, make_eval_step
 
 PNG = b"\x89PNG\r\n"
 STREAMS = {"batch_size": 8, "seq_len": 100, "data": {"loss_on": "all"}}
@@ -141,10 +140,8 @@ def test_chosen_windows_are_scored_as_a_run_scores_all_of_them():
     ids_M = np.random.default_rng(0).integers(7, size=60).astype(np.uint8)
     windows = Windows(ids_M, batch_size=4, seq_len=5)
     model = CharLSTM(vocab_size=7, hidden_size=8)
-    config = base_config()
-    optimizer = make_optimizer(config, make_schedule(config, 1))
-    params = init_state(model, optimizer, jax.random.key(0), 4).params
     eval_step, empty = jax.jit(make_eval_step(model)), zero_carry(model, 4)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((4, 1), int), empty)["params"]
 
     def loss(batches):
         return evaluate(eval_step, params, empty, batches)["loss"]
