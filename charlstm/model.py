@@ -12,9 +12,10 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from charlstm.checks import check_choice, check_count, check_ids, check_rate
-from charlstm.cudnn import cudnn_lstm
-from charlstm.fused import fused_lstm
-from charlstm.recurrence import (
+from charlstm.data.cleaning import END, Vocab
+from charlstm.lstm.cudnn import cudnn_lstm
+from charlstm.lstm.fused import fused_lstm
+from charlstm.lstm.reference import (
     CELLS,
     NORM_EPSILON,
     LayerCarry,
@@ -23,7 +24,6 @@ from charlstm.recurrence import (
     init_lstm,
     trace_lstm,
 )
-from charlstm.text import END, Vocab
 
 Carry = tuple[LayerCarry, ...]
 RECURRENCES: dict[str, Callable[..., tuple[LayerCarry, jax.Array]]] = {
@@ -51,7 +51,7 @@ class CharLSTM(nn.Module):
       recurrent_dropout: the share of each layer's hidden state that its own gates do not see while
         training, one mask a row for all of a call, as in hidden_mask.
       scale_hidden: let what each layer reads scale the hidden state that its gates see, as in
-        charlstm.recurrence.
+        charlstm.lstm.reference.
       rms_norm: divide what the gates get from the hidden state by its root mean square, likewise.
       norm_epsilon: what `rms_norm` adds to the mean square.
       input: 'one_hot', 'embed' (a learnt vector), or 'scaled' (the id divided by V).

@@ -13,7 +13,7 @@ import optax
 from jax import export
 
 from charlstm.checks import check_batch, check_count, check_divides, check_params, check_shape
-from charlstm.data import Batch
+from charlstm.data.batches import Batch
 from charlstm.keys import derive_key
 from charlstm.model import Carry, CharLSTM, check_carry, predict, zero_carry
 from charlstm.optim import update_with

@@ -1,9 +1,9 @@
-"""A wide model for one accelerator with 16 GB or more. Not yet run on one.
+"""A wide model for one accelerator with 16 GB or more. It was not run on one.
 
 python launch/train.py --config=gpu --config.data.path=FOLDER
 
-For texts of tens of megabytes; what is smaller is learnt by heart, and better served by
-configs/ten_minutes.py. What it takes can be asked before:
+For texts of tens of megabytes; it overfits smaller ones, for which --config=medium is better. To
+estimate its time and memory:
 
 python launch/plan.py --config=gpu
 """
@@ -16,8 +16,7 @@ from charlstm.config import base_config
 def get_config() -> ConfigDict:
     """Return settings whose products fill the matrix units of one chip."""
     config = base_config()
-    # A chip waits for its memory where fewer rows share what it reads of the recurrent kernel at
-    # each time step: from about 256 on it computes.
+    # Each time step reads the recurrent kernel; with fewer rows memory bandwidth is the limit.
     config.batch_size = 256
     config.seq_len = 128
     config.eval_every_steps = 1000
@@ -28,7 +27,7 @@ def get_config() -> ConfigDict:
     config.model.hidden_size = 2048
     config.model.dropout_rate = 0.2
 
-    # Lower than launch/plan_rule.py's, which was found up to 1024 units and for short runs.
+    # Lower than charlstm/planning/rules.py's, which was found up to 1024 units and for short runs.
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 500
     return config

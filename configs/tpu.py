@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config = base_config()
     # 256 rows for each of 16 chips. A chip reads the recurrent kernel again at every time step, so
     # that with fewer it mostly waits for its memory, and 16 GB hold no more than 500 (v5e, by
-    # charlstm/cost.py).
+    # charlstm/planning/cost.py).
     config.batch_size = 4096
     # A power of two divides into chunks of any; a longer window costs memory and time in
     # proportion, and gains little, since the carry reaches further.
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     # A text that fills a pod is read once or twice: too little to be memorised.
     config.model.dropout_rate = 0.0
 
-    # Lower than launch/plan_rule.py's, which was found up to 1024 units and for short runs.
+    # Lower than charlstm/planning/rules.py's, which was found up to 1024 units and for short runs.
     config.optimizer.learning_rate = 1e-3
     # A wide model diverges at a full rate from the start.
     config.optimizer.warmup_steps = 1000

@@ -9,7 +9,7 @@ from charlstm.config import base_config
 
 
 def get_config() -> ConfigDict:
-    """Return the recipe that the project began from."""
+    """Return the settings of the tutorial."""
     config = base_config()
     config.num_epochs = 20
     config.batch_size = 128

@@ -38,16 +38,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import folders
 from absl import flags
-from bench_sections import FULL, QUICK, Bench, Settings, Shape
 from rich.console import Console
 
+from charlstm.bench.sections import FULL, QUICK, Bench, Settings, Shape
+from charlstm.cli import folders, options
+from charlstm.data.sources import find_source
 from charlstm.errors import UserError
 from charlstm.files import write_file
-from charlstm.source import find_source
 
-logger = logging.getLogger("charlstm.launch.bench")
+logger = logging.getLogger("charlstm.bench")
 
 SECTIONS = ("step", "growth", "generate", "evaluate", "startup", "loop", "entropy", "quality")
 LONG_SECTIONS = ("growth", "startup", "entropy", "quality")
@@ -60,7 +60,9 @@ WHAT = flags.DEFINE_list(
 ENTROPY = flags.DEFINE_boolean("entropy", False, "the same as --what=entropy")
 QUALITY = flags.DEFINE_boolean("quality", False, "the same as --what=quality")
 MINUTES = flags.DEFINE_float("minutes", None, "how long each contender of quality trains at most")
-TEXT = flags.DEFINE(app.ANY_PATH, "text", None, "what quality learns from, UTF-8; none: Dracula")
+TEXT = flags.DEFINE(
+    options.ANY_PATH, "text", None, "what quality learns from, UTF-8; none: Dracula"
+)
 SHAPES = flags.DEFINE_list("shapes", None, "BxTxH of each training step to measure")
 BASE = flags.DEFINE_string("base", None, "BxTxH of all other sections; generate takes H only")
 TEXTS = flags.DEFINE_list("texts", None, "how many texts to write at once")
@@ -69,7 +71,9 @@ NUM_LAYERS = flags.DEFINE_integer("num_layers", None, "N", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", None, "rounds of a comparison", lower_bound=1)
 LOOP_STEPS = flags.DEFINE_integer("loop_steps", None, "steps of the loop", lower_bound=2)
 PEERS_FLAG = flags.DEFINE_list("peers", ["auto"], "torch, keras, none, or auto: what is installed")
-OUT = flags.DEFINE(app.LOCAL_PATH, "out", "runs/bench", "the folder for bench.json and pictures")
+OUT = flags.DEFINE(
+    options.LOCAL_PATH, "out", "runs/bench", "the folder for bench.json and pictures"
+)
 QUICK_FLAG = flags.DEFINE_boolean("quick", False, "small shapes and few repeats")
 
 

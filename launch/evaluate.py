@@ -12,7 +12,7 @@ cold     Windows of --window characters side by side, each read from an empty ca
          manner of nanoGPT reports. Every character but the text's first counts once, the first of
          each window after the one character that the last window ended with.
 dynamic  With --dynamic. As carried, but the model goes on learning: it predicts 20 characters, then
-         learns from them (charlstm/dynamic.py).
+         learns from them (charlstm/evaluation/dynamic.py).
 
 Bits per byte are those of the text in UTF-8, a line end being one byte; they are left out where the
 model reads other characters than the text has (config.data.lowercase, strip_punctuation, min_count,
@@ -38,26 +38,26 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import folders
 from absl import flags
 
+from charlstm.cli import folders, options
 from charlstm.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from charlstm.run import Run
+    from charlstm.runs.folder import Run
 
-logger = logging.getLogger("charlstm.launch.evaluate")
+logger = logging.getLogger("charlstm.evaluate")
 
 MUCH_KNOWN = 0.1
 COLD_CHARS = 2**13  # that cold windows are read at once: few enough to be in the cache
 
 WORKDIR = flags.DEFINE(
-    app.ANY_PATH, "workdir", "", "the run folder; the last trained in runs/ if none"
+    options.ANY_PATH, "workdir", "", "the run folder; the last trained in runs/ if none"
 )
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
-TEXT = flags.DEFINE(app.ANY_PATH, "text", "", "a UTF-8 text; none: the run's validation part")
+TEXT = flags.DEFINE(options.ANY_PATH, "text", "", "a UTF-8 text; none: the run's validation part")
 UNKNOWN = flags.DEFINE_enum(
     "unknown", "error", ["error", "drop", "replace"], "characters of --text that are not known"
 )
@@ -82,9 +82,9 @@ class Parts(NamedTuple):
 
 def open_parts(run: "Run") -> Parts:
     """Return the held-out text, and the run's training part."""
-    from charlstm.corpus import Corpus, open_corpus
-    from charlstm.data import split
-    from charlstm.job import open_own
+    from charlstm.data.batches import split
+    from charlstm.data.corpus import Corpus, open_corpus
+    from charlstm.training.setup import open_own
 
     data, remedy = run.config.data, "give --text=FILE, a UTF-8 text"
 
@@ -112,7 +112,7 @@ def open_parts(run: "Run") -> Parts:
 
 def warn_of_known_text(parts: Parts) -> None:
     """Warn if much of a text that --text gives stands in the training part."""
-    from charlstm.originality import PIECE_CHARS, share_found
+    from charlstm.evaluation.memorization import PIECE_CHARS, share_found
 
     if not TEXT.value or parts.train_M is None or len(parts.ids_M) < PIECE_CHARS:
         return
@@ -130,9 +130,9 @@ def measure_both(run: "Run", model: Any, params: Any, parts: Parts) -> dict[str,
     """Return the figures of a held-out text, those of cold windows as 'cold'."""
     import jax
 
-    from charlstm.corpus import forget_pages
-    from charlstm.data import Windows, cold_batches, evaluation_batches
-    from charlstm.measure import figures, read, scores
+    from charlstm.data.batches import Windows, cold_batches, evaluation_batches
+    from charlstm.data.corpus import forget_pages
+    from charlstm.evaluation.scoring import figures, read, scores
     from charlstm.model import zero_carry
     from charlstm.steps import make_score_step
 
@@ -164,9 +164,9 @@ def measure_dynamic(
     """Return the figures of a held-out text of which the model learns while it reads."""
     import jax
 
-    from charlstm import dynamic
-    from charlstm.data import Streams
-    from charlstm.measure import figures, read, scores
+    from charlstm.data.batches import Streams
+    from charlstm.evaluation import dynamic
+    from charlstm.evaluation.scoring import figures, read, scores
     from charlstm.model import zero_carry
 
     rate = dynamic.RATE if DYNAMIC_RATE.value is None else DYNAMIC_RATE.value
@@ -187,8 +187,13 @@ def measure_temperature(run: "Run", model: Any, params: Any, ids_M: "np.ndarray"
     """Return the temperature that fits the first half of a text best, and figures of the second."""
     import jax
 
-    from charlstm.data import evaluation_batches
-    from charlstm.measure import TEMPERATURES_R, best_temperature, heated_losses, make_heated_step
+    from charlstm.data.batches import evaluation_batches
+    from charlstm.evaluation.scoring import (
+        TEMPERATURES_R,
+        best_temperature,
+        heated_losses,
+        make_heated_step,
+    )
     from charlstm.model import zero_carry
 
     heated_step, half = jax.jit(make_heated_step(model)), len(ids_M) // 2
@@ -216,9 +221,8 @@ def check_flags() -> None:
 def main() -> None:
     """Evaluate as the flags say and print the figures on stdout."""
     check_flags()
-    from evaluate_report import measure_baselines, refuse_not_finite, table
-
-    from charlstm.checkpoint import load_model
+    from charlstm.evaluation.report import measure_baselines, refuse_not_finite, table
+    from charlstm.runs.checkpoints import load_model
 
     workdir = folders.trained_workdir(WORKDIR.value)
     run, model, params = load_model(workdir, CHECKPOINT.value)

@@ -5,8 +5,8 @@
 Takes what train.py takes, trains nothing and writes into no run folder. What it measures, it
 measures in half a minute by doing each part of a run briefly. --minutes proposes width, streams,
 window, steps, dropout and learning rate for the best text in that time, start-up and evaluations
-included, as a command for train.py; its rule is in launch/plan_rule.py. --chips puts a step on
-accelerators on paper, by the formulae of charlstm/cost.py; with --seconds=0 nothing is measured:
+included, as a command for train.py; its rule is in charlstm.planning.rules. --chips puts a step on
+accelerators on paper, by the formulae of charlstm.planning.cost; --seconds=0 measures nothing:
 
   python launch/plan.py --config=tpu --chips=v5e:16 --seconds=0
 """
@@ -25,13 +25,13 @@ from typing import Any
 
 from absl import flags
 
-from charlstm import cost
+from charlstm.cli import options
 from charlstm.errors import UserError, printable
+from charlstm.planning import cost
 
-logger = logging.getLogger("charlstm.launch.plan")
+logger = logging.getLogger("charlstm.plan")
 
-CONFIG = app.define_config()
-flags.adopt_module_key_flags(app)  # so that --help lists --config
+CONFIG = options.define_config()
 MINUTES = flags.DEFINE_float("minutes", None, "propose settings for a command of so many minutes")
 CHIPS = flags.DEFINE_string(
     "chips", "", f"NAME:NUMBER of chips to put on paper; names: {', '.join(cost.CHIPS)}"
@@ -68,23 +68,23 @@ def check_minutes(minutes: float | None, seconds: float) -> None:
 
 def main() -> int:
     """Plan as the flags say."""
-    config = app.checked_config(CONFIG)
+    config = options.checked_config(CONFIG)
     chips = parse_chips(CHIPS.value, config.batch_size)
     check_minutes(MINUTES.value, SECONDS.value)
-    import plan_make
+    from charlstm.planning import plan
 
     settings: dict[str, Any] = {}
     if MINUTES.value:
-        about, settings = plan_make.propose(config, 60 * MINUTES.value, SECONDS.value)
-        about["command"] = app.train_command(CONFIG, settings)
+        about, settings = plan.propose(config, 60 * MINUTES.value, SECONDS.value)
+        about["command"] = options.train_command(CONFIG, settings)
     else:
-        about = plan_make.describe(config, SECONDS.value)
+        about = plan.describe(config, SECONDS.value)
     if chips:
-        about["on paper"] = plan_make.on_paper(config, about["vocabulary"], *chips)
+        about["on paper"] = plan.on_paper(config, about["vocabulary"], *chips)
     if JSON.value:
         print(json.dumps(about, allow_nan=False))
     else:
-        print(printable(plan_make.table(about)))
+        print(printable(plan.table(about)))
     return 0
 
 

@@ -30,20 +30,20 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import folders
 from absl import flags
 from etils import epath
 
-from charlstm.config import check_setting
-from charlstm.encoding import decode
+from charlstm.cli import folders, options
+from charlstm.config_check import check_setting
+from charlstm.data.encoding import decode
 from charlstm.errors import UserError, printable
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from charlstm.checkpoint import Run
+    from charlstm.runs.checkpoints import Run
 
-logger = logging.getLogger("charlstm.launch.sample")
+logger = logging.getLogger("charlstm.sample")
 
 # Of --stream: a small piece even by the slow method, 2 ms a character, and far more than one can
 # read by the other.
@@ -53,13 +53,15 @@ MAX_SAMPLES = 10**7  # at once; see check_memory for fewer
 MAX_SHOWN = 10  # prompts from the training text
 
 WORKDIR = flags.DEFINE(
-    app.ANY_PATH, "workdir", "", "the run folder; the last trained in runs/ if none"
+    options.ANY_PATH, "workdir", "", "the run folder; the last trained in runs/ if none"
 )
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
 PROMPT = flags.DEFINE_string(
     "prompt", "", "the text to go on from; none: a new document, or else a place of the book"
 )
-PROMPT_FILE = flags.DEFINE(app.LOCAL_PATH, "prompt_file", "", "a UTF-8 file that holds the prompt")
+PROMPT_FILE = flags.DEFINE(
+    options.LOCAL_PATH, "prompt_file", "", "a UTF-8 file that holds the prompt"
+)
 LENGTH = flags.DEFINE_integer("length", None, "how many characters, the prompt not counted")
 TEMPERATURE = flags.DEFINE_float("temperature", None, "0 takes the most probable character")
 TOP_K = flags.DEFINE_integer("top_k", None, "choose among the k most probable; 0: all")
@@ -73,7 +75,9 @@ SEED = flags.DEFINE_integer(
 METHOD = flags.DEFINE_enum(
     "method", None, ["carry", "window"], "one step a character, or reread a window for each"
 )
-ADAPT_TO = flags.DEFINE(app.ANY_PATH, "adapt_to", "", "a UTF-8 text to read, and learn from, first")
+ADAPT_TO = flags.DEFINE(
+    options.ANY_PATH, "adapt_to", "", "a UTF-8 text to read, and learn from, first"
+)
 STREAM = flags.DEFINE_boolean("stream", False, "show characters as they are made")
 STOP_AT_END = flags.DEFINE_boolean("stop_at_end", True, "stop where a document ends")
 UNKNOWN = flags.DEFINE_enum(
@@ -83,7 +87,9 @@ UNKNOWN = flags.DEFINE_enum(
     "characters of the prompt, or of --adapt_to, that are not known",
 )
 CHECK = flags.DEFINE_boolean("check", False, "tell of words and copies, too, on stderr")
-WORDS = flags.DEFINE(app.LOCAL_PATH, "words", "", "a UTF-8 list of words that --check knows, too")
+WORDS = flags.DEFINE(
+    options.LOCAL_PATH, "words", "", "a UTF-8 list of words that --check knows, too"
+)
 RAW = flags.DEFINE_boolean("raw", False, "let control characters reach a terminal as they are")
 
 
@@ -127,8 +133,8 @@ def changed_settings() -> dict[str, Any]:
 
 def check_memory(run: "Run", prompt: str, settings: dict[str, Any]) -> None:
     """Raise UserError if so many texts cannot be in memory at once."""
-    from charlstm.machine import memory_bytes
-    from charlstm.sample import SIZE
+    from charlstm.runs.machine import memory_bytes
+    from charlstm.sampling import SIZE
 
     model, length = run.config.model, settings["length"]
     # A tenth less than measured, of which text and the pieces of SIZE characters are the most.
@@ -148,7 +154,7 @@ def encode_prompts(run: "Run", prompt: str, method: str) -> tuple[list["np.ndarr
     """Return the ids that each text goes on from, and what to print before what is made."""
     import numpy as np
 
-    from charlstm.text import END
+    from charlstm.data.cleaning import END
 
     if prompt:
         ids_P = run.encode(prompt, UNKNOWN.value)
@@ -173,8 +179,8 @@ def encode_prompts(run: "Run", prompt: str, method: str) -> tuple[list["np.ndarr
 
 def adapted(run: "Run", model: Any, params: Any) -> Any:
     """Return the params of a model that has read --adapt_to, and learnt from it: see dynamic.py."""
-    from charlstm.corpus import open_corpus
-    from charlstm.dynamic import adapt, make_anchor
+    from charlstm.data.corpus import open_corpus
+    from charlstm.evaluation.dynamic import adapt, make_anchor
 
     text = open_corpus(
         run.config.data,
@@ -203,7 +209,7 @@ def write(
     """Write what comes in pieces ids_BT to stdout, and return the ids_L of each text."""
     import numpy as np
 
-    from charlstm.sample import before_end
+    from charlstm.sampling import before_end
 
     if STREAM.value:
         made = [np.zeros(0, np.int32)]
@@ -229,13 +235,12 @@ def main() -> None:
         raise UserError(f"--num_samples={NUM_SAMPLES.value}: --stream shows one text at a time")
     prompt, changed = read_prompt(), changed_settings()
     listed = read_file(WORDS) if WORDS.value else ""
-    from sample_check import open_training_part, report
-
-    from charlstm.checkpoint import load_model
+    from charlstm.evaluation.memorization import words
+    from charlstm.evaluation.sample_check import open_training_part, report
     from charlstm.keys import derive_key
-    from charlstm.originality import words
-    from charlstm.run import load_run
-    from charlstm.sample import SIZE, stream, until_end
+    from charlstm.runs.checkpoints import load_model
+    from charlstm.runs.folder import load_run
+    from charlstm.sampling import SIZE, stream, until_end
 
     workdir = folders.trained_workdir(WORKDIR.value)
     run = load_run(epath.Path(workdir))

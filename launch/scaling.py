@@ -5,7 +5,7 @@
 Virtual devices are threads of one process that share its cores: that they give what one device
 gives, and how often they must meet, is true of real ones; their time is that of all their work
 together, so that beside it the share of one of them is timed alone. On paper is a step of the
-config on up to 1,024 chips, by the formulae of charlstm/cost.py, with one batch for all (strong
+config on up to 1,024 chips, by charlstm.planning.cost, with one batch for all (strong
 scaling) and with the same rows for each (weak scaling). All figures go to DIR/scaling.json, the
 picture to DIR/scaling.png.
 """
@@ -21,23 +21,22 @@ import json
 import logging
 from typing import Any
 
-import folders
 from absl import flags
 
-from charlstm import cost
+from charlstm.cli import folders, options
 from charlstm.errors import UserError
 from charlstm.files import write_file
+from charlstm.planning import cost
 
-logger = logging.getLogger("charlstm.launch.scaling")
+logger = logging.getLogger("charlstm.scaling")
 
-CONFIG = app.define_config(app.DEFAULT_CONFIG.with_name("tpu.py"))
-flags.adopt_module_key_flags(app)  # so that --help lists --config
+CONFIG = options.define_config(options.DEFAULT_CONFIG.with_name("tpu.py"))
 CHIP = flags.DEFINE_enum("chip", "v5e", [*cost.CHIPS], "the chip on paper")
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 256, "V on paper", lower_bound=2)
 DEVICES = flags.DEFINE_integer("devices", 64, "virtual devices, a power of two", lower_bound=1)
 ROWS = flags.DEFINE_integer("rows", 256, "rows of each chip in weak scaling", lower_bound=1)
 OUT = flags.DEFINE(
-    app.LOCAL_PATH, "out", "runs/scaling", "the folder for scaling.json and scaling.png"
+    options.LOCAL_PATH, "out", "runs/scaling", "the folder for scaling.json and scaling.png"
 )
 
 MAX_CHIPS = 1024
@@ -58,14 +57,14 @@ def check_devices(number: int) -> None:
 
 def main() -> None:
     """Measure and draw."""
-    config = app.checked_config(CONFIG)
+    config = options.checked_config(CONFIG)
     check_devices(DEVICES.value)
     out = folders.make_out(OUT.value, "scaling.json", {"virtual", "paper"})
     # JAX reads it when it is imported, which is further down.
     devices = f"--xla_force_host_platform_device_count={DEVICES.value}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices}"
-    import scaling_picture
-    from scaling_devices import Case, scale
+    from charlstm.bench import scaling_report
+    from charlstm.bench.scaling import Case, scale
 
     case = Case(batch_size=MAX_DEVICES, seq_len=32, hidden_size=128, vocab_size=96, num_layers=1)
     counts = powers_of_two(DEVICES.value)
@@ -83,7 +82,7 @@ def main() -> None:
                 f"{outcome.in_loops} of them in loops"
             )
     chip = cost.CHIPS[CHIP.value]
-    report["paper"] = scaling_picture.on_paper(
+    report["paper"] = scaling_report.on_paper(
         config, VOCAB_SIZE.value, chip, ROWS.value, powers_of_two(MAX_CHIPS)
     )
     for name, rows in report["paper"].items():
@@ -95,7 +94,7 @@ def main() -> None:
     text = json.dumps(report, indent=1, allow_nan=False)
     write_file(out / "scaling.json", text + "\n")
     about = f"{config.model.num_layers} x {config.model.hidden_size}, T = {config.seq_len}"
-    write_file(out / "scaling.png", scaling_picture.draw(report, f"{about}, {chip.name}"))
+    write_file(out / "scaling.png", scaling_report.draw(report, f"{about}, {chip.name}"))
     logger.info("all figures: %s", out / "scaling.json")
 
 

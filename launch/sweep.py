@@ -34,22 +34,20 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-import folders
-import sweep_plan
-import sweep_table
-import sweep_trial
 from absl import flags
 from etils import epath
-from sweep_trial import Ended, Text, Trial
 
+from charlstm.cli import folders, options
+from charlstm.config_check import parse_setting
+from charlstm.data.cleaning import Cleaning
 from charlstm.errors import RunError
 from charlstm.files import sole_writer, write_file
-from charlstm.text import Cleaning
+from charlstm.sweep import grid, results, runner
+from charlstm.sweep.runner import Ended, Text, Trial
 
-logger = logging.getLogger("charlstm.launch.sweep")
+logger = logging.getLogger("charlstm.sweep")
 
-CONFIG = app.define_config()
-flags.adopt_module_key_flags(app)  # so that --help lists --config
+CONFIG = options.define_config()
 SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE,VALUE,...: a setting to vary; many times")
 TEXTS = flags.DEFINE_list("texts", [], "the texts; config.data.path if not given")
 SEEDS = flags.DEFINE_list("seeds", [], "the seeds; config.seed if not given")
@@ -60,7 +58,7 @@ DRAW_SEED = flags.DEFINE_integer("draw_seed", 0, "decides which ones --trials dr
 JOBS = flags.DEFINE_integer(
     "jobs", 1, "how many trials at a time, each on its share of the cores", lower_bound=1
 )
-OUT = flags.DEFINE(app.LOCAL_PATH, "out", "runs/sweep", "the folder for the table")
+OUT = flags.DEFINE(options.LOCAL_PATH, "out", "runs/sweep", "the folder for the table")
 
 
 def search(
@@ -71,68 +69,68 @@ def search(
     out: Path,
 ) -> int:
     """Run the trials of which the table in `out` has no line; return the exit code."""
-    about, table = sweep_plan.common(trials), out / "trials.tsv"
-    columns = sweep_table.columns_of(about["varied"])
-    rows = sweep_table.read_table(table, columns)
+    about, table = grid.common(trials), out / "trials.tsv"
+    columns = results.columns_of(about["varied"])
+    rows = results.read_table(table, columns)
     write_file(epath.Path(out / "sweep.json"), json.dumps(about, indent=1) + "\n")
     for trial in trials:
         # A kill may have come between its line and this.
-        if trial.name in rows and rows[trial.name]["status"] == sweep_table.FINISHED:
-            sweep_trial.tidy(trial, out)
+        if trial.name in rows and rows[trial.name]["status"] == results.FINISHED:
+            runner.tidy(trial, out)
     for text in texts:
-        sweep_trial.write_first_part(text, cleaning, sweep_trial.text_path(out, text.name))
+        runner.write_first_part(text, cleaning, runner.text_path(out, text.name))
     waiting = [trial for trial in trials if trial.name not in rows]
     logger.info("%d of %d trials to run", len(waiting), len(trials))
 
     def record(ended: Ended) -> None:
         trial = ended.trial
         row = {"trial": trial.name, "text": trial.text, "seed": trial.seed, **trial.settings}
-        row |= sweep_trial.outcome(ended, out)
-        sweep_table.append(table, columns, row)
+        row |= runner.outcome(ended, out)
+        results.append(table, columns, row)
         what = " ".join(f"{name}={row[name]}" for name in ("text", "seed", *trial.settings))
-        if row["status"] == sweep_table.FINISHED:
+        if row["status"] == results.FINISHED:
             logger.info("%s: %.4f bits/char", what, row["bits_per_char"])
-            sweep_trial.tidy(trial, out)
+            runner.tidy(trial, out)
         else:
             logger.warning("%s: %s", what, row["status"])
 
     with app.StopSignal() as stop:
-        if not sweep_trial.run_trials(waiting, out, shares, stop, record):
+        if not runner.run_trials(waiting, out, shares, stop, record):
             logger.info("stopped; the same command goes on")
             return 128 + (stop.number or signal.SIGTERM)
-    return show(trials, sweep_table.read_table(table, columns))
+    return show(trials, results.read_table(table, columns))
 
 
 def show(trials: Sequence[Trial], rows: dict[str, dict[str, str]]) -> int:
     """Print what the lines `rows` of a table say of `trials`; return the exit code."""
     keys, texts = list(trials[0].settings), list(dict.fromkeys(trial.text for trial in trials))
-    scores = sweep_table.rank([rows[trial.name] for trial in trials], keys)
-    print("\n".join(sweep_table.ranking(scores, keys, texts)))
+    scores = results.rank([rows[trial.name] for trial in trials], keys)
+    print("\n".join(results.ranking(scores, keys, texts)))
     best = scores[0]
     if not best.num_failed:
         settings = dict(zip(keys, best.values, strict=True))
         if TEXTS.value:
             settings["data.path"] = TEXTS.value[0]
-        print(f"best: {app.train_command(CONFIG, settings)}")
+        print(f"best: {options.train_command(CONFIG, settings)}")
     return int(any(score.num_failed for score in scores))
 
 
 def main() -> int:
     """Search as the flags say."""
-    config, out = app.checked_config(CONFIG), Path(OUT.value)
-    shares = sweep_trial.share_cores(JOBS.value)
-    varied = sweep_plan.parse_sets(SET.value)
-    combinations = sweep_plan.combine(varied, TRIALS.value, DRAW_SEED.value)
+    config, out = options.checked_config(CONFIG), Path(OUT.value)
+    shares = runner.share_cores(JOBS.value)
+    varied = grid.parse_sets(SET.value)
+    combinations = grid.combine(varied, TRIALS.value, DRAW_SEED.value)
     words = SEEDS.value or [str(config.seed)]
-    seeds = sweep_plan.distinct("--seeds", [app.parse_setting("seed", word) for word in words])
+    seeds = grid.distinct("--seeds", [parse_setting("seed", word) for word in words])
     # Before the texts are read, which may take long.
-    sweep_plan.make_trials(config, combinations, ["any"], seeds)
+    grid.make_trials(config, combinations, ["any"], seeds)
     cleaning = Cleaning.from_config(config.data)
-    texts = [sweep_trial.open_text(path, cleaning) for path in TEXTS.value or [config.data.path]]
-    names = sweep_plan.distinct("--texts", [text.name for text in texts])
-    trials = sweep_plan.make_trials(config, combinations, names, seeds)
-    about = sweep_plan.common(trials)
-    sweep_plan.refuse_other(out / "sweep.json", about)
+    texts = [runner.open_text(path, cleaning) for path in TEXTS.value or [config.data.path]]
+    names = grid.distinct("--texts", [text.name for text in texts])
+    trials = grid.make_trials(config, combinations, names, seeds)
+    about = grid.common(trials)
+    grid.refuse_other(out / "sweep.json", about)
     folders.make_out(OUT.value, "sweep.json", set(about))
     try:
         with sole_writer(epath.Path(out), "choose another --out"):

@@ -21,14 +21,15 @@ import app  # first, since it handles signals
 import logging
 import signal
 
-import folders
 from absl import flags
 
+from charlstm.cli import folders, options
 from charlstm.errors import OccupiedError, UserError
 
-CONFIG = app.define_config()
-flags.adopt_module_key_flags(app)  # so that --help lists --config
-WORKDIR = flags.DEFINE(app.ANY_PATH, "workdir", "", "the run folder; runs/CONFIG-TEXT if not given")
+CONFIG = options.define_config()
+WORKDIR = flags.DEFINE(
+    options.ANY_PATH, "workdir", "", "the run folder; runs/CONFIG-TEXT if not given"
+)
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT at which process 0 of several awaits the others"
 )
@@ -61,20 +62,20 @@ def check_cluster_flags(coordinator: str | None, size: int | None, index: int | 
 
 def main() -> int:
     """Train as the flags say; return the exit code."""
-    config = app.checked_config(CONFIG)
+    config = options.checked_config(CONFIG)
     given = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
     check_cluster_flags(*given)
-    from charlstm import cluster  # JAX takes a second to load, mistakes should not
-    from charlstm.console import launcher_command, show_logs
+    from charlstm.parallel import processes  # JAX takes a second to load, mistakes should not
+    from charlstm.system.console import launcher_command, show_logs
 
     show_logs(progress_on_stdout=True)
-    with cluster.joined(*given, JOIN_TIMEOUT.value), app.StopSignal() as stop:
-        from charlstm.train import train
+    with processes.joined(*given, JOIN_TIMEOUT.value), app.StopSignal() as stop:
+        from charlstm.training.loop import train
 
-        if not cluster.is_first():
+        if not processes.is_first():
             logging.getLogger("charlstm").setLevel(logging.ERROR)  # the first tells it all
         workdir = WORKDIR.value or folders.default_workdir(
-            app.config_name(CONFIG), config.data.path
+            options.config_name(CONFIG), config.data.path
         )
         try:
             finished = train(config, workdir, should_stop=stop, profile=PROFILE.value)

@@ -4,7 +4,6 @@ import atexit
 import os
 import random
 import shutil
-import sys
 import tempfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -39,11 +38,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # formulas that hold at any optimization. What has to be exact is compiled as users have it.
 CHEAP = {
     f"test_{name}"
-    for name in "api bench checkpoint console corpus cost dynamic folders fuzz journal keys launch "
-    "log measure mistakes model optim optimizers paths plan quality run runtime sample scaling "
-    "sharded_step steps surroundings sweep switches".split()
+    for name in "api bench checkpoints console corpus cost dynamic folder folders fuzz keys launch "
+    "metrics mistakes model optim optimizers paths plan progress quality runtime sampling scaling "
+    "scoring sharded_step steps surroundings sweep switches".split()
 }
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_addoption(parser):

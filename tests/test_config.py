@@ -4,23 +4,16 @@ import math
 from pathlib import Path
 
 import pytest
+from helpers import config_with
 from ml_collections import ConfigDict
 
 import charlstm.config as config_module
-from charlstm.config import base_config, check_key, check_setting, flatten, validate
+from charlstm.config import base_config, flatten
+from charlstm.config_check import check_key, check_setting, validate
 from charlstm.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
-
-
-def config_with(changes: dict) -> ConfigDict:
-    # Not by assignment, at which a ConfigDict refuses or converts most wrong types by itself.
-    sections = base_config().to_dict()
-    for key, value in changes.items():
-        *section, name = key.split(".")
-        (sections.setdefault(section[0], {}) if section else sections)[name] = value
-    return ConfigDict(sections)
 
 
 def refusal_of(config: ConfigDict) -> str:

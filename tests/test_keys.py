@@ -10,7 +10,7 @@ import pytest
 
 from charlstm import CharLSTM, derive_key, init_state, make_sampler
 from charlstm.keys import STREAMS
-from charlstm.sample import draw_uniforms
+from charlstm.sampling import draw_uniforms
 
 
 def bits(key):

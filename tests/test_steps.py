@@ -16,7 +16,7 @@ from charlstm import (
     make_train_steps,
     zero_carry,
 )
-from charlstm.data import Streams
+from charlstm.data.batches import Streams
 from charlstm.steps import evaluate
 
 V, B, T, H = 11, 4, 8, 12

@@ -17,8 +17,8 @@ from charlstm import (
     make_train_step,
     zero_carry,
 )
-from charlstm.dynamic import adapt, make_anchor
-from charlstm.sample import stream
+from charlstm.evaluation.dynamic import adapt, make_anchor
+from charlstm.sampling import stream
 
 V, B, T, H = 7, 2, 5, 8
 IDS_M = np.random.default_rng(0).integers(V, size=60, dtype=np.int32)

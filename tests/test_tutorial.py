@@ -11,12 +11,12 @@ import numpy as np
 import optax
 import pytest
 
-from charlstm.data import training_batches
+from charlstm.data.batches import training_batches
+from charlstm.data.cleaning import Vocab
 from charlstm.model import model_from_config, predict, zero_carry
 from charlstm.optim import make_optimizer, make_schedule
-from charlstm.sample import make_sampler
+from charlstm.sampling import make_sampler
 from charlstm.steps import init_state, make_train_step
-from charlstm.text import Vocab
 
 keras = pytest.importorskip("keras")
 # Keras's own, with a newer NumPy than it was written for.

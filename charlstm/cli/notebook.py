@@ -1,0 +1,34 @@
+"""A launcher in a notebook, by %run: the next cell goes on in the same process."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from absl import flags
+
+from charlstm.cli import streams
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Restore streams, warnings and flags at the end of the block if the process is IPython's."""
+    if not streams.is_notebook():
+        yield
+        return
+    before = sys.stdout, sys.stderr, sys.unraisablehook
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr, sys.unraisablehook = before
+            forget_flags()
+
+
+def forget_flags() -> None:
+    """Let a launcher define its flags again."""
+    own = {flag.name for flag in flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])}
+    for name in list(flags.FLAGS):
+        if name in own or name.split(".")[0] == "config":
+            delattr(flags.FLAGS, name)
+    flags.FLAGS.unparse_flags()

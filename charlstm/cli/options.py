@@ -1,0 +1,148 @@
+"""Flags for paths and for the config: --config=NAME and --config.KEY=VALUE."""
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from charlstm.cli import folders, streams
+from charlstm.config import base_config, flatten
+from charlstm.config_check import check_key, parse_setting, validate
+from charlstm.errors import UserError, one_line
+from charlstm.system.console import launcher_command
+from charlstm.system.paths import given_path, local_path
+
+REPOSITORY = Path(streams.REPOSITORY)
+DEFAULT_CONFIG = REPOSITORY / "configs" / "default.py"
+_CONFIG_FLAG = re.compile(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", re.DOTALL)
+
+
+class PathParser(flags.ArgumentParser):
+    """Parses the value of a flag that is a path, by a function of charlstm.system.paths."""
+
+    syntactic_help = "a path"
+
+    def __init__(self, check: Callable[[str], str]):
+        self._check = check
+
+    def parse(self, argument: str) -> str:
+        """Return the path; raise UserError if it cannot be used."""
+        return self._check(argument)
+
+
+LOCAL_PATH, ANY_PATH = PathParser(local_path), PathParser(given_path)
+
+
+def define_config(default: Path = DEFAULT_CONFIG) -> flags.FlagHolder:
+    """Define --config and --config.KEY=VALUE, once the command line's are known to be sound."""
+    try:
+        words = flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
+        sys.argv = normalise([*sys.argv[:1], *words])
+    except (flags.Error, UserError) as error:
+        sys.exit(fail(error))
+    return config_flags.DEFINE_config_file(
+        "config",
+        default=str(default),
+        help_string="a file of configs/ or its name; --config.KEY=VALUE changes one setting",
+        lock_config=True,
+    )
+
+
+def config_name(holder: flags.FlagHolder) -> str:
+    """Return the name of the config file without folder and ending."""
+    return Path(config_flags.get_config_filename(flags.FLAGS[holder.name])).stem
+
+
+def checked_config(holder: flags.FlagHolder) -> ConfigDict:
+    """Return the config of --config, validated."""
+    try:
+        config = holder.value
+    except Exception as error:
+        path = config_flags.get_config_filename(flags.FLAGS[holder.name])
+        raise config_error(path, error) from error
+    validate(config)
+    return config
+
+
+def train_command(holder: flags.FlagHolder, settings: dict[str, Any]) -> str:
+    """Return a command of train.py for `settings` and the config flags given here.
+
+    It trains in a folder that does not exist.
+    """
+    words = []
+    for word in sys.argv[1:]:
+        name, _, value = word.partition("=")
+        if name == "--config":
+            is_ours = Path(value).parent == DEFAULT_CONFIG.parent
+            words.append(f"--config={Path(value).stem if is_ours else value}")
+        elif name.startswith("--config.") and name.removeprefix("--config.") not in settings:
+            words.append(word)
+    words += [f"--config.{key}={value}" for key, value in settings.items()]
+    path = settings.get("data.path", holder.value.data.path)
+    workdir = folders.free_workdir(folders.default_workdir(config_name(holder), path))
+    return launcher_command("train", *words, f"--workdir={workdir}")
+
+
+def config_error(path: str, error: Exception) -> UserError:
+    """Return the error for the config file at `path`, which raised `error`."""
+    return UserError(
+        f"--config={path}: raised {type(error).__name__}: {error}; it must define get_config()"
+    )
+
+
+def normalise(argv: list[str]) -> list[str]:
+    """Return `argv` with every config flag checked, in the form --config.KEY=VALUE.
+
+    config_flags answers a mistyped key or a missing file with pages of traceback, or late.
+    """
+    files: list[str] = []  # the last comes first, since settings change what it gives
+    normal: list[str] = []
+    words = iter(argv)
+    for word in words:
+        match = _CONFIG_FLAG.fullmatch(word)
+        if match is None:
+            normal.append(word)
+            continue
+        negated, key, value = match.groups()
+        if key is None:
+            value = next(words, "") if value is None else value
+            files.append(f"--config={_config_path(value)}")
+            continue
+        check_key(key)
+        if value is None and isinstance(flatten(base_config())[key], bool):
+            value = "false" if negated else "true"
+        elif value is None:
+            value = next(words, "")
+        parse_setting(key, value)
+        if key == "data.path":
+            value = given_path(value)
+        normal.append(f"--config.{key}={value}")
+    return [*normal[:1], *files[-1:], *normal[1:]]
+
+
+def _config_path(name: str) -> Path:
+    """Return the file that `name` means: a path, or a name in configs/."""
+    in_repository = REPOSITORY / name
+    by_name = REPOSITORY / "configs" / f"{name}.py"
+    for path in (Path(os.path.expanduser(name)), in_repository, by_name):
+        if name and path.is_file():
+            return path.resolve()
+    known = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
+    near = difflib.get_close_matches(Path(name).stem, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"--config={name}: no such file; {hint}configs/ has {', '.join(known)}")
+
+
+def fail(error: Exception) -> int:
+    """Print `error` as one line, with --debug after its traceback; return the exit code."""
+    if "--debug" in sys.argv:  # the mistake may be in the flags, which are not parsed then
+        traceback.print_exception(error)
+    streams.show_error(one_line(error))
+    return getattr(error, "exit_code", 2)

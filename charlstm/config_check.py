@@ -1,0 +1,163 @@
+"""Validation of configs: ranges, types, combinations and misspelt keys."""
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from charlstm.config import base_config, flatten
+from charlstm.errors import UserError
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _count(low: int) -> Rule:
+    # Above it JAX's integers end, and with them the messages that anybody understands.
+    return (lambda v: low <= v < 2**31), f"a whole number from {low} to {2**31 - 1}"
+
+
+def _at_least(low: float) -> Rule:
+    return (lambda v: low <= v < math.inf), f"a number of at least {low}"
+
+
+def _above(low: float) -> Rule:
+    return (lambda v: low < v < math.inf), f"a number above {low}"
+
+
+def _fraction(include_one: bool = False) -> Rule:
+    if include_one:
+        return (lambda v: 0 < v <= 1), "above 0 and at most 1"
+    return (lambda v: 0 <= v < 1), "at least 0 and below 1"
+
+
+def _one_of(*values: str) -> Rule:
+    return (lambda v: v in values), " or ".join(values)
+
+
+_RULES: dict[str, Rule] = {
+    "seed": ((lambda v: 0 <= v < 2**32), "from 0 to 4294967295"),
+    "num_epochs": _count(1),
+    "num_steps": _count(0),
+    "batch_size": _count(1),
+    "seq_len": _count(1),
+    "eval_every_steps": _count(0),
+    "checkpoint_every_steps": _count(0),
+    "log_every_steps": _count(1),
+    "data.min_count": _count(1),
+    "data.val_fraction": _fraction(),
+    "data.max_val_chars": _count(0),
+    "data.order": _one_of("streams", "windows"),
+    "data.reset_rate": _fraction(),
+    "data.loss_on": _one_of("all", "last"),
+    "model.cell": _one_of("OptimizedLSTMCell", "LSTMCell"),
+    "model.recurrence": _one_of("fused", "flax", "cudnn"),
+    "model.hidden_size": _count(1),
+    "model.num_layers": _count(1),
+    "model.dropout_rate": _fraction(),
+    "model.dropout_mask": _one_of("step", "window"),
+    "model.recurrent_dropout": _fraction(),
+    "model.input": _one_of("one_hot", "embed", "scaled"),
+    "model.embed_size": _count(1),
+    "model.norm_epsilon": _above(0),
+    "model.dtype": _one_of("float32", "bfloat16"),
+    "optimizer.name": _one_of("adam", "adamw", "cautious_adamw", "keras_adam"),
+    "optimizer.learning_rate": _above(0),
+    "optimizer.schedule": _one_of("constant", "cosine", "linear"),
+    "optimizer.final_share": ((lambda v: 0 <= v <= 1), "from 0 to 1"),
+    "optimizer.warmup_steps": _count(0),
+    "optimizer.weight_decay": _at_least(0),
+    "optimizer.clip_norm": _at_least(0),
+    "optimizer.b2": _fraction(),
+    "optimizer.average_share": _fraction(),
+    "optimizer.epsilon": _above(0),
+    "mesh.data": ((lambda v: v == -1 or 1 <= v < 2**31), "-1 or a whole number from 1"),
+    "sample.length": _count(1),
+    "sample.temperature": _at_least(0),
+    "sample.top_k": _count(0),
+    "sample.top_p": _fraction(include_one=True),
+    "sample.method": _one_of("carry", "window"),
+}
+
+
+def check_key(key: str) -> None:
+    """Raise UserError with the nearest valid name if no config has the setting `key`."""
+    known = list(flatten(base_config()))
+    if key not in known:
+        # A forgotten section is as common as a slip of the finger.
+        names = {name.split(".")[-1]: name for name in known} | {name: name for name in known}
+        near = [names[name] for name in difflib.get_close_matches(key, names, n=1)]
+        hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
+        raise UserError(f"config.{key}: no such key; {hint}")
+
+
+def check_setting(key: str, value: Any) -> None:
+    """Raise UserError if `value` makes no sense for the setting `key`."""
+    if key in _RULES:
+        is_valid, allowed = _RULES[key]
+        if not is_valid(value):
+            raise UserError(f"config.{key}={value}: must be {allowed}")
+
+
+def validate(config: ConfigDict) -> None:
+    """Raise UserError, naming key, value and what is allowed, at the first senseless setting."""
+    settings, defaults = flatten(config), flatten(base_config())
+    for key, value in settings.items():
+        check_key(key)
+        if type(value) is not type(defaults[key]):
+            wanted = type(defaults[key]).__name__
+            raise UserError(f"config.{key}={value!r}: must be of type {wanted}")
+        check_setting(key, value)
+    for key in defaults:
+        if key not in settings:
+            raise UserError(f"config.{key}: missing; start from charlstm.config.base_config()")
+    if config.data.order == "streams" and config.data.loss_on == "last":
+        raise UserError(
+            "config.data.loss_on=last: streams would leave most characters unlearnt; "
+            "use all, or config.data.order=windows"
+        )
+    if config.model.recurrence == "cudnn" and config.model.dtype != "float32":
+        raise UserError(
+            f"config.model.dtype={config.model.dtype}: config.model.recurrence=cudnn takes float32 "
+            "only; use fused"
+        )
+    if config.model.recurrence == "cudnn" and config.data.document_separator:
+        raise UserError(
+            "config.model.recurrence=cudnn: cannot begin a document within a sequence, as "
+            "config.data.document_separator asks for; use fused"
+        )
+    for part, none in (("scale_hidden", False), ("rms_norm", False), ("recurrent_dropout", 0.0)):
+        if config.model.recurrence == "cudnn" and config.model[part]:
+            raise UserError(
+                f"config.model.{part}={config.model[part]}: config.model.recurrence=cudnn has no "
+                f"such thing; use fused, or config.model.{part}={none}"
+            )
+    if config.model.tie_embeddings and config.model.input != "embed":
+        raise UserError(
+            f"config.model.tie_embeddings=True: config.model.input={config.model.input} has no "
+            "embeddings; use config.model.input=embed"
+        )
+    optimizer = config.optimizer
+    if optimizer.weight_decay and not optimizer.name.endswith("adamw"):
+        raise UserError(
+            f"config.optimizer.weight_decay={optimizer.weight_decay}: {optimizer.name} has none; "
+            "use config.optimizer.name=adamw, or config.optimizer.weight_decay=0"
+        )
+
+
+def parse_setting(key: str, word: str) -> Any:
+    """Return the value that `word` of a command line gives the setting `key`.
+
+    Raises:
+      UserError: if there is no such setting, or the value is not of its type.
+    """
+    check_key(key)
+    wanted = type(flatten(base_config())[key])
+    names = {int: "a whole number", float: "a number", bool: "true or false"}
+    try:
+        if wanted is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[word.lower()]
+        return wanted(word)
+    except (KeyError, ValueError):
+        raise UserError(f"config.{key}={word}: must be {names[wanted]}") from None

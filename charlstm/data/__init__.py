@@ -1,0 +1,1 @@
+"""Texts: sources, cleaning, vocabulary, corpora and batches. No module here imports JAX."""

@@ -1,0 +1,92 @@
+"""What sample.py --check tells: whether a text consists of words, and how much of it is copied."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence, Set
+
+import numpy as np
+
+from charlstm.data.batches import split
+from charlstm.data.cleaning import Vocab
+from charlstm.evaluation.memorization import known_words, match_lengths, verbatim_runs, whole_words
+from charlstm.runs.folder import Run
+from charlstm.training.setup import open_own
+
+LONG_RUN = 40  # characters: longer than a phrase that two writers share by chance
+NUM_UNKNOWN = 5
+DECODED = 2**20  # characters of a training text that are strings at once
+
+
+def open_training_part(run: Run) -> np.ndarray:
+    """Return ids_M, what `run` has learnt from.
+
+    Raises:
+      UserError: if its text can't be had, or has changed.
+    """
+    data = run.config.data
+    text = open_own(run, "bring it back, or leave out --check")
+    return split(text.ids_M, data.val_fraction, data.max_val_chars)[0]
+
+
+def report(
+    texts: Sequence[np.ndarray], train_M: np.ndarray, vocab: Vocab, listed: Set[str]
+) -> Iterator[str]:
+    """Yield lines that tell of words and copies.
+
+    Args:
+      texts: ids_L of each text that was made.
+      train_M: the training text.
+      vocab: of both.
+      listed: words that are known, too.
+    """
+    num_chars = sum(map(len, texts))
+    yield f"checking {num_chars:,} characters against {len(train_M):,} of the training text"
+    chunks = (
+        vocab.decode(train_M[start : start + DECODED]) for start in range(0, len(train_M), DECODED)
+    )
+    decoded = [vocab.decode(ids_L) for ids_L in texts]
+    yield from tell_words(decoded, known_words(chunks), listed)
+    yield from tell_copies(decoded, match_lengths(texts, train_M, len(vocab)))
+
+
+def tell_words(texts: Sequence[str], known: Set[str], listed: Set[str]) -> Iterator[str]:
+    """Yield how many words there are, how many of them are known, and which are not."""
+    found = [word for text in texts for word in whole_words(text)]
+    if not found:
+        yield "words: none"
+        return
+    unknown = Counter(word for word in found if word not in known)
+    share = 1 - unknown.total() / len(found)
+    yield f"words: {len(found):,}, of which {share:.1%} stand in the training text"
+    if listed:
+        unknown = Counter({word: unknown[word] for word in unknown if word not in listed})
+        share = 1 - unknown.total() / len(found)
+        yield f"words: {share:.1%} stand there or in the word list"
+    if unknown:
+        most = (f"{quoted(word)} ({count})" for word, count in unknown.most_common(NUM_UNKNOWN))
+        yield f"words that do not: {unknown.total():,}, most often {', '.join(most)}"
+
+
+def tell_copies(texts: Sequence[str], lengths: Sequence[np.ndarray]) -> Iterator[str]:
+    """Yield what is copied of texts that stand verbatim in another as match_lengths says."""
+    index = max(range(len(texts)), key=lambda index: lengths[index].max(initial=0))
+    text, lengths_L = texts[index], lengths[index]
+    longest = int(lengths_L.max(initial=0))
+    if not longest:
+        yield "copied: nothing"
+        return
+    start = int(lengths_L.argmax())
+    yield (
+        f"copied: the longest run that stands in the training text has {longest:,} characters: "
+        f"{quoted(text[start : start + longest])}"
+    )
+    num_runs = sum(len(verbatim_runs(lengths_L, LONG_RUN + 1)) for lengths_L in lengths)
+    per_10000 = 1e4 * num_runs / sum(map(len, texts))
+    yield (
+        f"copied: runs of more than {LONG_RUN} characters: {num_runs:,}, "
+        f"{per_10000:.2f} in 10,000 characters"
+    )
+
+
+def quoted(text: str) -> str:
+    """Return `text` in quotes, a long one without its middle."""
+    return repr(text) if len(text) <= 90 else f"{text[:50]!r} ... {text[-30:]!r}"

@@ -1,0 +1,1 @@
+"""The recurrence: a Flax reference, a fused implementation and one by cuDNN."""

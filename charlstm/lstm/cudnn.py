@@ -1,0 +1,71 @@
+"""The LSTM of charlstm.lstm.reference as cuDNN has it, for NVIDIA GPUs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from charlstm.lstm.reference import GATES, LayerCarry, Params, as_vectors
+
+
+def cudnn_lstm(
+    params: Params,
+    carry: LayerCarry,
+    inputs: jax.Array,
+    *,
+    keep_TB: jax.Array | None = None,
+    mask_BH: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+) -> tuple[LayerCarry, jax.Array]:
+    """Run one LSTM layer over time as cuDNN does; not yet run on a GPU.
+
+    Arguments and result are flax_lstm's, and so are the gradients, in reverse mode and not under
+    vmap. Only the weights' packing and the order of axes have been tested, on a CPU.
+
+    Raises:
+      ValueError: without an NVIDIA GPU, for another dtype than float32, for keep_TB, since cuDNN
+        has no carry that begins anew within a sequence, and for mask_BH, `scale` and `norm`, which
+        it does not have.
+    """
+    from jax.experimental import rnn
+
+    if jnp.dtype(dtype) != jnp.float32:
+        raise ValueError(f"dtype={dtype}: cuDNN's LSTM takes float32 only")
+    if keep_TB is not None:
+        raise ValueError("keep_TB: cuDNN's LSTM has no carry that begins anew within a sequence")
+    if mask_BH is not None:
+        raise ValueError("mask_BH: cuDNN's LSTM shows its gates the whole hidden state")
+    if "scale" in params:
+        raise ValueError("scale: cuDNN's LSTM does not scale its hidden state")
+    if "norm" in params:
+        raise ValueError("norm: cuDNN's LSTM does not normalise what its gates get")
+    if jax.default_backend() != "gpu":
+        raise ValueError(
+            f"cuDNN's LSTM needs an NVIDIA GPU, and JAX has found {jax.default_backend()}"
+        )
+    inputs_TBE = as_vectors(params, inputs, dtype)
+    num_steps, batch_size, input_size = inputs_TBE.shape
+    c_BH, h_BH = carry
+    hidden_BTH, h_1BH, c_1BH = rnn.lstm(
+        inputs_TBE.swapaxes(0, 1),
+        h_BH[None],
+        c_BH[None],
+        pack_cudnn(params),
+        jnp.full(batch_size, num_steps, jnp.int32),
+        input_size=input_size,
+        hidden_size=h_BH.shape[-1],
+        num_layers=1,
+        dropout=0.0,
+        bidirectional=False,
+    )
+    return (c_1BH[0], h_1BH[0]), hidden_BTH.swapaxes(0, 1)
+
+
+def pack_cudnn(params: Params) -> jax.Array:
+    """Return the parameters as cuDNN takes them: one vector of kernels, transposed, then biases.
+
+    cuDNN adds two biases, of which Flax's cell has the second.
+    """
+    kernels = [params[f"{side}{gate}"]["kernel"].T.ravel() for side in "ih" for gate in GATES]
+    biases = [params[f"h{gate}"]["bias"] for gate in GATES]
+    return jnp.concatenate([*kernels, *map(jnp.zeros_like, biases), *biases])

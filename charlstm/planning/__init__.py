@@ -1,0 +1,1 @@
+"""What a run costs and which settings fit a time."""

@@ -1,0 +1,290 @@
+"""What plan.py tells: a config counted on paper and timed on this machine, or settings proposed."""
+
+import logging
+import math
+import tempfile
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from charlstm.cli import signals
+from charlstm.errors import UserError
+from charlstm.parallel import sharding
+from charlstm.planning import cost, rules, timing
+from charlstm.planning.timing import Estimate, Parts
+from charlstm.runs.machine import check_backend, check_memory, memory_bytes
+from charlstm.training.setup import Job, prepare
+
+logger = logging.getLogger("charlstm.plan")
+
+FACTOR = 4  # at least, between the two batches that are compiled to see how memory grows with rows
+PROCESS_BYTES = 500 * 2**20  # of a process beside what XLA asks for: Python and its modules
+# Runs planned for 4 GiB by XLA's figures alone took up to 4.25.
+MEMORY_SHARE = 0.9
+SHORT = 1.5  # seconds that a width is timed for; the one that is chosen, for longer
+MARGIN = 0.03  # of the time that is asked for, since no two runs take the same
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make a folder that is removed at the end of its block, or when a signal ends the process."""
+    folder = tempfile.TemporaryDirectory(prefix="charlstm-plan-")
+    signals.cleanups.append(folder.cleanup)
+    return folder
+
+
+def read(config: ConfigDict) -> Job:
+    """Return the job of `config` in a run folder that is not there."""
+    with scratch_folder() as folder:
+        return prepare(config, epath.Path(folder) / "run")
+
+
+def check(job: Job) -> None:
+    """Raise UserError if this machine cannot run `job`, as train.py does."""
+    config = job.run.config
+    check_backend(config)
+    check_memory(config, job.model.vocab_size, job.mesh)
+
+
+def describe(config: ConfigDict, seconds: float) -> dict[str, Any]:
+    """Return what a run of `config` takes; steps are timed for `seconds`, nothing is if it is 0."""
+    lap = timing.make_clock()
+    job = read(config)
+    if not seconds:
+        return _count(job)
+    check(job)
+    loading = lap() + timing.time_process()
+    parts = _rehearse(job, seconds)
+    return _count(job) | _measured(job, parts, loading) | _memory(job)
+
+
+def propose(
+    config: ConfigDict, seconds: float, timing_seconds: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a run of the settings proposed for `seconds` takes, and these settings.
+
+    Args:
+      config: all other settings, and the text.
+      seconds: what the whole command may take.
+      timing_seconds: how many seconds to time steps.
+
+    Raises:
+      UserError: if the time is too short for a command that trains at all.
+    """
+    lap = timing.make_clock()
+    job = _shaped(config, seconds)
+    check(job)
+    loading = lap() + timing.time_process()
+    job = _with_width(job, _seconds_left(seconds, loading))
+    parts = _rehearse(job, timing_seconds)
+    evaluation = timing.evaluation_seconds(job, parts) + parts.save
+    num_evaluations = rules.choose_evaluations(seconds, evaluation)
+    fixed = loading + parts.start + parts.once + parts.end + num_evaluations * evaluation
+    num_steps = max(1, int(_seconds_left(seconds, fixed) / parts.step))
+    most_steps = rules.MAX_EPOCHS * job.batches.steps_per_epoch
+    if num_steps > most_steps:
+        logger.info(
+            "the text is short for so much time: by its end it would be read more than %d times",
+            rules.MAX_EPOCHS,
+        )
+    num_steps = min(num_steps, most_steps)
+    job = with_config(job, rules.with_length(job.run.config, num_steps, num_evaluations))
+    timing.begin(job)  # so that train.py finds it compiled
+    about = _count(job) | _measured(job, parts, loading) | _memory(job)
+    return about, rules.settings_of(job.run.config, config)
+
+
+def _seconds_left(seconds: float, fixed: float) -> float:
+    """Return what is left for steps of the time that is asked for.
+
+    Raises:
+      UserError: if it is nothing.
+    """
+    left = seconds * (1 - MARGIN) - fixed
+    if left > 0:
+        return left
+    raise UserError(
+        f"--minutes={seconds / 60:g}: all but the steps takes {fixed:.1f} s here; "
+        f"give at least {math.ceil(fixed / 3) / 10}"
+    )
+
+
+def _shaped(config: ConfigDict, seconds: float) -> Job:
+    """Return a job whose streams and window suit the text."""
+    config = rules.with_streams(config)
+    smallest = config.copy_and_resolve_references()
+    smallest.batch_size, smallest.seq_len, smallest.mesh.data = 1, 1, 1
+    text = read(smallest).run.text
+    is_cpu = jax.default_backend() == "cpu"
+    shape = rules.choose_shape(seconds, text["training_characters"], is_cpu)
+    config.batch_size, config.seq_len = shape
+    return read(rules.with_text(config, seconds, text))
+
+
+def _with_width(job: Job, seconds: float) -> Job:
+    """Return `job` with width, dropout and rate for `seconds`, timing a few widths."""
+    vocab_size, num_chars = job.model.vocab_size, job.run.text["training_characters"]
+    # No wider than the text is for.
+    most = rules.widest(job.run.config, vocab_size, num_chars, math.inf, 1.0)
+    width, tried = min(rules.FIRST_WIDTH, most), set()
+    while width not in tried:
+        tried.add(width)
+        config = rules.with_width(job.run.config, width)
+        job = with_config(job, config)
+        logger.info("timing %d x %d units", config.model.num_layers, config.model.hidden_size)
+        _, step = timing.time_steps(job, *timing.begin(job), SHORT)
+        rate = config.batch_size * config.seq_len / step
+        flops = rate * cost.flops_per_char(config, vocab_size)
+        width = rules.widest(config, vocab_size, num_chars, seconds, flops)
+    # The rate of a width that was not timed last differs little from that of its neighbour.
+    config = rules.with_width(job.run.config, width)
+    chars_read = seconds * flops / cost.flops_per_char(config, vocab_size)
+    num_epochs = min(rules.MAX_EPOCHS, chars_read / num_chars)
+    return with_config(job, rules.with_rates(config, num_epochs))
+
+
+def with_config(job: Job, config: ConfigDict) -> Job:
+    """Return `job` with another width, dropout or length, its text and batches as they are."""
+    names = ("hidden_size", "num_layers", "dropout_rate", "recurrent_dropout")
+    model = job.model.clone(**{name: config.model[name] for name in names})
+    num_steps = config.num_steps or job.num_steps
+    return job._replace(run=job.run._replace(config=config), model=model, num_steps=num_steps)
+
+
+def _rehearse(job: Job, seconds: float) -> Parts:
+    logger.info("timing the parts of a run")
+    with scratch_folder() as folder:
+        return timing.rehearse(job, epath.Path(folder), seconds)
+
+
+def _count(job: Job) -> dict[str, Any]:
+    """Return what is known without measuring."""
+    config, vocab_size, text = job.run.config, job.model.vocab_size, job.run.text
+    forward = cost.flops_per_char(config, vocab_size)
+    return {
+        "text": text["source"],
+        "training_characters": text["training_characters"],
+        "vocabulary": vocab_size,
+        "layers": config.model.num_layers,
+        "hidden_size": config.model.hidden_size,
+        "batch_size": config.batch_size,
+        "seq_len": config.seq_len,
+        "parameters": cost.count_params(config, vocab_size),
+        "forward_flops_per_char": forward,
+        "training_flops_per_char": 3 * forward,
+        "activation_bytes": cost.activation_bytes(config, vocab_size),
+        "gradient_bytes": cost.gradient_bytes(config, vocab_size),
+        "optimizer_bytes": cost.optimizer_bytes(config, vocab_size),
+        "checkpoint_bytes": cost.state_bytes(config, vocab_size),
+        "steps": job.num_steps,
+        "steps_per_epoch": job.batches.steps_per_epoch,
+    }
+
+
+def _measured(job: Job, parts: Parts, loading: float) -> dict[str, Any]:
+    """Return what was timed on this machine."""
+    config = job.run.config
+    estimate: Estimate = timing.estimate(job, parts, loading)
+    return {
+        "devices": sharding.describe(job.mesh),
+        "step_seconds": parts.step,
+        "chars_per_second": config.batch_size * config.seq_len / parts.step,
+        "epoch_seconds": job.batches.steps_per_epoch * parts.step,
+        "command_seconds": estimate._asdict() | {"total": estimate.total},
+    }
+
+
+def _memory(job: Job) -> dict[str, Any]:
+    """Return what XLA says of memory, and the largest batch that fits."""
+    rows = job.run.config.batch_size
+    there = memory_bytes()
+    if jax.default_backend() == "cpu":
+        there /= len(job.mesh.local_devices)  # which share the machine's
+    usable = MEMORY_SHARE * there - PROCESS_BYTES
+    # Near the answer, since XLA compiles few rows to another program than many: from 1024 on, where
+    # fused_lstm takes the gradient of one time step at a time, to one that copies more.
+    many = max(FACTOR * rows, timing.rows_on_paper(job, usable))
+    small, large = ((n, timing.step_bytes(job, n)) for n in (rows, many))
+    return {
+        "compiled_step_bytes": small[1],
+        "memory_bytes": there,
+        "largest_batch": timing.largest_batch(small, large, usable),
+    }
+
+
+def on_paper(
+    config: ConfigDict, vocab_size: int, chip: cost.Chip, num_chips: int
+) -> dict[str, Any]:
+    """Return the time of a step on `num_chips` chips, by formula."""
+    step = cost.step_time(config, vocab_size, chip, num_chips)
+    needed = cost.device_bytes(config, vocab_size, num_chips)
+    return {
+        "chip": chip.name,
+        "chips": num_chips,
+        "batch_size": config.batch_size,
+        "step_seconds": step.total,
+        "chars_per_second": config.batch_size * config.seq_len / step.total,
+        "seconds": step._asdict(),
+        "limit": step.limit,
+        "bytes_per_chip": needed,
+        "fits": needed < chip.memory,
+        "source": chip.source,
+    }
+
+
+def table(about: dict[str, Any]) -> str:
+    """Return `about` in lines for people."""
+    lines = {
+        "text": f"{about['text']}, {about['training_characters']:,} characters to train on, "
+        f"{about['vocabulary']:,} distinct",
+        "model": f"{about['layers']} x {about['hidden_size']} LSTM, "
+        f"{about['parameters']:,} parameters",
+        "operations a character": f"{about['forward_flops_per_char']:,} to read, "
+        f"{about['training_flops_per_char']:,} to train",
+        "memory of a step": f"{_mib(about['activation_bytes'])} activations, "
+        f"{_mib(about['gradient_bytes'])} gradient, {_mib(about['optimizer_bytes'])} optimizer",
+        "a checkpoint": _mib(about["checkpoint_bytes"]),
+        "steps": f"{about['steps']:,}, {about['steps_per_epoch']:,} an epoch",
+    }
+    if "command_seconds" in about:
+        lines |= _lines_measured(about)
+    if paper := about.get("on paper"):
+        seconds = ", ".join(f"{k} {1000 * v:.2f}" for k, v in paper["seconds"].items())
+        fits = "" if paper["fits"] else ", which is more than it has"
+        lines[f"{paper['chips']} x {paper['chip']} on paper"] = (
+            f"{1000 * paper['step_seconds']:.2f} ms a step of {paper['batch_size']:,} rows ("
+            f"{seconds}), {paper['chars_per_second']:,.0f} characters/s, "
+            f"{_mib(paper['bytes_per_chip'])} a chip{fits}; {paper['source']}"
+        )
+    if "command" in about:
+        lines["try"] = about["command"]
+    return "\n".join(f"{name}: {value}" for name, value in lines.items())
+
+
+def _lines_measured(about: dict[str, Any]) -> dict[str, str]:
+    spent = about["command_seconds"]
+    gflops = about["training_flops_per_char"] * about["chars_per_second"] / 1e9
+    return {
+        "devices": about["devices"],
+        "a step as compiled": _mib(about["compiled_step_bytes"]),
+        "largest batch that fits": f"{about['largest_batch']:,} rows in "
+        f"{_mib(about['memory_bytes'])}",
+        "a step": f"{1000 * about['step_seconds']:.1f} ms, {about['chars_per_second']:,.0f} "
+        f"characters/s, {gflops:,.0f} Gflop/s",
+        "an epoch": _time(about["epoch_seconds"]),
+        "the whole command": f"{_time(spent['total'])}: "
+        + ", ".join(f"{name} {_time(spent[name])}" for name in Estimate._fields),
+    }
+
+
+def _mib(num_bytes: float) -> str:
+    return (
+        f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+    )
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,275 @@
+"""The run folder: what makes a run readable and resumable, with nothing in it that executes.
+
+config.json    all settings, the text and its sizes, versions, devices, and checksums
+vocab.json     the characters, id by id
+prompts.json   windows of the training text, for samples without a prompt
+metrics.jsonl, samples.txt, curves.png, TensorBoard events: see log.py
+checkpoints/   the two latest states and the best one: see checkpoint.py
+.lock          who writes there, while somebody does
+"""
+
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from charlstm.config import base_config, flatten
+from charlstm.config_check import validate
+from charlstm.data.cleaning import END, Cleaning, Vocab
+from charlstm.errors import DamagedError, OccupiedError, UserError, one_line
+from charlstm.files import (
+    is_link,
+    is_lock,
+    read_json,
+    refuse_links,
+    temporary_name,
+    write_file,
+)
+
+# Raised whenever an older reader could misunderstand a newer folder.
+SCHEMA = 1
+NUM_PROMPTS = 256
+PRNG_IMPLS = "threefry2x32", "rbg", "unsafe_rbg"
+# What may change between two starts of a run: how long it trains, how often it logs and saves,
+# where the text lies (its hash may not change), which twin of the recurrence computes, and on how
+# many devices.
+FREE_KEYS = {
+    "num_epochs",
+    "num_steps",
+    "eval_every_steps",
+    "checkpoint_every_steps",
+    "log_every_steps",
+    "data.path",
+    "model.recurrence",
+    "mesh.data",
+}
+
+
+class Run(NamedTuple):
+    """What a run folder says of its run, states apart."""
+
+    workdir: epath.Path
+    config: ConfigDict
+    vocab: Vocab
+    text: dict[str, Any]  # source, sha256, characters, training_characters, ...
+    prompts: list[str]
+    machine: dict[str, Any]  # versions and devices that the run began with
+    prng_impl: str  # JAX's name for the kind of its random keys
+
+    def key(self, seed: int) -> jax.Array:
+        """Return a random key of the run's kind, whatever JAX's default is."""
+        return jax.random.key(seed, impl=self.prng_impl)
+
+    @property
+    def cleaning(self) -> Cleaning:
+        """What was done to the run's text, and is done to all that its model reads."""
+        return Cleaning.from_config(self.config.data)
+
+    def encode(self, text: str, unknown: str = "error") -> np.ndarray:
+        """Return the ids of a text such as a prompt, cleaned as the run's text was."""
+        return self.vocab.encode(self.cleaning.apply_to(text), unknown)
+
+    def decode(self, ids: Any) -> str:
+        """Return the text of `ids`, with the run's separator where a document ends."""
+        separator, text = self.cleaning.separator, self.vocab.decode(ids)
+        return text.replace(END, separator) if separator else text
+
+
+def write_run(run: Run) -> None:
+    """Write what identifies a run, or what has changed of it; config.json comes last.
+
+    Raises:
+      UserError: if the folder cannot be written, or holds another run or somebody else's files.
+    """
+    files = {
+        "vocab.json": run.vocab.to_json() + "\n",
+        "prompts.json": json.dumps(run.prompts) + "\n",
+    }
+    about = {
+        "schema": SCHEMA,
+        "config": run.config.to_dict(),
+        "text": run.text,
+        **run.machine,
+        "prng_impl": run.prng_impl,
+        "sha256": {name: _sha256(content) for name, content in files.items()},
+    }
+    about["checksum"] = _checksum(about)
+    files["config.json"] = json.dumps(about, indent=2) + "\n"
+    try:
+        _check_ours(run, files)
+        for name, content in files.items():
+            path = run.workdir / name
+            if not path.exists() or path.read_bytes() != content.encode():
+                write_file(path, content)
+    except OSError as error:
+        raise UserError(
+            f"{run.workdir}: cannot write there ({error.strerror or error}); "
+            "choose another --workdir"
+        ) from None
+
+
+def _check_ours(run: Run, files: dict[str, str]) -> None:
+    """Raise UserError if writing `run` would replace what a start of the same run did not write."""
+    if has_run(run.workdir):
+        # Another process may have made it since `run` was prepared.
+        adapt_run(load_run(run.workdir), run.config)
+        return
+    check_free(run.workdir)
+    for name, content in files.items():
+        path = run.workdir / name
+        if path.exists() and path.read_bytes() != content.encode():
+            raise _occupied(run.workdir, [name])
+
+
+def has_run(workdir: epath.Path) -> bool:
+    """Return whether there is a run in `workdir`."""
+    return (workdir / "config.json").exists()
+
+
+def check_free(workdir: epath.Path) -> None:
+    """Raise OccupiedError if a new run in `workdir` could replace files of somebody else.
+
+    The folder may hold what a start leaves that was killed before it wrote config.json, and an
+    empty folder `checkpoints`, perhaps a link to another disk.
+    """
+    if not workdir.exists():
+        return
+    try:
+        entries = list(workdir.iterdir())
+    except OSError as error:
+        raise UserError(
+            f"{workdir}: cannot be read ({error.strerror or error}); choose another --workdir"
+        ) from None
+    if names := sorted(path.name for path in entries if not _may_stay(path)):
+        raise _occupied(workdir, names)
+
+
+def _may_stay(path: epath.Path) -> bool:
+    if path.name == "checkpoints":
+        return path.is_dir() and not any(path.iterdir())
+    if path.name == ".lock":
+        return is_lock(path)
+    written = "vocab.json", "prompts.json"
+    names = {*written, *(temporary_name(name) for name in (*written, "config.json"))}
+    return path.name in names and path.is_file() and not is_link(path)
+
+
+def _occupied(workdir: epath.Path, names: list[str]) -> OccupiedError:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return OccupiedError(
+        f"{workdir}: is not empty and not a run (it holds {shown}); choose another --workdir"
+    )
+
+
+def load_run(workdir: epath.Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+      UserError: if it is none, was written by another version, or has a link that leads out of it.
+      DamagedError: if a file is not as it was written.
+    """
+    if not has_run(workdir):
+        raise UserError(f"{workdir}: no run there (no config.json); train one with launch/train.py")
+    refuse_links(workdir)
+    path = workdir / "config.json"
+    about = read_json(path)
+    schema = about.get("schema") if isinstance(about, dict) else None
+    if not isinstance(schema, int) or schema < 1:
+        raise DamagedError(
+            f"{path}: not the config.json of a run; bring the file "
+            "back, or choose another --workdir"
+        )
+    if schema != SCHEMA:
+        raise UserError(
+            f"{workdir}: written by another version of charlstm (schema {schema} there and "
+            f"{SCHEMA} here); use that version, or choose another --workdir"
+        )
+    if about.pop("checksum", None) != _checksum(about):
+        raise DamagedError(
+            f"{path}: is not as it was written (its checksum differs); bring the file back, and "
+            "change settings by flags only"
+        )
+    config = base_config().lock()
+    try:
+        config.update(ConfigDict(about["config"]))
+        validate(config)
+        text = {name: str(about["text"][name]) for name in ("source", "sha256")}
+        machine = {"versions": dict(about["versions"]), "devices": list(about["devices"])}
+        hashes = dict(about["sha256"])
+        prng_impl = about["prng_impl"]
+        if prng_impl not in PRNG_IMPLS:
+            raise ValueError(f"prng_impl is {prng_impl!r}")
+    except (
+        *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+        *(RecursionError, UserError),
+    ) as error:
+        raise DamagedError(f"{path}: not a config of this version ({one_line(error)})") from error
+    vocab = _read_vocab(workdir / "vocab.json", hashes)
+    prompts = _read_strings(workdir / "prompts.json", hashes)
+    known = set(vocab.characters)
+    if not prompts or not all(prompt and known.issuperset(prompt) for prompt in prompts):
+        raise DamagedError(f"{workdir}/prompts.json: holds no prompts of this vocabulary")
+    return Run(workdir, config, vocab, text, prompts, machine, prng_impl)
+
+
+def adapt_run(run: Run, config: ConfigDict) -> tuple[Run, list[str]]:
+    """Return `run` with `config`, and a line for each setting that has changed.
+
+    Raises:
+      OccupiedError: naming those that differ and may not.
+    """
+    theirs, ours = flatten(run.config), flatten(config)
+    changes = {
+        key: f"{key} is {theirs[key]!r} there and {ours[key]!r} here"
+        for key in ours
+        if ours[key] != theirs[key]
+    }
+    fixed = [
+        line
+        for key, line in changes.items()
+        if key not in FREE_KEYS and not key.startswith("sample.")
+    ]
+    if fixed:
+        raise OccupiedError(
+            f"{run.workdir}: belongs to another config ({'; '.join(fixed)}); "
+            "repeat the run's own settings, or choose another --workdir"
+        )
+    return run._replace(config=config), list(changes.values())
+
+
+def random_prompts(ids_M: np.ndarray, vocab: Vocab, length: int, seed: int) -> list[str]:
+    """Return NUM_PROMPTS windows of `length` characters from random places of a text."""
+    starts = np.random.default_rng((seed, NUM_PROMPTS)).integers(
+        0, len(ids_M) - length + 1, size=NUM_PROMPTS
+    )
+    return [vocab.decode(ids_M[start : start + length]) for start in starts]
+
+
+def _read_vocab(path: epath.Path, hashes: dict[str, str]) -> Vocab:
+    try:
+        vocab = Vocab(_read_strings(path, hashes))
+        "".join(vocab.characters).encode()  # lone surrogates are in no UTF-8 text
+    except (TypeError, ValueError) as error:
+        raise DamagedError(f"{path}: no vocabulary ({one_line(error)}); bring it back") from error
+    return vocab
+
+
+def _read_strings(path: epath.Path, hashes: dict[str, str]) -> list[str]:
+    strings = read_json(path)
+    if hashes.get(path.name) != hashlib.sha256(path.read_bytes()).hexdigest():
+        raise DamagedError(f"{path}: is not as it was written; bring the file back")
+    if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
+        raise DamagedError(f"{path}: not a list of strings; bring the file back")
+    return strings
+
+
+def _sha256(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _checksum(about: dict[str, Any]) -> str:
+    return _sha256(json.dumps(about, sort_keys=True))

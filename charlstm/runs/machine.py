@@ -1,0 +1,84 @@
+"""What this machine is, and whether a run can do there what its config asks for."""
+
+import itertools
+import logging
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from charlstm.errors import UserError
+from charlstm.planning import cost
+
+logger = logging.getLogger(__name__)
+
+
+def this_machine() -> dict[str, Any]:
+    """Return what config.json says of versions and devices."""
+    names = ("charlstm", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in names}
+    return {"versions": versions, "devices": [str(device) for device in jax.devices()]}
+
+
+def default_prng_impl() -> str:
+    """Return JAX's name for the kind of random keys that it makes by default."""
+    return str(jax.random.key_impl(jax.random.key(0)))
+
+
+def check_backend(config: ConfigDict) -> None:
+    """Raise UserError if `config` asks for what the machine does not have."""
+    if config.model.recurrence == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(
+            "config.model.recurrence=cudnn: needs an NVIDIA GPU, and JAX has found "
+            f"{jax.default_backend()}; use fused"
+        )
+
+
+def check_memory(config: ConfigDict, vocab_size: int, mesh: Mesh) -> None:
+    """Raise UserError if training with V = `vocab_size` characters cannot fit into memory."""
+    model = config.model
+    needed = cost.device_bytes(config, vocab_size, mesh.size)
+    if mesh.devices.flat[0].platform == "cpu":
+        needed *= len(mesh.local_devices)  # which share the machine's memory
+    if needed > (there := memory_bytes()):
+        raise UserError(
+            f"config.model.hidden_size={model.hidden_size}, config.model.num_layers="
+            f"{model.num_layers}, config.batch_size={config.batch_size}, config.seq_len="
+            f"{config.seq_len}, {vocab_size:,} different characters: training takes about "
+            f"{needed / 2**30:,.0f} GiB of memory, and there are {there / 2**30:,.0f}; lower one"
+        )
+
+
+def memory_bytes() -> float:
+    """Return the memory of the device, or of the machine where that is the device."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # not every system tells
+        return float("inf")
+
+
+def traced_once(function: Callable[..., Any], folder: epath.Path) -> Callable[..., Any]:
+    """Return `function`, whose second call, when all is compiled, writes a trace to `folder`.
+
+    TensorBoard's profile plugin shows it, and ui.perfetto.dev its perfetto_trace.json.gz.
+    """
+    calls = itertools.count(1)
+
+    def traced(*args: Any) -> Any:
+        if next(calls) != 2:
+            return function(*args)
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            results = jax.block_until_ready(function(*args))
+        logger.info("a trace of one call is in %s", folder)
+        return results
+
+    return traced

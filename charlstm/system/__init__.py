@@ -1,0 +1,1 @@
+"""Terminals, paths and what libraries print: the surroundings of a process."""

@@ -1,0 +1,83 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from launching import run_command
+
+from charlstm.bench.scaling import count_all_reduces
+
+# In a process of its own, since XLA takes the number of devices once.
+PROGRAM = """
+import json, sys
+from charlstm.bench.scaling import Case, scale
+case = Case(64, seq_len=16, hidden_size=32, vocab_size=11, num_layers=2, dtype=sys.argv[1])
+outcomes = scale(case, json.loads(sys.argv[2]), 4, json.loads(sys.argv[3]))
+print(json.dumps([outcome._asdict() for outcome in outcomes]))
+"""
+
+
+def scaled(counts, rows_each=None, dtype="float32"):
+    arguments = [dtype, json.dumps(counts), json.dumps(rows_each)]
+    flags = f"--xla_force_host_platform_device_count={max(counts)}"
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        env=os.environ | {"XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(result.stdout)
+
+
+@pytest.mark.slow  # test_devices.py has the like of it
+def test_eight_devices_give_what_one_does():
+    one, eight = scaled([1, 8])
+    assert one["all_reduces"] == 0
+    assert eight["all_reduces"] > 0
+    assert eight["in_loops"] == 0
+    assert eight["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert eight["difference"] < 1e-5
+    assert one["losses"][-1] < one["losses"][0]
+
+
+@pytest.mark.slow
+def test_a_wide_model_in_bfloat16_does_so_too():
+    # As configs/tpu.py has it; each device rounds sums of its own rows.
+    one, eight = scaled([1, 8], dtype="bfloat16")
+    assert eight["losses"] == pytest.approx(one["losses"], rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows_each", [None, 2])
+def test_as_many_as_64_devices_give_what_one_does(rows_each):
+    for outcome in scaled([2, 4, 8, 16, 32, 64], rows_each):
+        assert outcome["difference"] < 1e-5
+
+
+def test_the_launcher_leaves_figures_and_a_picture(tmp_path):
+    flags = ["--devices=1", "--chip=v5p", "--config.batch_size=64", "--out=out"]
+    result = run_command("scaling", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "scaling.json").read_text())
+    assert [row["num_devices"] for row in report["virtual"]["weak"]] == [1]
+    # A batch of 64 rows has none for more chips.
+    assert report["paper"]["strong"][-1]["chips"] == 64
+    assert report["paper"]["weak"][-1]["chips"] == 1024
+    assert (tmp_path / "out" / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert "1 devices, 64 rows" in result.stdout
+
+
+def test_all_reduces_are_counted_in_loops_and_outside():
+    hlo = """
+%body.1 (p: f32[]) -> f32[] {
+  %all-reduce.1 = f32[2] all-reduce(%x), to_apply=%add
+}
+
+ENTRY %main (p: f32[]) -> f32[] {
+  %while.1 = f32[] while(%p), condition=%cond.1, body=%body.1
+  %all-reduce.2 = (f32[3]{0}, f32[]) all-reduce(%x, %y), to_apply=%add
+}
+"""
+    assert count_all_reduces(hlo) == (2, 1)

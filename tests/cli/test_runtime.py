@@ -1,0 +1,94 @@
+"""What launchers set of JAX before it is imported, and its cache of compilations."""
+
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from charlstm.cli import runtime
+from charlstm.errors import UserError
+
+
+def test_compilations_are_kept_in_the_users_cache_unless_told_where(monkeypatch, tmp_path):
+    monkeypatch.setenv("CHARLSTM_CACHE", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    runtime.keep_compilations()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr("warnings.showwarning", None)
+    runtime.keep_compilations()
+    assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).is_relative_to(tmp_path)
+
+
+# Compiles, cuts the entry off, and compiles again: prints the sizes before and after.
+CUT_OFF = """
+import os, sys, time, warnings
+from pathlib import Path
+from charlstm.cli import runtime
+runtime.prepare()
+import jax
+
+def compile():
+    jax.clear_caches()
+    jax.jit(lambda x: jax.numpy.sin(x) @ x.T)(jax.numpy.ones((9, 9)))
+
+compile()
+folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+sizes = {path: path.stat().st_size for path in folder.glob("*lambda*-cache")}
+for path, size in sizes.items():
+    os.truncate(path, size // 2)
+    os.utime(path, (0, 0))
+compile()
+print(*(f"{size} {path.stat().st_size}" for path, size in sizes.items()))
+"""
+
+
+def test_half_an_entry_of_our_cache_of_compilations_is_replaced(tmp_path):
+    environment = os.environ | {"CHARLSTM_CACHE": str(tmp_path)}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    command = [sys.executable, "-c", CUT_OFF]
+    answer = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert answer.stderr.startswith("warning: Error reading persistent compilation cache entry")
+    before, after = map(int, answer.stdout.split())
+    assert after > 0.9 * before
+
+
+def test_only_what_is_damaged_and_ours_is_removed(tmp_path):
+    whole = zstandard.compress(b"a program" * 100)
+    contents = {
+        "jit_f-1-cache": whole,
+        "jit_f-2-cache": zlib.compress(b"a program" * 100),
+        "jit_f-3-cache": whole[:-3],
+        "jit_f-4-cache": b"",
+        "jit_f-5-cache": bytes(100),
+        "jit_g-6-cache": whole[:-3],  # of another module
+        "notes.txt": b"somebody's",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / "jit_f-7-cache").write_bytes(whole[:-3])  # another process may write it just now
+    (tmp_path / "jit_f-8-cache").mkdir()
+    (tmp_path / "xla_gpu_per_fusion_autotune_cache_dir").mkdir()
+    before = {path.name for path in tmp_path.iterdir()}
+    runtime.remove_damaged(tmp_path, "jit_f")
+    gone = before - {path.name for path in tmp_path.iterdir()}
+    assert gone == {"jit_f-3-cache", "jit_f-4-cache", "jit_f-5-cache"}
+
+
+def test_a_transfer_guard_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setenv("JAX_TRANSFER_GUARD_HOST_TO_DEVICE", "disallow")
+    with pytest.raises(UserError, match="JAX_TRANSFER_GUARD_HOST_TO_DEVICE=disallow"):
+        runtime.prepare()
+
+
+def test_an_error_of_another_origin_is_not_explained_by_jax(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert runtime.problem_of_jax(RuntimeError("something else")) == ""
+    assert runtime.problem_of_jax(ValueError("jax is fine")) == ""

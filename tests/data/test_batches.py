@@ -1,0 +1,523 @@
+import itertools
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from charlstm.config import base_config
+from charlstm.data.batches import (
+    Streams,
+    Windows,
+    evaluation_batches,
+    feistel,
+    read_steps,
+    split,
+    training_batches,
+)
+from charlstm.errors import UserError
+
+fast = settings(deadline=None, max_examples=60)
+
+
+def text_of(size: int) -> np.ndarray:
+    """A text whose characters tell their own position, so that no mistake can hide."""
+    return np.arange(size, dtype=np.uint16)
+
+
+def epoch_of(batches, epoch: int = 0) -> list:
+    steps = batches.steps_per_epoch
+    return [batches(epoch * steps + index) for index in range(steps)]
+
+
+def counted_targets(batches_of_epoch) -> list[int]:
+    return sorted(
+        int(target)
+        for batch in batches_of_epoch
+        for target in batch.targets_BT[batch.weights_BT == 1]
+    )
+
+
+def assert_same_batches(batches_a, batches_b) -> None:
+    for a, b in zip(batches_a, batches_b, strict=True):
+        for leaf_a, leaf_b in zip(a, b, strict=True):
+            np.testing.assert_array_equal(leaf_a, leaf_b)
+
+
+def small_config(batch_size: int, seq_len: int, order: str = "streams", loss_on: str = "all"):
+    config = base_config()
+    config.batch_size = batch_size
+    config.seq_len = seq_len
+    config.data.order = order
+    config.data.loss_on = loss_on
+    return config
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    "kind",
+    [Streams, lambda *args: Streams(*args, context=8), Windows, lambda *a: Windows(*a, False)],
+)
+def test_batches_have_fixed_shapes_and_types(kind, dtype):
+    batches = kind(np.arange(40, dtype=dtype), 3, 4)
+    for batch in epoch_of(batches):
+        leaves = {name: (leaf.dtype, leaf.shape) for name, leaf in batch._asdict().items()}
+        assert leaves == {
+            "inputs_BT": (np.int32, (3, 4)),
+            "targets_BT": (np.int32, (3, 4)),
+            "weights_BT": (np.float32, (3, 4)),
+            "reset_B": (np.bool_, (3,)),
+        }
+
+
+# --- Streams ---
+
+
+@st.composite
+def any_streams(draw, with_room=False):
+    batch_size = draw(st.integers(1, 6))
+    seq_len = draw(st.integers(1, 7))
+    context = seq_len * draw(st.integers(0, 2))
+    # With room: the text before the second stream holds its whole context.
+    shortest = max(1, context) if with_room else 1
+    size = draw(st.integers(batch_size * shortest + 1, 120))
+    return Streams(text_of(size), batch_size, seq_len, context)
+
+
+@fast
+@given(any_streams())
+def test_an_epoch_of_streams_counts_every_character_but_the_first_once(batches):
+    epoch = epoch_of(batches)
+    assert {float(weight) for batch in epoch for weight in batch.weights_BT.flat} <= {0.0, 1.0}
+    assert counted_targets(epoch) == list(range(1, len(batches.ids_M)))
+    # No step for nothing.
+    assert epoch[-1].weights_BT.any()
+
+
+@fast
+@given(any_streams())
+def test_the_target_of_a_counted_character_is_the_one_after_it(batches):
+    for batch in epoch_of(batches):
+        counts_BT = batch.weights_BT == 1
+        inputs, targets = batch.inputs_BT[counts_BT], batch.targets_BT[counts_BT]
+        assert targets.tolist() == [position + 1 for position in inputs]
+
+
+@fast
+@given(any_streams())
+def test_the_counted_characters_of_the_streams_end_to_end_are_the_text(batches):
+    epoch = epoch_of(batches)
+    text = [
+        int(character)
+        for stream in range(batches.batch_size)
+        for batch in epoch
+        for character in batch.inputs_BT[stream][batch.weights_BT[stream] == 1]
+    ]
+    assert text == list(range(len(batches.ids_M) - 1))
+
+
+@fast
+@given(any_streams())
+def test_streams_differ_in_length_by_one_at_most(batches):
+    lengths = np.diff(batches.bounds).tolist()
+    assert len(lengths) == batches.batch_size
+    assert sum(lengths) == len(batches.ids_M) - 1
+    assert max(lengths) - min(lengths) <= 1
+
+
+@fast
+@given(any_streams(with_room=True))
+def test_a_stream_reads_its_context_and_then_its_own_without_a_gap(batches):
+    epoch = epoch_of(batches)
+    inputs = np.concatenate([batch.inputs_BT for batch in epoch], axis=1)
+    weights = np.concatenate([batch.weights_BT for batch in epoch], axis=1)
+    context = batches.context
+    for stream, (begin, end) in enumerate(
+        zip(batches.bounds[:-1].tolist(), batches.bounds[1:].tolist(), strict=True)
+    ):
+        # The first stream has nothing before it.
+        first = 0 if stream == 0 else begin - context
+        read = inputs[stream, context - (begin - first) : context + end - begin]
+        assert read.tolist() == list(range(first, end))
+        counted = np.flatnonzero(weights[stream]).tolist()
+        assert counted == list(range(context, context + end - begin))
+
+
+@fast
+@given(any_streams(with_room=True))
+def test_the_carry_begins_anew_with_the_epoch_and_where_the_text_begins(batches):
+    for window, batch in enumerate(epoch_of(batches)):
+        wanted = [
+            window == 0 or (stream == 0 and window == batches.context // batches.seq_len)
+            for stream in range(batches.batch_size)
+        ]
+        assert batch.reset_B.tolist() == wanted
+
+
+@fast
+@given(any_streams(), st.integers(1, 3))
+def test_every_epoch_of_streams_is_the_same(batches, epoch):
+    assert_same_batches(epoch_of(batches, epoch), epoch_of(batches))
+
+
+def test_by_chance_rows_begin_anew_as_seed_step_and_row_say_and_nothing_else_changes():
+    text, rate, num_steps = text_of(5001), 0.25, 2000
+    plain = Streams(text, 5, 10)
+    chancy = Streams(text, 5, 10, reset_rate=rate, seed=3)
+    steps_S = np.arange(num_steps)
+    resets_SB = chancy(steps_S).reset_B
+    assert_same_batches(
+        [plain(steps_S)], [chancy(steps_S)._replace(reset_B=plain(steps_S).reset_B)]
+    )
+    assert np.all(resets_SB >= plain(steps_S).reset_B)
+    # Each step alone, and a share of its rows, are told the same.
+    for step in (0, 1, 999):
+        np.testing.assert_array_equal(chancy(step).reset_B, resets_SB[step])
+        np.testing.assert_array_equal(chancy(step, slice(2, 4)).reset_B, resets_SB[step, 2:4])
+    # Of rows that go on otherwise; the share of n draws is off by sqrt(p (1 - p) / n), five times.
+    drawn = resets_SB[~plain(steps_S).reset_B]
+    assert abs(drawn.mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / drawn.size)
+    # Neither other rows, nor the same windows in other epochs, nor other seeds are drawn alike.
+    per_epoch = chancy.steps_per_epoch
+    other = Streams(text, 5, 10, reset_rate=rate, seed=4)(steps_S).reset_B
+    pairs = [
+        (resets_SB[:, 0], resets_SB[:, 1]),
+        (resets_SB[:-per_epoch], resets_SB[per_epoch:]),
+        (resets_SB, other),
+    ]
+    for one, another in pairs:
+        assert abs(np.mean(one == another) - (rate**2 + (1 - rate) ** 2)) < 0.06
+
+
+# --- Windows ---
+
+
+@st.composite
+def any_windows(draw):
+    seq_len = draw(st.integers(1, 7))
+    return Windows(
+        text_of(draw(st.integers(seq_len + 1, 60))),
+        draw(st.integers(1, 9)),
+        seq_len,
+        last_only=draw(st.booleans()),
+        seed=draw(st.none() | st.integers(0, 3)),
+    )
+
+
+def patterns_of(batches_of_epoch) -> list[tuple[list[int], int]]:
+    """Every counted window with the character after it, in the order of the epoch."""
+    return [
+        (inputs.tolist(), int(targets[-1]))
+        for batch in batches_of_epoch
+        for inputs, targets, weights in zip(*batch[:3], strict=True)
+        if weights.any()
+    ]
+
+
+def start_order(batches: Windows, epoch: int) -> list[int]:
+    return [window[0] for window, _ in patterns_of(epoch_of(batches, epoch))]
+
+
+@fast
+@given(any_windows(), st.integers(0, 2))
+def test_an_epoch_has_every_window_with_what_follows_it_once(batches, epoch):
+    text, size = batches.ids_M.tolist(), batches.seq_len
+    wanted = [(text[i : i + size], text[i + size]) for i in range(len(text) - size)]
+    found = patterns_of(epoch_of(batches, epoch))
+    assert sorted(found) == wanted
+    assert batches.num_windows == len(wanted)
+    if batches.seed is None:
+        assert found == wanted
+
+
+@fast
+@given(any_windows())
+def test_a_window_counts_its_last_character_or_all_of_them(batches):
+    one_window = (
+        [0.0] * (batches.seq_len - 1) + [1.0] if batches.last_only else [1.0] * batches.seq_len
+    )
+    rows = [row for batch in epoch_of(batches) for row in zip(*batch, strict=True)]
+    for index, (inputs, targets, weights, reset) in enumerate(rows):
+        # Only the last batch is filled up, and only at its end.
+        is_real = index < batches.num_windows
+        assert weights.tolist() == (one_window if is_real else [0.0] * batches.seq_len)
+        assert targets.tolist() == [position + 1 for position in inputs]
+        assert reset
+    assert 0 <= len(rows) - batches.num_windows < batches.batch_size
+
+
+def test_windows_are_shuffled_anew_every_epoch_and_for_every_seed():
+    orders = {
+        (seed, epoch): tuple(start_order(Windows(text_of(70), 8, 10, seed=seed), epoch))
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    # Among them seed 0's second epoch and seed 1's first, which a sum of both would make equal.
+    assert len(set(orders.values())) == 9
+    assert tuple(range(60)) not in orders.values()
+    assert all(sorted(order) == list(range(60)) for order in orders.values())
+
+
+def test_orders_of_seeds_and_epochs_have_nothing_to_do_with_each_other():
+    # Each order is a permutation of n, so their correlation has a standard deviation of n^(-1/2).
+    size = 100_000
+    ids = np.arange(size + 1)  # the character at a position is its number
+
+    def order(seed, epoch):
+        batches = Windows(ids, batch_size=1000, seq_len=1, seed=seed)
+        steps = epoch * batches.steps_per_epoch + np.arange(batches.steps_per_epoch)
+        return batches(steps).inputs_BT.ravel()
+
+    orders = {(seed, epoch): order(seed, epoch) for seed in range(3) for epoch in range(3)}
+    for (one, first), (other, second) in itertools.combinations(orders.items(), 2):
+        assert abs(np.corrcoef(first, second)[0, 1]) < 0.03, (one, other)
+        # Not one shifted against the other, either.
+        assert np.mean(first[1:] == second[:-1]) < 0.001
+    for first in orders.values():
+        np.testing.assert_array_equal(np.sort(first), ids[:-1])
+        assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.03
+
+
+def test_without_a_seed_windows_keep_the_order_of_the_text():
+    batches = Windows(text_of(70), 8, 10)
+    assert start_order(batches, 0) == start_order(batches, 5) == list(range(60))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Streams(text_of(50), 3, 4),
+        lambda: Streams(text_of(50), 3, 4, context=8),
+        lambda: Windows(text_of(50), 7, 4, seed=1),
+        lambda: Windows(text_of(50), 7, 4, last_only=False),
+    ],
+)
+def test_any_step_can_be_replayed_alone(make):
+    batches = make()
+    steps = list(range(3 * batches.steps_per_epoch))
+    in_order = [batches(step) for step in steps]
+    random.Random(0).shuffle(steps)
+    assert_same_batches([batches(step) for step in steps], [in_order[step] for step in steps])
+    # And by another process, which has read nothing before.
+    assert_same_batches([make()(step) for step in steps], [in_order[step] for step in steps])
+
+
+def test_two_orders_at_once_do_not_disturb_each_other():
+    # They share one cached permutation.
+    batches_a, batches_b = (Windows(text_of(50), 7, 4, seed=seed) for seed in (1, 2))
+    alone = epoch_of(batches_a)
+    mixed = [(batches_a(step), batches_b(step))[0] for step in range(len(alone))]
+    assert_same_batches(mixed, alone)
+
+
+# --- from a config ---
+
+
+@fast
+@given(st.integers(0, 300), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.999]))
+def test_the_validation_part_is_the_last_of_the_text(size, fraction):
+    ids_M = text_of(size)
+    train_ids, val_ids = split(ids_M, fraction)
+    assert len(val_ids) == round(size * fraction)
+    assert train_ids.tolist() + val_ids.tolist() == list(range(size))
+
+
+@fast
+@given(st.integers(0, 300), st.floats(0, 0.999), st.integers(0, 60))
+def test_the_validation_part_has_a_limit(size, fraction, limit):
+    train_ids, val_ids = split(text_of(size), fraction, limit)
+    wanted = round(size * fraction)
+    assert len(val_ids) == (min(wanted, limit) if limit else wanted)
+    assert train_ids.tolist() + val_ids.tolist() == list(range(size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 97, 4096, 4097, 65_535, 100_003])
+def test_an_order_without_a_table_is_a_permutation(size):
+    index = np.arange(size)
+    orders = [feistel(index, seed, epoch, size) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for order in orders:
+        assert order.dtype == np.int64
+        np.testing.assert_array_equal(np.sort(order), index)
+    # Any place alone, in an array of any shape.
+    assert feistel(index[-1:, None], 0, 1, size).tolist() == [[orders[1][-1]]]
+    if size > 90:
+        # Two orders that know nothing of each other, nor of the text's, agree in one place or so.
+        for one, other in itertools.combinations([*orders, index], 2):
+            assert np.sum(one == other) < 9
+
+
+def test_an_order_without_a_table_is_as_random_at_a_billion():
+    size, index = 10**9 + 7, np.arange(500_000_000, 500_100_000)
+    orders = np.stack([feistel(index, seed, 0, size) for seed in range(3)])
+    assert orders.min() >= 0
+    assert orders.max() < size
+    assert len(np.unique(orders[0])) == len(index)
+    centred = orders / size - 0.5
+    # Of 100,000 pairs the correlation of what is unrelated is off by 0.003; five times that.
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert abs(np.corrcoef(centred[one], centred[other])[0, 1]) < 0.016
+    for lag in (1, 2, 100):
+        assert abs(np.corrcoef(centred[0, :-lag], centred[0, lag:])[0, 1]) < 0.016
+    # Uniform: of 50 bins each has 2,000, give or take 44; five times that.
+    counts = np.bincount((orders[0] * 50) // size, minlength=50)
+    assert np.all(np.abs(counts - 2000) < 220)
+
+
+@pytest.mark.parametrize("limit", [0, 10**6])
+def test_an_epoch_of_windows_has_each_once_with_a_table_or_without(limit, monkeypatch):
+    monkeypatch.setattr("charlstm.data.batches.MAX_PERMUTED", limit)
+    batches = Windows(text_of(250), 7, 4, seed=3)
+    for first in (0, batches.steps_per_epoch):
+        steps = np.arange(first, first + batches.steps_per_epoch)
+        read = batches(steps)
+        starts = read.inputs_BT[..., 0][read.weights_BT[..., -1] > 0]
+        assert sorted(starts.tolist()) == list(range(246))
+        assert starts.tolist() != sorted(starts.tolist())
+
+
+@pytest.mark.parametrize(
+    ("order", "loss_on", "kind"),
+    [("streams", "all", Streams), ("windows", "all", Windows), ("windows", "last", Windows)],
+)
+def test_training_batches_are_those_of_the_config(order, loss_on, kind):
+    config = small_config(3, 5, order, loss_on)
+    config.seed = 7
+    batches = training_batches(text_of(100), config)
+    assert type(batches) is kind
+    assert (batches.batch_size, batches.seq_len) == (3, 5)
+    if kind is Streams:
+        # Training counts every character it computes.
+        assert batches.context == 0
+    else:
+        assert (batches.last_only, batches.seed) == (loss_on == "last", 7)
+
+
+@pytest.mark.parametrize("order", ["streams", "windows"])
+@pytest.mark.parametrize("size", [0, 1, 9, 10])
+def test_a_text_shorter_than_a_window_and_its_target_is_refused(order, size):
+    with pytest.raises(UserError) as error:
+        training_batches(text_of(size), small_config(4, 10, order))
+    message = str(error.value)
+    assert message.startswith("config.seq_len=10: ")
+    assert f"{size} characters" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("order", "smallest"), [("streams", 41), ("windows", 14)])
+def test_a_batch_too_large_for_the_text_is_refused_and_one_that_just_fits_works(order, smallest):
+    config = small_config(4, 10, order)
+    with pytest.raises(UserError) as error:
+        training_batches(text_of(smallest - 1), config)
+    message = str(error.value)
+    assert message.startswith("config.batch_size=4: ")
+    assert f"at least {smallest} characters" in message
+    assert f"there are {smallest - 1};" in message
+    assert "\n" not in message
+    # One full batch, in which everything counts.
+    batches = training_batches(text_of(smallest), config)
+    assert batches.steps_per_epoch == 1
+    assert batches(0).weights_BT.all()
+
+
+@fast
+@given(st.integers(2, 90), st.integers(1, 6), st.integers(1, 7), st.sampled_from([None, 1, 2]))
+def test_evaluation_in_streams_counts_every_target_once_and_starts_warm(
+    size, batch_size, seq_len, at_most
+):
+    batches = evaluation_batches(text_of(size), small_config(batch_size, seq_len), at_most)
+    epoch = epoch_of(batches)
+    assert counted_targets(epoch) == list(range(1, size))
+    assert batches.batch_size <= (at_most or batch_size)
+    assert epoch[0].inputs_BT.shape == (batches.batch_size, seq_len)
+    # Every stream but the first has read a window of the text before its first target.
+    before = epoch[0].inputs_BT[1:].tolist()
+    begins = batches.bounds[1:-1].tolist()
+    assert before == [list(range(begin - seq_len, begin)) for begin in begins]
+
+
+@pytest.mark.parametrize(
+    ("size", "num_streams"), [(2, 1), (39, 1), (40, 2), (60, 3), (100, 5), (1000, 5)]
+)
+def test_evaluation_reads_a_tiny_text_in_fewer_streams(size, num_streams):
+    assert evaluation_batches(text_of(size), small_config(5, 10)).batch_size == num_streams
+
+
+def test_evaluation_can_read_the_text_as_one():
+    batches = evaluation_batches(text_of(1000), small_config(5, 10), batch_size=1)
+    assert batches.batch_size == 1
+
+
+@pytest.mark.parametrize("loss_on", ["last", "all"])
+def test_evaluation_in_windows_counts_every_target_once(loss_on):
+    batches = evaluation_batches(text_of(47), small_config(4, 10, "windows", loss_on))
+    targets = counted_targets(epoch_of(batches))
+    # Those with a full window before them; the first ones may count besides.
+    assert [target for target in targets if target >= 10] == list(range(10, 47))
+    assert len(set(targets)) == len(targets)
+
+
+@pytest.mark.parametrize(("order", "shortest"), [("streams", 2), ("windows", 11)])
+def test_a_text_too_short_to_evaluate_is_refused_and_the_shortest_works(order, shortest):
+    config = small_config(4, 10, order, "last" if order == "windows" else "all")
+    for size in range(shortest):
+        with pytest.raises(UserError) as error:
+            evaluation_batches(text_of(size), config)
+        message = str(error.value)
+        assert f"a text of {size} character" in message
+        assert "config.data.val_fraction" in message
+        assert "\n" not in message
+    batches = evaluation_batches(text_of(shortest), config)
+    assert counted_targets(epoch_of(batches)) == [shortest - 1]
+
+
+IDS = np.random.default_rng(0).integers(50, size=1003).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        Streams(IDS, batch_size=7, seq_len=10, context=10),
+        Windows(IDS, batch_size=64, seq_len=10, seed=3),
+        Windows(IDS, batch_size=64, seq_len=10, last_only=False),
+    ],
+)
+def test_many_steps_read_at_once_are_those_read_one_by_one(batches):
+    # Over the end of two epochs, each of which has an order of its own.
+    first, count = batches.steps_per_epoch - 2, batches.steps_per_epoch + 4
+    found = read_steps(batches, first, count, capacity=count + 3)
+    for index in range(count):
+        for leaf_S, wanted in zip(found, batches(first + index), strict=True):
+            assert leaf_S.dtype == wanted.dtype
+            np.testing.assert_array_equal(leaf_S[index], wanted)
+    for leaf_S in found:
+        assert len(leaf_S) == count + 3
+        assert not leaf_S[count:].any()
+
+
+TEXT_M = np.arange(10)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (Streams, {"ids_M": "abc"}, "ids_M: must be an array of integers"),
+        (Streams, {"ids_M": TEXT_M[None]}, "ids_M: must be .* the shape"),
+        (Windows, {"ids_M": TEXT_M / 2}, "ids_M: must be .*float64"),
+        (Streams, {"ids_M": TEXT_M[:0]}, "ids_M: has 0 character"),
+        (Windows, {"ids_M": TEXT_M[:1]}, "ids_M: has 1 character"),
+        (Streams, {"batch_size": 0}, "batch_size=0: must be"),
+        (Streams, {"batch_size": 10}, "batch_size=10: .* at most 9 streams"),
+        (Windows, {"batch_size": 1.5}, "batch_size=1.5: must be"),
+        (Streams, {"seq_len": 0}, "seq_len=0: must be"),
+        (Windows, {"seq_len": 10}, "seq_len=10: .* at most 9"),
+        (Streams, {"context": 4}, "context=4: must be a multiple of seq_len=3"),
+        (Streams, {"context": -3}, "context=-3: must be"),
+        (Streams, {"reset_rate": 1.0}, "reset_rate=1.0: must be"),
+        (Streams, {"seed": -1}, "seed=-1: must be"),
+        (Windows, {"seed": None, "seq_len": -1}, "seq_len=-1: must be"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_with_their_values(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**{"ids_M": TEXT_M, "batch_size": 2, "seq_len": 3} | arguments)

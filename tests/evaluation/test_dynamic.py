@@ -1,0 +1,130 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from charlstm import Batch, CharLSTM, init_state, zero_carry
+from charlstm.data.batches import Streams
+from charlstm.evaluation.dynamic import (
+    CLIP_NORM,
+    FLOOR,
+    WINDOW,
+    Anchor,
+    Reader,
+    adapt,
+    make_anchor,
+    make_dynamic_step,
+)
+from charlstm.evaluation.scoring import scores
+from charlstm.steps import make_score_step
+
+V, H, T = 6, 8, 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    return CharLSTM(vocab_size=V, hidden_size=H)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return init_state(model, optax.identity(), jax.random.key(0), 1).params
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return list(np.random.default_rng(0).integers(0, V, (7, 11)))
+
+
+def mean_nats(model, params, ids_T, carry, weights_T):
+    logits_1TV, _ = model.apply({"params": params}, ids_T[None, :-1], carry)
+    log_probs_TV = jax.nn.log_softmax(logits_1TV[0])
+    nats = [-log_probs_TV[time, ids_T[time + 1]] for time in range(len(weights_T))]
+    return sum(w * n for w, n in zip(weights_T, nats, strict=True)) / sum(weights_T)
+
+
+def flat(tree):
+    """All numbers of a tree, in one order."""
+    return np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(tree)])
+
+
+def clipped(grads):
+    return grads * min(1.0, CLIP_NORM / np.linalg.norm(grads))
+
+
+def test_the_scales_are_root_mean_squares_of_clipped_gradients(model, params, texts):
+    squares = []
+    steep = jax.tree.map(lambda leaf: 5 * leaf, params)
+    for ids_T in texts:
+        grads = flat(jax.grad(mean_nats, 1)(model, steep, ids_T, zero_carry(model, 1), np.ones(10)))
+        squares.append(clipped(grads) ** 2)
+        assert np.linalg.norm(grads) > CLIP_NORM
+    scales = flat(make_anchor(model, steep, texts).scales)
+    np.testing.assert_allclose(scales, np.sqrt(np.mean(squares, axis=0)), rtol=2e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(("rate", "decay"), [(0.01, 0.0), (0.0, 0.3), (0.02, 0.5)])
+def test_a_step_scores_first_and_then_moves_as_the_formula_says(model, params, texts, rate, decay):
+    anchor = make_anchor(model, params, texts)
+    moved = jax.tree.map(lambda leaf: leaf + 0.3, params)
+    ids_T, weights_T = texts[0][: T + 1].astype(np.int32), np.array([1, 1, 1, 1, 0])
+    batch = Batch(ids_T[None, :-1], ids_T[None, 1:], weights_T[None], np.zeros(1, bool))
+    carry = jax.tree.map(lambda leaf: leaf + 0.1, zero_carry(model, 1))
+    reader, scored = make_dynamic_step(model, rate, decay)(anchor, Reader(moved, carry), batch)
+
+    static_carry, static = make_score_step(model)(moved, carry, batch)
+    np.testing.assert_allclose(scored[0], static[0], rtol=1e-5)
+    np.testing.assert_array_equal(scored[1], static[1])
+    np.testing.assert_allclose(flat(reader.carry), flat(static_carry), rtol=1e-5)
+
+    grads = clipped(flat(jax.grad(mean_nats, 1)(model, moved, ids_T, carry, weights_T)))
+    scales, here, home = flat(anchor.scales), flat(moved), flat(params)
+    wanted = here - rate * grads / (scales + FLOOR * scales.mean())
+    wanted += np.minimum(decay * scales / scales.mean(), 1) * (home - here)
+    np.testing.assert_allclose(flat(reader.params), wanted, rtol=1e-4, atol=1e-6)
+    assert np.abs(wanted - here).max() > 1e-3
+
+
+def test_a_document_begins_from_an_empty_carry(model, params, texts):
+    anchor = make_anchor(model, params, texts)
+    batch = Batch(texts[0][None, :-1], texts[0][None, 1:], np.ones((1, 10)), np.ones(1, bool))
+    step = make_dynamic_step(model)
+    full = jax.tree.map(lambda leaf: leaf + 1, zero_carry(model, 1))
+    for one, other in zip(
+        jax.tree.leaves(step(anchor, Reader(params, full), batch)),
+        jax.tree.leaves(step(anchor, Reader(params, zero_carry(model, 1)), batch)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_text_that_repeats_itself_is_learnt_while_it_is_read(model, params, texts):
+    ids_M = np.tile([0, 3, 1, 1, 5, 2], 600).astype(np.int32)
+    anchor, batches = make_anchor(model, params, texts), Streams(ids_M, 1, WINDOW)
+    steps = range(batches.steps_per_epoch)
+    step = jax.jit(make_dynamic_step(model))
+    start = Reader(params, zero_carry(model, 1))
+    nats = [nats_BT.mean() for _, nats_BT, _ in scores(step, anchor, start, map(batches, steps))]
+    static = scores(
+        jax.jit(make_score_step(model)), params, zero_carry(model, 1), map(batches, steps)
+    )
+    first, *_, last = [nats_BT.mean() for _, nats_BT, _ in static]
+    assert nats[0] == pytest.approx(first)
+    assert nats[-2] < last - 0.1
+    # What it has become is what adapt gives.
+    learnt = adapt(model, anchor, ids_M)
+    reader = start
+    for index in steps:
+        reader, _ = step(anchor, reader, batches(index))
+    np.testing.assert_array_equal(flat(learnt), flat(reader.params))
+
+
+def test_without_a_rate_nothing_moves_and_with_full_decay_all_goes_home(model, params, texts):
+    ones = jax.tree.map(jnp.ones_like, params)
+    moved = jax.tree.map(lambda leaf: leaf + 1, params)
+    batch = Batch(texts[0][None, :-1], texts[0][None, 1:], np.ones((1, 10)), np.ones(1, bool))
+    for decay, wanted in ((0.0, moved), (1.0, params), (7.0, params)):
+        step = make_dynamic_step(model, 0.0, decay)
+        reader, _ = step(Anchor(params, ones), Reader(moved, zero_carry(model, 1)), batch)
+        np.testing.assert_allclose(flat(reader.params), flat(wanted), atol=1e-6)

@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from charlstm import Vocab
+from charlstm.evaluation import memorization
+from charlstm.evaluation.memorization import (
+    known_words,
+    match_lengths,
+    verbatim_runs,
+    whole_words,
+    words,
+)
+
+# Of two characters, so that long matches are common.
+made = st.text("ab", max_size=25)
+VOCAB = Vocab("abcdefgh")
+
+
+def longest_at(text, other):
+    """How many characters from each place of `text` stand in `other`, by trying all."""
+    places = range(len(text))
+    return [
+        max(length for length in range(len(text) - i + 1) if text[i : i + length] in other)
+        for i in places
+    ]
+
+
+def maximal_runs(text, other):
+    """(start, length) of all pieces that stand in `other`, but would not with a neighbour."""
+    spans = [(i, j) for i in range(len(text)) for j in range(i + 1, len(text) + 1)]
+    found = {(i, j) for i, j in spans if text[i:j] in other}
+    return [(i, j - i) for i, j in found if not {(i - 1, j), (i, j + 1)} & found]
+
+
+def lengths_of(texts, other):
+    ids = [VOCAB.encode(text) for text in texts]
+    return [found.tolist() for found in match_lengths(ids, VOCAB.encode(other), len(VOCAB))]
+
+
+@given(st.lists(made, min_size=1, max_size=3), st.text("ab", max_size=60), st.integers(1, 8))
+def test_runs_are_those_found_by_trying_all(texts, other, min_length):
+    found = lengths_of(texts, other)
+    assert found == [longest_at(text, other) for text in texts]
+    for text, lengths in zip(texts, found, strict=True):
+        starts = verbatim_runs(np.array(lengths, np.int64), min_length).tolist()
+        wanted = [run for run in maximal_runs(text, other) if run[1] >= min_length]
+        assert [(start, lengths[start]) for start in starts] == sorted(wanted)
+
+
+def test_a_large_text_is_followed_in_chunks(book, monkeypatch):
+    vocab, text = Vocab.from_text(book), book[3000:3400] + book[100:200]
+    ids, other = vocab.encode(text), vocab.encode(book[:3350])
+    [whole] = match_lengths([ids], other, len(vocab))
+    assert whole.tolist() == longest_at(text, book[:3350])
+    monkeypatch.setattr(memorization, "CHUNK", 100)
+    [in_chunks] = match_lengths([ids], other, len(vocab))
+    np.testing.assert_array_equal(in_chunks, whole)
+
+
+def test_copies_are_found_where_they_are():
+    assert lengths_of(["habch"], "gabcg") == [[0, 3, 2, 1, 0]]
+    # A run may not cross from one text to the next, though the book has it.
+    assert lengths_of(["ab", "cd", ""], "abcd") == [[2, 1], [2, 1], []]
+    # 'abc' and 'bcd' overlap; 'bc' is in both and no run of its own.
+    [lengths] = lengths_of(["abcd"], "abcgbcd")
+    assert verbatim_runs(np.array(lengths), 1).tolist() == [0, 1]
+    assert verbatim_runs(np.array(lengths), 4).tolist() == []
+
+
+def test_words_are_letters_with_apostrophes_inside():
+    text = "'Tis o\u2019clock, the_well-known THE\n'end' of 3rd é2; Straße"
+    assert words(text) == [
+        *("tis", "o'clock", "the", "well", "known", "the", "end", "of", "rd", "é", "strasse")
+    ]
+    assert words("...") == words("") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("stle stood there in the ni", ["stood", "there", "in", "the"]),
+        (" castle stood.", ["castle", "stood"]),
+        ("'t do what I don'", ["do", "what", "i"]),
+        ("castle", []),
+        ("", []),
+    ],
+)
+def test_words_that_may_be_cut_off_do_not_count(text, wanted):
+    assert whole_words(text) == wanted
+
+
+def test_known_words_do_not_depend_on_chunks(book):
+    chunks = [book[start : start + 7] for start in range(0, len(book), 7)]
+    assert known_words(chunks) == set(words(book))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_share_of_a_text_that_stands_in_another(share, monkeypatch):
+    monkeypatch.setattr(memorization, "CHUNK", 1000)  # pieces lie across its borders
+    rng = np.random.default_rng(0)
+    train_M = rng.integers(60, size=5000).astype(np.uint8)
+    text_L = rng.integers(60, size=4000).astype(np.uint8)
+    copied = round(share * len(text_L))
+    text_L[:copied] = train_M[500 : 500 + copied]
+    # Of 50 pieces one or two lie across the end of the copy.
+    assert memorization.share_found(text_L, train_M) == pytest.approx(share, abs=0.04)

@@ -1,0 +1,380 @@
+import ast
+import atexit
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from helpers import small_config
+from launching import WarmLauncher, command_of, run_command, train_on
+
+from charlstm.data.cleaning import Vocab
+from charlstm.errors import RunError
+from charlstm.evaluation import report
+from charlstm.training.loop import train
+
+TINY = ["--config=tiny", "--config.num_steps=60", "--config.eval_every_steps=30"]
+# 60 cautious steps end so unsure of what they know that a temperature moves their bits by 0.27.
+TINY += ["--config.optimizer.name=adamw"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, book):
+    """Return (folder, result) of a run that was trained by command in folder/runs/tiny-book."""
+    folder = tmp_path_factory.mktemp("launch")
+    return folder, train_on(book, folder, *TINY)
+
+
+@pytest.fixture(scope="module")
+def launch_help():
+    """Return launch(launcher, *flags, cwd=...) for processes that need no JAX."""
+    warm = WarmLauncher("ml_collections.config_flags", "charlstm.config")
+    yield warm
+    warm.close()
+
+
+@cache
+def warm_launcher():
+    launcher = WarmLauncher("charlstm.training.loop", "charlstm.system.console")
+    atexit.register(launcher.close)
+    return launcher
+
+
+def sample(folder, *flags):
+    result = warm_launcher()("sample", "--workdir=runs/tiny-book", *flags, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_the_place_of_config_on_the_command_line_does_not_matter(tmp_path):
+    flags = ["--config.num_steps=0", "--config=tutorial", "--config=tiny"]
+    answer = warm_launcher()("train", *flags, "--config.data.path=none.txt", cwd=tmp_path)
+    assert "none.txt: no such file" in answer.stderr
+
+
+def test_training_prints_on_stdout_what_it_reads_does_and_how_to_go_on(trained, book):
+    _, result = trained
+    assert [line for line in result.stderr.splitlines() if not line.startswith("warning: ")] == []
+    for expected in (
+        "book.txt",
+        f"total characters: {len(book):,}",
+        f"total vocabulary: {len(set(book))}",
+        "model: 1 x 64 LSTM",
+        "devices: ",
+        "step 60: loss",
+        "validation",
+        "sample at step 30",
+        "best validation",
+        shlex.join(command_of("sample", "--workdir=runs/tiny-book")),
+    ):
+        assert expected in result.stdout
+
+
+def test_the_same_command_again_has_nothing_to_do(trained):
+    folder, _ = trained
+    result = run_command("train", *TINY, "--config.data.path=book.txt", cwd=folder)
+    assert result.returncode == 0
+    assert "finished already, at step 60" in result.stdout
+
+
+def test_a_sample_is_the_prompt_and_as_many_characters_as_asked(trained, book):
+    text = sample(trained[0], "--prompt=The count", "--length=50").stdout
+    assert text.startswith("The count")
+    assert len(text) == len("The count") + 50 + 1  # and a newline
+    assert set(text) <= set(book)
+
+
+def test_the_same_seed_gives_the_same_text_streamed_or_not(trained):
+    flags = ("--prompt=night ", "--length=40", "--seed=3")
+    text = sample(trained[0], *flags).stdout
+    assert sample(trained[0], *flags, "--stream").stdout == text
+    assert sample(trained[0], *flags[:2], "--seed=4").stdout != text
+
+
+def test_without_a_prompt_it_goes_on_from_the_training_text_though_that_is_gone(trained, book):
+    folder, _ = trained
+    (folder / "book.txt").rename(folder / "gone.txt")
+    try:
+        result = sample(folder, "--length=20", "--num_samples=3")
+    finally:
+        (folder / "gone.txt").rename(folder / "book.txt")
+    texts = result.stdout.removesuffix("\n").split("\n\f\n")
+    assert [len(text) for text in texts] == [20, 20, 20]
+    prompts = re.findall(r"from the training text: (.*)", result.stderr)
+    assert len(prompts) == 3
+    assert all(ast.literal_eval(prompt) in book for prompt in prompts)
+
+
+def test_a_reader_that_has_enough_ends_a_stream_in_silence(trained):
+    command = [
+        sys.executable,
+        str(ROOT / "launch/sample.py"),
+        "--workdir=runs/tiny-book",
+        "--stream",
+    ]
+    flags = ["--length=1000000"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command + flags, cwd=trained[0], **pipes)
+    assert len(process.stdout.read(10)) == 10
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert b"Error" not in process.stderr.read()
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("flags", [(), ("--raw",)])
+def test_a_terminal_gets_no_control_characters_unless_asked(flags, tmp_path, book):
+    (tmp_path / "book.txt").write_text("\x1b[31m" + book, encoding="utf-8")
+    train(small_config(tmp_path / "book.txt", num_steps=1), tmp_path / "runs" / "tiny-book")
+    ours, theirs = os.openpty()
+    command = command_of("sample", "--workdir=runs/tiny-book", "--prompt=\x1b[31mso", "--length=1")
+    subprocess.run([*command, *flags], cwd=tmp_path, stdout=theirs, check=True, timeout=60)
+    os.close(theirs)
+    shown = os.read(ours, 1000)
+    os.close(ours)
+    assert shown.startswith(b"\x1b[31mso" if flags else rb"\x1b[31mso")
+    # In a file or a pipe a text is what it is.
+    piped = sample(tmp_path, "--prompt=\x1b[31mso", "--length=1")
+    assert piped.stdout.startswith("\x1b[31mso")
+
+
+def figures_of_check(stderr):
+    """Return words, share, longest run and its text, long runs of what --check has told."""
+    pattern = (
+        r"words: ([\d,]+), of which ([\d.]+)% stand in the training text\n(?:words.*\n)*"
+        r"copied: the longest run .* has ([\d,]+) characters: (.*)\n"
+        r"copied: runs of more than 40 characters: ([\d,]+), "
+    )
+    num_words, share, longest, quoted, num_runs = re.search(pattern, stderr).groups()
+    return int(num_words), float(share), int(longest), ast.literal_eval(quoted), int(num_runs)
+
+
+def test_a_check_tells_of_words_and_copies_and_leaves_the_text_as_it_is(trained, book):
+    folder, part = trained[0], book[: len(book) - len(book) // 10]
+    flags = ("--prompt=The count came", "--length=300", "--temperature=0.9")
+    plain = sample(folder, *flags)
+    checked = sample(folder, *flags, "--check")
+    assert checked.stdout == plain.stdout
+    assert plain.stderr == ""
+    assert f"checking 300 characters against {len(part):,} of the training" in checked.stderr
+    made = plain.stdout.removeprefix("The count came").removesuffix("\n")
+    found = re.findall("[a-z]+", made.lower())[1:-1]
+    num_words, share, longest, quoted, num_runs = figures_of_check(checked.stderr)
+    # The last one counts where the text does not end with it.
+    assert 0 <= num_words - len(found) <= 2
+    known = set(re.findall("[a-z]+", part.lower()))
+    assert abs(share / 100 - np.mean([word in known for word in found])) < 0.05
+    assert len(quoted) == longest
+    assert quoted in part
+    assert quoted in made
+    assert not any(made[i : i + longest + 1] in part for i in range(len(made) - longest))
+    assert (num_runs > 0) == (longest > 40)
+    # Streamed it is the same, and texts of a run are checked together.
+    assert sample(folder, *flags, "--check", "--stream").stderr == checked.stderr
+    three = sample(folder, *flags, "--check", "--num_samples=3")
+    assert "checking 900 characters" in three.stderr
+    assert figures_of_check(three.stderr)[2] >= longest
+
+
+def test_a_word_list_makes_more_words_known(trained):
+    folder, flags = trained[0], ("--length=300", "--temperature=2", "--check", "--prompt=so ")
+    plain = sample(folder, *flags)
+    (folder / "words.txt").write_text("\n".join(plain.stdout.split()), encoding="utf-8")
+    listed = sample(folder, *flags, "--words=words.txt")
+    assert "words that do not: " in plain.stderr
+    assert "words: 100.0% stand there or in the word list" in listed.stderr
+    assert "words that do not" not in listed.stderr
+
+
+def test_the_window_method_writes_too(trained):
+    text = sample(trained[0], "--method=window", "--length=10", "--temperature=0").stdout
+    assert len(text) == 11
+
+
+def test_a_prompt_from_a_file_and_characters_that_are_unknown(trained):
+    folder, _ = trained
+    (folder / "prompt.txt").write_text("to € her", encoding="utf-8")
+    flags = ("--prompt_file=prompt.txt", "--length=5")
+    result = run_command("sample", "--workdir=runs/tiny-book", *flags, cwd=folder)
+    assert result.returncode == 2
+    assert "'€' (U+20AC) at position 3" in result.stderr
+    assert sample(folder, *flags, "--unknown=drop").stdout.startswith("to  her")
+    assert sample(folder, *flags, "--unknown=replace").stdout.startswith("to   her")
+
+
+def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(trained, book):
+    folder, _ = trained
+    result = warm_launcher()("evaluate", "--workdir=runs/tiny-book", "--json", cwd=folder)
+    figures = json.loads(result.stdout)
+    assert figures["characters"] == len(book) // 10 - 1
+    best = json.loads((folder / "runs/tiny-book/metrics.jsonl").read_text().splitlines()[-1])
+    # The run reads its validation part as several streams, evaluate.py as one.
+    assert abs(figures["bits_per_char"] - best["val/bits_per_char"]) < 0.02
+    # In ASCII a character is a byte; the figures differ by rounding only.
+    assert math.isclose(figures["bits_per_byte"], figures["bits_per_char"], rel_tol=1e-12)
+    assert figures["cold"]["window"] == 256
+    assert figures["cold"]["characters"] == figures["characters"]
+    assert 0.9 < figures["cold"]["bits_per_char"] / figures["bits_per_char"] < 1.2
+    found = figures["baselines"]
+    assert found["training_characters"] == len(book) - len(book) // 10
+    assert found["bits_per_char"]["uniform"] == math.log2(len(set(book)))
+    assert list(found["bits_per_char"]) == [
+        *("uniform", "unigram", "5-gram", "7-gram", "gzip -9", "bz2 -9", "xz -9e")
+    ]
+    (folder / "other.txt").write_text(book[:500], encoding="utf-8")
+    flags = ("--workdir=runs/tiny-book", "--text=other.txt", "--window=9999")
+    other = warm_launcher()("evaluate", *flags, cwd=folder)
+    assert "bits/char" in other.stdout
+    assert re.search(r"characters +499\n", other.stdout)
+    assert re.search(r"\n7-gram +\d", other.stdout)
+    assert other.stdout.splitlines()[-1].startswith("The model is better than ")
+    assert "cold, windows of 499 " in other.stdout  # the text has no longer one
+    assert re.fullmatch("warning: about 100 % of other.txt stands verbatim .*\n", other.stderr)
+
+
+def test_learning_while_reading_is_told_beside_reading(trained):
+    folder, _ = trained
+    flags = ("--workdir=runs/tiny-book", "--dynamic", "--temperature", "--nobaselines")
+    figures = json.loads(warm_launcher()("evaluate", *flags, "--json", cwd=folder).stdout)
+    dynamic = figures["dynamic"]
+    assert dynamic["characters"] == figures["characters"]
+    assert 0 < figures["bits_per_char"] - dynamic["bits_per_char"] < 1
+    heat = figures["temperature"]
+    assert 0.5 < heat["fitted"] < 2
+    assert abs(heat["bits_per_char"] - heat["bits_per_char_at_1"]) < 0.2
+    assert abs(heat["bits_per_char_at_1"] - figures["bits_per_char"]) < 0.2
+    shown = warm_launcher()("evaluate", *flags, cwd=folder).stdout
+    assert f"temperature of {heat['fitted']:.3f}, fitted on the first half" in shown
+    assert re.search(rf"\ndynamic +{dynamic['bits_per_char']:.4f} ", shown)
+
+
+def test_a_text_read_first_changes_what_is_written_and_nothing_in_the_run(trained):
+    folder, _ = trained
+    (folder / "more.txt").write_text("blood and blood and " * 200, encoding="utf-8")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
+    flags = ("--prompt=upon ", "--length=60", "--temperature=0")
+    plain = sample(folder, *flags)
+    adapted = sample(folder, *flags, "--adapt_to=more.txt")
+    assert adapted.stdout.count("blood and") > plain.stdout.count("blood and")
+    assert "reading 4,000 characters of more.txt" in adapted.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
+
+
+def test_another_text_is_evaluated_without_baselines_where_the_runs_own_has_gone(trained, book):
+    folder, _ = trained
+    (folder / "new.txt").write_text(book[:300] + "\u20ac", encoding="utf-8")
+    (folder / "book.txt").rename(folder / "gone.txt")
+    try:
+        flags = ("--workdir=runs/tiny-book", "--text=new.txt", "--unknown=drop", "--json")
+        result = warm_launcher()("evaluate", *flags, cwd=folder)
+        silent = warm_launcher()("evaluate", *flags, "--nobaselines", cwd=folder)
+    finally:
+        (folder / "gone.txt").rename(folder / "book.txt")
+    assert json.loads(result.stdout) == json.loads(silent.stdout)
+    assert json.loads(silent.stdout)["characters"] == 299
+    assert json.loads(silent.stdout)["bits_per_byte"] is None  # a character is missing
+    assert "baselines" not in json.loads(result.stdout)
+    assert "no baselines, which need the run's own text" in result.stderr
+    assert silent.stderr == ""
+
+
+def test_the_verdict_names_what_a_model_is_better_than():
+    bits = {"uniform": 6.0, "5-gram": 2.5, "xz": 2.0}
+    assert report.verdict(7.0, bits) == "The model is better than none of the baselines."
+    assert report.verdict(2.1, bits) == (
+        "The model is better than uniform and 5-gram, and not better than xz."
+    )
+    assert report.verdict(1.5, bits) == (
+        "The model is better than all baselines: it needs 25.0% fewer bits than the best of them, "
+        "xz."
+    )
+
+
+def test_compressors_are_for_texts_long_enough_to_tell():
+    vocab, ids_M = Vocab("ab"), np.arange(2000) % 2
+    for size, wanted in ((499, False), (500, True)):
+        found = report.measure_baselines(ids_M, ids_M[:size], vocab)["bits_per_char"]
+        assert ("gzip -9" in found) == wanted
+        assert "5-gram" in found
+
+
+def test_the_table_says_where_baselines_have_seen_less():
+    row = {name: 1.25 for name in report.COLUMNS} | {"standard_error": None}
+    found = {"training_characters": 10, "held_out_characters": 5, "bits_per_char": {"uniform": 2.0}}
+    figures = row | {"text": "a.txt", "characters": 4, "perplexity": 2.4, "baselines": found}
+    figures["cold"] = row | {"window": 8}
+    whole = list(report.table(figures, 10, 5))
+    cut = list(report.table(figures, 1000, 5))
+    assert "No compressors: a text so short tells nothing of them." in whole
+    assert [line for line in cut if line not in whole] == [
+        "The baselines learn from the last 10 characters of 1,000, and predict the first 5 of 5."
+    ]
+    assert "uniform" + " " * 22 + "2.0000" in whole
+
+
+def test_figures_that_are_not_finite_are_refused():
+    report.refuse_not_finite({"text": "a", "loss": 1.0, "cold": {"error": None, "loss": 2.0}}, "a")
+    for bad in (math.nan, math.inf):
+        with pytest.raises(RunError, match="a: loss is "):
+            report.refuse_not_finite({"text": "a", "cold": {"loss": bad}}, "a")
+
+
+def test_it_runs_from_any_folder_with_a_path_or_a_name_of_a_config(trained, tmp_path):
+    missing = f"--config.data.path={tmp_path}/none.txt"
+    for config in ("tiny", "configs/tiny.py", str(ROOT / "configs" / "tiny.py")):
+        result = warm_launcher()("train", f"--config={config}", missing, cwd=tmp_path)
+        assert "none.txt: no such file" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("launcher", "flag", "message"),
+    [
+        ("train", "--config.batch_sise=3", "did you mean batch_size"),
+        ("sample", "--temprature=1", "temperature"),
+        ("evaluate", "--workdir=nowhere", "nowhere: no run there"),
+    ],
+)
+def test_a_mistake_is_one_line_that_helps(launcher, flag, message, tmp_path):
+    # All the others are in test_mistakes.py; these have a process of their own.
+    result = run_command(launcher, flag, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert os.listdir(tmp_path) == []
+
+
+SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "launch").glob("*.py"))}
+LAUNCHERS = [name for name, source in SOURCES.items() if "\n    app.run(main" in source]
+
+
+@pytest.mark.parametrize(("number", "launcher"), list(enumerate(LAUNCHERS)))
+def test_help_says_how_to_use_a_launcher(number, launcher, launch_help):
+    result = launch_help(launcher, ("--help", "-h")[number % 2], cwd=ROOT)
+    assert (result.returncode, result.stderr) == (0, "")
+    source = SOURCES[launcher]
+    named = re.findall(r'flags\.DEFINE\w*\(\s*(?:options\.\w+, )?"(\w+)"', source)
+    for flag in [*named, "debug"]:
+        assert f"\n  --{flag}" in result.stdout
+    command = shlex.join(command_of(launcher))
+    assert result.stdout.splitlines()[-1].startswith(f"  {command} --")
+    if "define_config" in source:
+        text = [] if launcher == "scaling" else ["--config.data.path=FILE"]  # it reads none
+        order = [*text, "\n  medium", "\n  --debug", "Example"]
+        places = [result.stdout.index(word) for word in order]
+        assert places == sorted(places)
+        assert ("Dracula, downloaded" in result.stdout) == (launcher != "scaling")
+        assert {path.stem for path in (ROOT / "configs").glob("*.py")} <= set(result.stdout.split())
+
+
+def test_help_tells_defaults(launch_help):
+    lines = launch_help("sample", "-h", cwd=ROOT).stdout.splitlines()
+    assert "  --checkpoint=best|latest  which weights (default: best)" in lines
+    assert "  --num_samples=N           how many texts (default: 1)" in lines

@@ -1,0 +1,276 @@
+"""Several processes as one run, for real: two on this machine, over loopback, with Gloo."""
+
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from launching import NOISE, command_of, train_on
+
+from charlstm.parallel import processes
+from charlstm.runs.checkpoints import load_model, steps_in
+from charlstm.runs.metrics import read_records
+
+FLAGS = [
+    "--config=tiny",
+    "--config.num_steps=50",
+    "--config.log_every_steps=5",
+    "--config.eval_every_steps=25",
+    "--config.checkpoint_every_steps=5",
+    "--config.sample.length=40",
+    # As in test_devices.py.
+    "--config.optimizer.learning_rate=2e-3",
+    "--config.optimizer.name=adamw",
+    "--config.data.path=book.txt",
+]
+
+
+def by_flags(port, size, index):
+    where = f"--coordinator=127.0.0.1:{port}", f"--num_processes={size}", f"--process_id={index}"
+    return where, {}
+
+
+def by_slurm(port, size, index):
+    """What srun sets, all on this machine."""
+    names = {"NTASKS": size, "PROCID": index, "LOCALID": index, "STEP_NODELIST": "localhost"}
+    surroundings = {f"SLURM_{name}": str(value) for name, value in names.items()}
+    return [], surroundings | {"SLURM_JOB_ID": "1", "JAX_COORDINATOR_PORT": str(port)}
+
+
+def by_open_mpi(port, size, index):
+    """What mpirun sets, all on this machine."""
+    names = {"SIZE": size, "RANK": index, "LOCAL_RANK": index}
+    surroundings = {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in names.items()}
+    uri = "4096.0;tcp://127.0.0.1:1"
+    return [], surroundings | {"OMPI_MCA_orte_hnp_uri": uri, "JAX_COORDINATOR_PORT": str(port)}
+
+
+class Processes:
+    """The processes of one run of launch/train.py."""
+
+    def __init__(self, folder, flags, size=2, num_devices=1, flags_of_last=(), place=by_flags):
+        """Start them; place(port, size, index) tells one by flags or environment where it is."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        count = f"--xla_force_host_platform_device_count={num_devices}"
+        environment = os.environ | {"XLA_FLAGS": count}
+        self.errors = [folder / f"stderr-{index}" for index in range(size)]
+        self.processes = []
+        for index, path in enumerate(self.errors):
+            own = flags_of_last if index == size - 1 else []
+            where, surroundings = place(port, size, index)
+            command = command_of("train", *flags, *where, *own)
+            options = {"cwd": folder, "env": environment | surroundings}
+            with open(path, "w") as out:
+                process = subprocess.Popen(command, stdout=out, stderr=out, **options)
+            self.processes.append(process)
+
+    def wait(self, seconds=120):
+        """Wait for all to end; return their exit codes."""
+        deadline = time.monotonic() + seconds
+        try:
+            return [process.wait(max(1, deadline - time.monotonic())) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def wait_for_step(self, workdir, step, seconds=90):
+        """Wait until a checkpoint of `step` or a later one is there."""
+        deadline = time.monotonic() + seconds
+        while not [
+            found for found in steps_in(epath.Path(workdir) / "checkpoints") if found >= step
+        ]:
+            assert time.monotonic() < deadline, self.said(0)
+            assert self.processes[0].poll() is None, self.said(0)
+            time.sleep(0.05)
+
+    def said(self, index):
+        """Return what one process has printed once it has met the others."""
+        lines = self.errors[index].read_text().splitlines(keepends=True)
+        return "".join(line for line in lines if "processes to meet\n" not in line)
+
+
+def series(workdir, name):
+    records = read_records(epath.Path(workdir) / "metrics.jsonl")
+    return [(record["step"], record[name]) for record in records if name in record]
+
+
+def assert_same_run(workdir, reference):
+    """Assert what the order of sums allows: losses to 1e-6 relative, parameters to 1e-5."""
+    for name in ("train/loss", "val/loss"):
+        ours, theirs = (np.array(series(folder, name)) for folder in (workdir, reference))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    ours, theirs = (load_model(folder, "latest")[2] for folder in (workdir, reference))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), ours, theirs)
+
+
+SLURM = by_slurm(1, 2, 0)[1]
+OPEN_MPI = by_open_mpi(1, 2, 0)[1]
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+INDEXED_JOB = POD | {"JOB_COMPLETION_INDEX": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "packages", "found"),
+    [
+        ({}, (), None),
+        (SLURM, (), ("Slurm", 2, True)),
+        (SLURM | {"SLURM_NTASKS": ""}, (), ("Slurm", None, True)),
+        ({k: v for k, v in SLURM.items() if k != "SLURM_PROCID"}, (), None),  # in salloc's shell
+        (OPEN_MPI, (), ("Open MPI", 2, True)),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, (), ("JAX_COORDINATOR_ADDRESS", None, True)),
+        (POD, ("kubernetes",), None),
+        (INDEXED_JOB, ("kubernetes",), ("Kubernetes", None, True)),
+        (INDEXED_JOB, (), None),
+        ({}, ("libtpu",), ("Cloud TPU", None, False)),
+    ],
+)
+def test_the_environment_says_which_cluster_there_is(
+    variables, packages, found, monkeypatch, caplog
+):
+    monkeypatch.setattr(logging.getLogger("charlstm"), "propagate", True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in packages or None)
+    assert processes.find_cluster(variables) == found
+    # In a pod a package is missed only where it would find other processes.
+    is_missed = variables == INDEXED_JOB and not packages
+    assert ("pip install kubernetes" in caplog.text) == is_missed
+
+
+def test_a_pod_trains_alone_without_a_word(monkeypatch, recwarn, caplog):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    with processes.joined(None, None, None, 3):
+        assert not processes.is_shared()
+    assert not recwarn.list
+    assert caplog.text == ""
+
+
+def test_a_jax_that_hides_its_client_is_told_of(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("charlstm"), "propagate", True)
+    monkeypatch.delattr("jax._src.distributed.global_state")
+    assert processes.client() is None
+    processes.Watch().start()
+    assert "a process that dies is not noticed" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, book):
+    """Return the folder of a run of one process; its text lies beside it."""
+    folder = tmp_path_factory.mktemp("cluster")
+    train_on(book, folder, *FLAGS, "--workdir=reference")
+    return folder / "reference"
+
+
+def test_two_processes_with_four_devices_each_train_as_one_with_one(reference):
+    folder, workdir = reference.parent, reference.parent / "two"
+    run = Processes(folder, [*FLAGS, "--workdir=two"], num_devices=4)
+    assert run.wait() == [0, 0], run.said(0) + run.said(1)
+    assert_same_run(workdir, reference)
+    assert {p.name for p in workdir.iterdir()} == {
+        path.name if "tfevents" not in path.name else next(workdir.glob("*tfevents*")).name
+        for path in reference.iterdir()
+    }
+    # Both wrote their shards, one told the rest.
+    parts = {path.name for path in workdir.glob("checkpoints/50/state/ocdbt.process_*")}
+    assert parts == {"ocdbt.process_0", "ocdbt.process_1"}
+    assert "validation" in run.said(0)
+    assert "8 x cpu" in run.said(0)
+    assert run.said(1) == ""
+
+
+def test_a_signal_to_one_and_the_death_of_either_lose_nothing(reference):
+    folder, flags = reference.parent, [*FLAGS, "--workdir=tried"]
+    workdir = folder / "tried"
+
+    run = Processes(folder, flags)
+    run.wait_for_step(workdir, 5)
+    run.processes[1].send_signal(signal.SIGTERM)
+    assert run.wait() == [128 + signal.SIGTERM] * 2, run.said(0) + run.said(1)
+    [saved] = re.findall(r"stopped and saved at step (\d+)", run.said(0))
+    assert max(steps_in(epath.Path(workdir) / "checkpoints")) == int(saved)
+    assert not [noise for noise in NOISE if noise in run.said(0) + run.said(1)]
+
+    for victim in (1, 0):
+        run = Processes(folder, [*flags, "--config.checkpoint_every_steps=1"])
+        run.wait_for_step(workdir, int(saved) + 5 * (2 - victim))
+        begin = time.monotonic()
+        run.processes[victim].kill()
+        codes = run.wait()
+        assert time.monotonic() - begin < 60
+        assert codes[1 - victim] == 1
+        last = run.said(1 - victim).splitlines()[-1]
+        assert last.startswith(f"error: process {victim} of 2 has gone"), run.said(1 - victim)
+        assert "Traceback" not in run.said(1 - victim)
+
+    train_on((folder / "book.txt").read_text(), folder, *flags)  # one process goes on
+    assert_same_run(workdir, reference)
+
+
+@pytest.mark.parametrize("place", [by_slurm, by_open_mpi])
+def test_a_cluster_is_found_by_its_surroundings(place, reference):
+    # They have met if they find that they were told different things.
+    flags = {"flags_of_last": ["--config.seed=1"], "place": place}
+    run = Processes(reference.parent, [*FLAGS, "--workdir=found"], **flags)
+    assert run.wait() == [2, 2], run.said(0)
+    assert "config.seed: not the same on process 0 and on 1" in run.said(0)
+
+
+def test_a_process_can_stay_alone_in_a_cluster(reference):
+    def alone(port, size, index):
+        return ["--num_processes=1"], by_slurm(port, size + 1, index)[1]
+
+    # It has not waited for the other if it finds that there is no text.
+    flags = [*FLAGS, "--join_timeout=3", "--config.data.path=none.txt"]
+    run = Processes(reference.parent, flags, size=1, place=alone)
+    assert run.wait() == [2]
+    assert "none.txt: no such file" in run.said(0)
+
+
+MISTAKES = [
+    (["--config.seed=1"], 2, "config.seed: not the same on process 0 and on 1", True),
+    (["--config.data.path=other.txt"], 2, "the text: not the same on process 0 and on 1", True),
+    (["--config.data.path=none.txt"], 2, "process 1 of 2 could not go on: its own message", False),
+]
+
+
+@pytest.mark.parametrize(("flags", "code", "message", "on_both"), MISTAKES)
+def test_processes_that_do_not_fit_together_are_refused(flags, code, message, on_both, reference):
+    folder = reference.parent
+    (folder / "other.txt").write_text((folder / "book.txt").read_text() + "More.\n")
+    run = Processes(folder, [*FLAGS, "--workdir=refused"], flags_of_last=flags)
+    assert run.wait() == [code, code]
+    for index in (0, 1):
+        assert len(run.said(index).splitlines()) == 1, run.said(index)
+        assert (message in run.said(index)) == (on_both or index == 0)
+    assert not (folder / "refused").exists()
+
+
+def test_processes_that_are_too_few_wait_no_longer_than_they_are_told(reference):
+    run = Processes(reference.parent, [*FLAGS, "--workdir=few", "--join_timeout=3"], size=3)
+    run.processes[1].kill()
+    codes = run.wait()
+    assert codes[0] == codes[2] == 1
+    for index in (0, 2):
+        said_at_once = run.errors[index].read_text().splitlines()[0]
+        assert f"process {index} waits for 3 processes to meet" in said_at_once
+        [line] = run.said(index).splitlines()
+        assert f"process {index} has waited 3 s for all processes to meet" in line
+        assert "--coordinator=127.0.0.1:" in line
+    assert not (reference.parent / "few").exists()
+
+
+def test_a_second_run_of_the_same_folder_is_refused_on_all(reference):
+    # The reference is finished: only its lock is in question.
+    from charlstm.files import sole_writer
+
+    with sole_writer(epath.Path(reference)):
+        run = Processes(reference.parent, [*FLAGS, "--workdir=reference"])
+        assert run.wait() == [2, 2]
+    assert "in use by process" in run.said(0)
+    assert "process 0 of 2 could not go on" in run.said(1)

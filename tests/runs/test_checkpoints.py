@@ -1,0 +1,312 @@
+import math
+import re
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from helpers import flip
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from charlstm.errors import DamagedError, RunError, UserError
+from charlstm.optim import AverageState, averaged_params
+from charlstm.runs.checkpoints import Checkpoints, only_params, steps_in
+from charlstm.runs.checksums import checksums
+from charlstm.steps import TrainState
+
+NOTES = {"seconds": 1.5, "streak": 0}
+
+
+def state_at(step):
+    """Return a state whose every number depends on the step."""
+    numbers = jnp.arange(12.0).reshape(3, 4) + step
+    return TrainState(
+        jnp.int32(step), {"w": numbers, "b": numbers[0] / 7}, (numbers,), (), jax.random.key(step)
+    )
+
+
+LIKE = jax.eval_shape(lambda: state_at(0))
+
+
+def written(workdir, losses):
+    """Save states 1, 2, ... with these losses."""
+    with closing(Checkpoints(epath.Path(workdir))) as checkpoints:
+        for step, loss in enumerate(losses, start=1):
+            checkpoints.save(state_at(step), NOTES | {"told": step}, loss)
+
+
+def assert_is(state, step):
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(state_at(step)), strict=True):
+        assert ours.dtype == theirs.dtype
+        if jnp.issubdtype(ours.dtype, jax.dtypes.prng_key):
+            ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def newest(workdir, **options):
+    with closing(Checkpoints(epath.Path(workdir))) as checkpoints:
+        return checkpoints.restore_newest(LIKE, **options)
+
+
+def test_what_is_saved_is_what_is_restored(tmp_path):
+    written(tmp_path, [2.5])
+    state, notes = newest(tmp_path)
+    assert_is(state, 1)
+    assert notes == NOTES | {"told": 1}
+
+
+@pytest.mark.parametrize(
+    "name", ["My [texts]", "[x]", "a*b?c", "a\\b", "[[", "caf\udce9", "%41 {a}#'\n\""]
+)
+def test_any_name_of_a_folder_will_do(name, tmp_path):
+    for parent in (tmp_path / name, tmp_path / "moved" / name):
+        if not parent.exists():
+            parent.parent.mkdir(exist_ok=True)
+            written(parent, [3.0, 2.0, 1.0])
+        with closing(Checkpoints(epath.Path(parent), read_only=True)) as checkpoints:
+            assert_is(checkpoints.restore(checkpoints.best_step(), LIKE)[0], 3)
+        assert_is(newest(parent)[0], 3)
+        assert steps_in(epath.Path(parent / "checkpoints")) == [2, 3]
+        assert [path.name for path in parent.parent.iterdir()] == [name]
+        if parent.parent == tmp_path:
+            (tmp_path / "moved").mkdir()
+            parent.rename(tmp_path / "moved" / name)
+
+
+def test_a_state_that_is_there_gives_way_to_one_with_a_loss_only(tmp_path):
+    with closing(Checkpoints(epath.Path(tmp_path))) as checkpoints:
+        checkpoints.save(state_at(1), NOTES, 1.0)
+        checkpoints.save(state_at(2), NOTES, None)
+        checkpoints.save(state_at(2), NOTES | {"told": "again"}, 0.5)
+        checkpoints.save(state_at(2), NOTES | {"told": "too late"}, None)
+        checkpoints.save(state_at(3), NOTES, None)
+        assert checkpoints.best_step() == 2
+        assert checkpoints.restore(2, LIKE)[1]["told"] == "again"
+
+
+def test_without_a_loss_that_is_finite_the_newest_is_the_best(tmp_path):
+    written(tmp_path, [None, math.nan, math.inf])
+    with closing(Checkpoints(epath.Path(tmp_path), read_only=True)) as checkpoints:
+        assert checkpoints.best_step() == 3
+
+
+def test_only_a_state_that_is_wanted_is_restored_and_newer_ones_go(tmp_path):
+    written(tmp_path, [3.0, 2.0, 1.0])
+    state, _ = newest(tmp_path, is_wanted=lambda notes: notes["told"] < 3)
+    assert_is(state, 2)
+    assert steps_in(epath.Path(tmp_path / "checkpoints")) == [2]
+    assert newest(tmp_path, is_wanted=lambda notes: False) is None
+    assert steps_in(epath.Path(tmp_path / "checkpoints")) == []
+
+
+def test_all_being_damaged_is_no_reason_to_begin_anew_in_silence(tmp_path):
+    written(tmp_path, [3.0, 2.0])
+    for step in (1, 2):
+        shutil.rmtree(tmp_path / "checkpoints" / str(step) / "state")
+    # However often it is tried, until the user decides.
+    for _ in range(3):
+        with pytest.raises(UserError, match=r"no checkpoint is left.*delete them to begin anew"):
+            newest(tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "damaged-1",
+        "damaged-2",
+    }
+    for path in (tmp_path / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    assert newest(tmp_path) is None
+
+
+def test_a_damaged_checkpoint_that_is_aside_already_is_kept(tmp_path):
+    for mark in ("first", "second"):
+        written(tmp_path, [3.0, 2.0])
+        (tmp_path / "checkpoints" / "2" / "mark").write_text(mark)
+        (tmp_path / "checkpoints" / "2" / "notes" / "metadata").unlink()
+        newest(tmp_path)
+        shutil.rmtree(tmp_path / "checkpoints" / "1")
+    marks = [path.read_text() for path in (tmp_path / "checkpoints").glob("damaged-2*/mark")]
+    assert sorted(marks) == ["first", "second"]
+
+
+OTHERS = {
+    "key is key<fry>() there and key<rbg>() here": lambda state: state._replace(
+        key=jax.random.key(0, impl="rbg")
+    ),
+    "params/w is float32(3, 4) there and float16(3, 4) here": lambda state: state._replace(
+        params=state.params | {"w": state.params["w"].astype(jnp.float16)}
+    ),
+    "params/w is float32(3, 4) there and float32(4, 4) here": lambda state: state._replace(
+        params=state.params | {"w": jnp.zeros((4, 4))}
+    ),
+    "params/more is missing there and float32(2,) here": lambda state: state._replace(
+        params=state.params | {"more": jnp.zeros(2)}
+    ),
+    "opt_state/0 is float32(3, 4) there and missing here": lambda state: state._replace(
+        opt_state=()
+    ),
+}
+
+
+@pytest.mark.parametrize("difference", OTHERS)
+def test_a_state_of_other_arrays_is_refused_by_their_names_and_not_renamed(difference, tmp_path):
+    written(tmp_path, [2.0, 1.0])
+    like = jax.eval_shape(lambda: OTHERS[difference](state_at(0)))
+    with closing(Checkpoints(epath.Path(tmp_path))) as checkpoints:
+        with pytest.raises(UserError, match=re.escape(difference)) as caught:
+            checkpoints.restore_newest(like)
+        assert not isinstance(caught.value, DamagedError)
+        assert_is(checkpoints.restore_newest(LIKE)[0], 2)
+
+
+@pytest.mark.parametrize("name", ["notes/metadata", "state/manifest.ocdbt", "state/_METADATA"])
+def test_a_file_that_cannot_be_read_is_not_damage(name, tmp_path):
+    written(tmp_path, [2.0, 1.0])
+    path = tmp_path / "checkpoints" / "2" / name
+    # A link to itself, since whoever is root may read everything.
+    whole = path.rename(path.with_name("whole"))
+    path.symlink_to(path.name)
+    with pytest.raises(RunError, match=f"2/{name}: cannot be read"):
+        newest(tmp_path)
+    path.unlink()
+    whole.rename(path)
+    assert_is(newest(tmp_path)[0], 2)
+
+
+def test_files_of_an_owner_without_a_name_are_read(tmp_path, monkeypatch):
+    def nameless(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", nameless)
+    monkeypatch.setattr("grp.getgrgid", nameless)
+    written(tmp_path, [1.0])
+    assert_is(newest(tmp_path)[0], 1)
+
+
+def test_a_checksum_tells_types_shapes_and_keys_apart():
+    one = jnp.zeros(2, jnp.float32)
+    others = [jnp.zeros(2, jnp.int32), jnp.zeros((2, 1)), jnp.zeros(2).at[1].set(-0.0)]
+    assert len({checksums([x])["0"] for x in [one, *others]}) == 4
+    keys = [jax.random.key(0), jax.random.key(1)]
+    assert checksums(keys)["0"] != checksums(keys)["1"]
+    assert checksums({"a": (one,)}).keys() == {"a/0"}
+
+
+def bytes_read():
+    """Return how many bytes this process has read from files."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's counters")
+def test_the_parameters_are_read_without_what_only_training_needs(tmp_path):
+    def make_state():
+        params = {"w": jax.random.normal(jax.random.key(1), (10**6,))}
+        twice = {"w": 2 * params["w"]}
+        average = AverageState(jnp.int32(0), {"w": 3 * params["w"]})
+        return TrainState(jnp.int32(1), params, (twice, average), (4 * params["w"],), ())
+
+    with closing(Checkpoints(epath.Path(tmp_path))) as checkpoints:
+        checkpoints.save(make_state(), NOTES, 1.0)
+    like, counts = jax.eval_shape(make_state), {}
+    for name, wanted in (("all", like), ("params", only_params(like))):
+        with closing(Checkpoints(epath.Path(tmp_path), read_only=True)) as checkpoints:
+            before = bytes_read()
+            state, _ = checkpoints.restore(1, wanted)
+            counts[name] = bytes_read() - before
+    average = averaged_params(state.params, state.opt_state)["w"]
+    np.testing.assert_array_equal(average, make_state().opt_state[1].average["w"])
+    # One of four arrays.
+    assert counts["params"] < 0.3 * counts["all"]
+
+
+def test_reading_checkpoints_logs_nothing(tmp_path, caplog):
+    written(tmp_path, [1.0])
+    caplog.clear()
+    Checkpoints(epath.Path(tmp_path), read_only=True).close()
+    assert [record for record in caplog.records if record.levelname != "INFO"] == []
+
+
+FILES = [
+    "_CHECKPOINT_METADATA",
+    "metrics/metrics",
+    "notes/metadata",
+    "state/_METADATA",
+    "state/_sharding",
+    "state/manifest.ocdbt",
+    "state/array_metadatas/process_0",
+    "state/d/*",
+    "state/ocdbt.process_0/manifest.ocdbt",
+    "state/ocdbt.process_0/d/*",
+]
+DAMAGES = {
+    "emptied": lambda path: path.write_bytes(b""),
+    "halved": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "deleted": lambda path: path.unlink(),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return the folder of a run with checkpoints 1 and 2."""
+    folder = tmp_path_factory.mktemp("whole")
+    written(folder, [2.0, 1.0])
+    return folder
+
+
+def assert_damage_never_goes_unnoticed(workdir, caplog):
+    """Assert that a resume gets the state of 2 or of 1, and a reader that of 2 or an error."""
+    for choose in (Checkpoints.best_step, Checkpoints.latest_step):
+        try:
+            with closing(Checkpoints(epath.Path(workdir), read_only=True)) as checkpoints:
+                assert choose(checkpoints) == 2
+                assert_is(checkpoints.restore(2, LIKE)[0], 2)
+        except DamagedError as error:
+            refusal = str(error)
+            assert "checkpoints/2" in refusal
+    caplog.clear()
+    state, notes = newest(workdir)
+    told = [record.message for record in caplog.records if record.name.startswith("charlstm")]
+    assert notes["told"] == int(state.step)
+    assert_is(state, int(state.step))
+    assert (int(state.step) == 2) == (not told)
+    assert int(state.step) == 2 or "set aside as damaged-2" in told[0]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_noticed_or_does_no_harm(damage, name, whole, tmp_path, caplog):
+    shutil.copytree(whole, tmp_path / "run")
+    paths = list((tmp_path / "run" / "checkpoints" / "2").glob(name))
+    assert paths
+    for path in paths:
+        DAMAGES[damage](path)
+    assert_damage_never_goes_unnoticed(tmp_path / "run", caplog)
+
+
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=settings().max_examples // 4,  # each takes a fifth of a second
+)
+@given(number=st.integers(0, 10**6), place=st.integers(0, 10**9))
+def test_a_flipped_bit_is_noticed_or_does_no_harm(number, place, whole, tmp_path_factory, caplog):
+    workdir = tmp_path_factory.mktemp("flip") / "run"
+    shutil.copytree(whole, workdir)
+    folder = workdir / "checkpoints" / "2"
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    flip(paths[number % len(paths)], place)
+    assert_damage_never_goes_unnoticed(workdir, caplog)
+    shutil.rmtree(workdir.parent)
+
+
+def test_the_error_of_a_damaged_file_leaves_out_how_it_was_opened(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "checkpoints").glob("*/state/d/*"):
+        path.write_text("x")
+    with closing(Checkpoints(epath.Path(tmp_path), read_only=True)) as checkpoints:
+        with pytest.raises(DamagedError, match="missing or damaged") as caught:
+            checkpoints.restore(checkpoints.latest_step(), LIKE)
+    assert "tensorstore_spec" not in str(caught.value)

@@ -1,0 +1,283 @@
+"""Whatever a stranger gives: a result as it should be, or one clear line, and nothing else.
+
+pytest --hypothesis-profile=long tests/test_fuzz.py tries twenty times as much.
+"""
+
+import json
+import shutil
+from functools import lru_cache
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from helpers import config_with, flip, small_config
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+
+from charlstm import CharLSTM, zero_carry
+from charlstm.cli import options
+from charlstm.config import base_config, flatten
+from charlstm.config_check import validate
+from charlstm.data.batches import Streams, Windows, evaluation_batches, split, training_batches
+from charlstm.data.cleaning import Vocab
+from charlstm.data.corpus import open_corpus
+from charlstm.errors import DamagedError, UserError, one_line, printable
+from charlstm.runs.checkpoints import load_model
+from charlstm.runs.checksums import read_notes, seal
+from charlstm.runs.folder import _checksum, load_run
+from charlstm.runs.metrics import read_records
+from charlstm.sampling import stream
+from charlstm.training.loop import train
+from charlstm.training.progress import Notes
+
+NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, -(2**63), 2**31, 1e308])
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=20,
+)
+ANY_TEXT = st.text(st.characters(codec=None), max_size=300)  # lone surrogates too
+
+
+def assert_clear(error):
+    """Assert that an error is for a person: one line, not too long, which no terminal obeys."""
+    line = one_line(error)
+    assert line
+    assert len(line) <= 1000
+    assert "\n" not in line
+    assert printable(line) == line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, book):
+    """Return a folder with a finished run, in run/, and its text."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder / "book.txt").write_text(book, encoding="utf-8")
+    train(small_config(folder / "book.txt", num_steps=2, eval_every_steps=1), folder / "run")
+    return folder
+
+
+@given(st.binary(max_size=500) | st.text(max_size=300).map(str.encode))
+def test_any_bytes_are_a_text_or_a_clear_line(folder, raw):
+    (folder / "any.txt").write_bytes(raw)
+    try:
+        text = open_corpus(base_config().data, str(folder / "any.txt"))
+    except UserError as error:
+        assert_clear(error)
+        return
+    content = text.vocab.decode(text.ids_M)
+    # Alone, since the frames of Project Gutenberg are unlikely here.
+    decoded = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    assert content == decoded.replace("\r\n", "\n").replace("\r", "\n")
+    assert text.vocab.characters == Vocab.from_text(content).characters
+
+
+@given(
+    st.text(min_size=2, max_size=300),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from(["streams", "windows"]),
+    st.floats(0, 0.99),
+)
+def test_any_sizes_give_batches_that_count_each_target_once_or_a_clear_line(
+    text, batch_size, seq_len, order, val_fraction
+):
+    config = config_with(
+        {
+            "batch_size": batch_size,
+            "seq_len": seq_len,
+            "data.order": order,
+            "data.val_fraction": val_fraction,
+        }
+    )
+    try:
+        ids = Vocab.from_text(text).encode(text)
+        train_ids, val_ids = split(ids, val_fraction)
+        batches = training_batches(train_ids, config)
+        evaluation = evaluation_batches(val_ids, config) if val_fraction else None
+    except UserError as error:
+        assert_clear(error)
+        return
+    assert isinstance(batches, Windows if order == "windows" else Streams)
+    steps = np.arange(batches.steps_per_epoch)
+    count = batches(steps).weights_BT.sum()
+    assert count == (len(train_ids) - 1 if order == "streams" else batches.num_windows * seq_len)
+    if evaluation:
+        first = seq_len if order == "windows" else 1
+        count = evaluation(np.arange(evaluation.steps_per_epoch)).weights_BT.sum()
+        assert count == len(val_ids) - first
+
+
+@given(st.sampled_from(sorted(flatten(base_config()))), JSON)
+def test_any_value_of_any_setting_is_valid_or_a_clear_line(key, value):
+    try:
+        config = config_with({key: value})
+    except ValueError:  # a ConfigDict's own, of dots in names
+        reject()
+    try:
+        validate(config)
+    except UserError as error:
+        assert_clear(error)
+        return
+    assert type(value) is type(flatten(base_config())[key])
+    if isinstance(value, float):
+        assert np.isfinite(value)
+
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
+KEYS = st.sampled_from([*flatten(base_config()), "model", "batchsize", "x" * 50, ""])
+
+
+@given(st.lists(st.builds("--config.{}={}".format, KEYS, WORDS) | WORDS, max_size=4))
+def test_any_command_line_is_understood_or_a_clear_line(words):
+    try:
+        normal = options.normalise(["train.py", *words])
+        assert normal[0] == "train.py"
+    except UserError as error:
+        assert_clear(error)
+
+
+@given(
+    name=st.sampled_from(["config.json", "vocab.json", "prompts.json"]),
+    content=JSON.map(json.dumps).map(str.encode) | st.binary(max_size=200),
+)
+def test_any_content_of_a_file_of_a_run_is_a_clear_line(folder, name, content):
+    path = folder / "run" / name
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            load_run(epath.Path(folder / "run"))
+        assert_clear(caught.value)
+    finally:
+        path.write_bytes(whole)
+
+
+@given(st.sampled_from(sorted(flatten(base_config()))), JSON)
+def test_any_setting_that_its_author_has_sealed_is_a_clear_line_or_loads(folder, key, value):
+    path = folder / "run" / "config.json"
+    whole = path.read_bytes()
+    about = json.loads(whole)
+    del about["checksum"]
+    *sections, name = key.split(".")
+    (about["config"][sections[0]] if sections else about["config"])[name] = value
+    try:
+        path.write_text(json.dumps(about | {"checksum": _checksum(about)}))
+        load_model(folder / "run")
+    except UserError as error:
+        assert_clear(error)
+    finally:
+        path.write_bytes(whole)
+
+
+cached_model = lru_cache(load_model)
+
+
+@given(st.sampled_from(["config", "text", "versions", "devices", "sha256", "schema"]), JSON)
+def test_any_part_of_a_config_that_its_author_has_sealed_is_a_clear_line_or_loads(
+    folder, key, value
+):
+    path = folder / "run" / "config.json"
+    whole = path.read_bytes()
+    about = json.loads(whole) | {key: value}
+    del about["checksum"]
+    try:
+        path.write_text(json.dumps(about | {"checksum": _checksum(about)}))
+        load_run(epath.Path(folder / "run"))
+    except UserError as error:
+        assert_clear(error)
+    finally:
+        path.write_bytes(whole)
+
+
+NAMES = ["notes", "loss", "crc32", "seconds", "since_log", "since_eval", "streak", "grad_norm"]
+
+
+@given(st.sampled_from(NAMES), JSON)
+def test_any_notes_that_their_author_has_sealed_are_a_clear_line_or_read(folder, name, value):
+    checkpoint = epath.Path(folder / "run" / "checkpoints" / "2")
+    path = checkpoint / "notes" / "metadata"
+    whole = path.read_bytes()
+    sealed = json.loads(whole)
+    del sealed["seal"]
+    (sealed if name in sealed else sealed["notes"])[name] = value
+    try:
+        path.write_text(json.dumps(sealed | {"seal": seal(sealed)}))
+        Notes.from_json(read_notes(checkpoint)["notes"])
+        load_model(folder / "run")
+    except UserError as error:
+        assert_clear(error)
+    finally:
+        path.write_bytes(whole)
+
+
+@settings(max_examples=settings().max_examples // 4)  # each takes a third of a second
+@given(number=st.integers(0, 10**6), place=st.integers(0, 10**9), kind=st.integers(0, 3))
+def test_any_damage_to_a_run_is_a_clear_line_or_does_no_harm(
+    folder, number, place, kind, tmp_path_factory
+):
+    workdir = tmp_path_factory.mktemp("damaged") / "run"
+    shutil.copytree(folder / "run", workdir)
+    files = sorted(path for path in workdir.rglob("*") if path.is_file() and path.stat().st_size)
+    path = files[number % len(files)]
+    if kind < 2:
+        flip(path, place)
+    elif kind == 2:
+        path.write_bytes(path.read_bytes()[: place % path.stat().st_size])
+    else:
+        path.unlink()
+    whole = cached_model(folder / "run")
+    try:
+        run, model, params = load_model(workdir)
+        assert model == whole[1]
+        assert run.vocab.characters == whole[0].vocab.characters
+        jax.tree.map(np.testing.assert_array_equal, params, whole[2])
+        read_records(epath.Path(workdir / "metrics.jsonl"))
+    except UserError as error:
+        assert_clear(error)
+    shutil.rmtree(workdir.parent)
+
+
+@given(st.lists(JSON.map(json.dumps).map(str.encode) | st.binary(max_size=50), max_size=4))
+def test_any_metrics_file_is_read_or_a_clear_line(folder, lines):
+    path = folder / "metrics.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    try:
+        assert len(read_records(epath.Path(path))) <= len(b"\n".join(lines).splitlines())
+    except DamagedError as error:
+        assert_clear(error)
+
+
+MODEL = CharLSTM(vocab_size=5, hidden_size=4)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=3, max_size=3),
+    length=st.integers(1, 30),
+    temperature=st.floats(0, 100) | st.sampled_from([1e-30, 1e30]),
+    top_k=st.integers(0, 100),
+    top_p=st.floats(0, 1, exclude_min=True),
+    chunk=st.integers(1, 50),
+)
+def test_any_settings_of_the_sampler_write_characters_of_the_vocabulary(
+    lengths, length, temperature, top_k, top_p, chunk
+):
+    key = jax.random.key(0)
+    params = MODEL.init(key, np.zeros((1, 1), int), zero_carry(MODEL, 1))["params"]
+    prompts = [np.arange(size) % 5 for size in lengths]
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "chunk": chunk}
+    ids = np.concatenate(list(stream(MODEL, params, prompts, key, length=length, **settings)), 1)
+    assert ids.shape == (3, length)
+    assert ids.min() >= 0
+    assert ids.max() < 5
+
+
+@given(ANY_TEXT)
+def test_nothing_that_is_printable_moves_a_terminal(text):
+    shown = printable(text)
+    assert "\x1b" not in shown
+    assert all(char in "\t\n" or not 0 <= ord(char) < 32 for char in shown)
+    shown.encode()  # no lone surrogate, which no terminal's encoding has
+    if text.isprintable():
+        assert shown == text

@@ -1,0 +1,265 @@
+"""What a run survives: kills, signals, full disks, lost folders, a second trainer."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from launching import WarmLauncher, command_of, run_command, train_on
+
+from charlstm.files import sole_writer
+from charlstm.model import model_from_config
+from charlstm.runs.checkpoints import Checkpoints, load_model, state_shapes, steps_in
+from charlstm.runs.folder import load_run
+from charlstm.runs.metrics import read_records
+
+FLAGS = [
+    "--config=tiny",
+    "--config.num_steps=60",
+    "--config.log_every_steps=5",
+    "--config.eval_every_steps=20",
+    "--config.checkpoint_every_steps=10",
+    "--config.sample.length=40",
+    "--config.data.path=book.txt",
+]
+POINTS = "mid_save:10 after_commit:20 before_log:35 torn_log:35 after_log:35 mid_delete:50".split()
+TOGETHER = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+
+
+def last_state(workdir):
+    """Return the leaves of the latest state of a run, all that training depends on."""
+    run = load_run(epath.Path(workdir))
+    like = state_shapes(run.config, model_from_config(run.config, run.vocab))
+    with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
+        state, _ = checkpoints.restore(checkpoints.latest_step(), like)
+    return jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
+
+
+def best_weights(workdir):
+    return jax.tree.leaves(load_model(workdir, "best")[2])
+
+
+CLOCKED = ("seconds", "chars_per_second")
+
+
+def metrics(workdir):
+    """Return the records of a run without what depends on the clock."""
+    records = read_records(epath.Path(workdir) / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in CLOCKED} for record in records]
+
+
+def assert_same_run(workdir, reference):
+    """Assert that two runs ended with the same bits, whatever happened on the way."""
+    for leaves_of in (last_state, best_weights):
+        for ours, theirs in zip(leaves_of(workdir), leaves_of(reference), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert metrics(workdir) == metrics(reference)
+    # A kill right after a save leaves what that save would have deleted next.
+    kept = steps_in(reference / "checkpoints")
+    assert set(steps_in(workdir / "checkpoints")) >= set(kept)
+    for name in ("samples.txt", "vocab.json", "prompts.json"):
+        assert (workdir / name).read_bytes() == (reference / name).read_bytes()
+    left = {path.name for path in [*workdir.iterdir(), *(workdir / "checkpoints").iterdir()]}
+    assert not {name for name in left if "tmp" in name or "trash" in name or "damaged" in name}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, book):
+    """Return the folder of a run that nothing happened to; its text lies beside it."""
+    folder = tmp_path_factory.mktemp("faults")
+    train_on(book, folder, *FLAGS, "--workdir=reference")
+    return folder / "reference"
+
+
+def test_a_run_killed_at_every_named_point_ends_as_one_that_was_not(reference, tmp_path):
+    with closing(WarmLauncher("charlstm.training.loop")) as launch:
+        for point in POINTS:
+            flags = [point, *FLAGS, f"--workdir={tmp_path}/run"]
+            killed = launch("../tests/killed_at", *flags, cwd=reference.parent)
+            assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
+    result = run_command("train", *FLAGS, f"--workdir={tmp_path}/run", cwd=reference.parent)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "run", reference)
+
+
+@pytest.mark.slow
+def test_runs_killed_at_a_hundred_random_times_end_as_one_that_was_not(reference, tmp_path):
+    # Saving takes most of the time after the start, so that most kills meet a save.
+    flags = [*FLAGS, "--config.num_steps=150", "--config.checkpoint_every_steps=5"]
+    flags += ["--config.eval_every_steps=50"]
+    undisturbed = run_command("train", *flags, "--workdir=long", cwd=reference.parent)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    chooser = random.Random(0)
+    kills = resumes = torn = lost_steps = finished = 0
+    while kills < 100:
+        workdir = tmp_path / f"run{finished}"
+        command = command_of("train", *flags, f"--workdir={workdir}")
+        process = subprocess.Popen(command, cwd=reference.parent, **TOGETHER)
+        has_begun = threading.Event()
+        threading.Thread(target=watch, args=(process, has_begun)).start()
+        if chooser.random() < 0.8:
+            has_begun.wait(timeout=60)
+            time.sleep(chooser.uniform(0, 4))
+        else:
+            time.sleep(chooser.uniform(0, 6))
+        process.kill()
+        code = process.wait()
+        assert code in (0, -signal.SIGKILL)
+        if code == -signal.SIGKILL:
+            records = metrics(workdir)
+            steps = steps_in(workdir / "checkpoints")
+            kills += 1
+            resumes += bool(steps)
+            torn += bool(list(workdir.glob("**/*tmp*")) + list(workdir.glob("**/trash")))
+            lost_steps += max(0, (records[-1]["step"] if records else 0) - max(steps, default=0))
+        else:
+            result = run_command("train", *flags, f"--workdir={workdir}", cwd=reference.parent)
+            assert result.returncode == 0, result.stderr
+            assert_same_run(workdir, reference.parent / "long")
+            finished += 1
+    print(f"{kills} kills, {resumes} with a checkpoint to go on from, {torn} amid a write;")
+    print(f"{lost_steps} logged steps taken again; {finished} runs ended, all with the same bits")
+    assert resumes > 50
+    assert torn > 5
+    assert finished > 3
+
+
+def watch(process, has_begun):
+    for line in process.stdout:
+        if line.startswith("step "):
+            has_begun.set()
+
+
+def wait_for(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_once_all_is_saved(number, reference, tmp_path):
+    flags = [*FLAGS, "--config.num_steps=1000000", f"--workdir={tmp_path}/run"]
+    # In a process group of its own, in which nothing may be left.
+    options = {"cwd": reference.parent, **TOGETHER}
+    process = subprocess.Popen(command_of("train", *flags), start_new_session=True, **options)
+    if number == signal.SIGTERM:
+        wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    else:
+        # Compilation comes next.
+        assert any(line.startswith("steps: ") for line in process.stdout)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert "Traceback" not in output
+    assert "stopping once the step is saved" in output
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    steps = steps_in(tmp_path / "run" / "checkpoints")
+    assert f"stopped and saved at step {max(steps, default=0)}" in output
+    # That the same command goes on from there, with the same bits, is in test_train.py.
+
+
+def test_a_signal_amid_an_evaluation_is_answered_before_its_end(reference, tmp_path, book):
+    # An evaluation of minutes, after two steps.
+    (tmp_path / "long.txt").write_text(book * 1000, encoding="utf-8")
+    flags = [*FLAGS, "--config.data.path=long.txt", "--config.data.val_fraction=0.9"]
+    flags += ["--config.log_every_steps=2", "--config.eval_every_steps=2", "--workdir=run"]
+    process = subprocess.Popen(command_of("train", *flags), cwd=tmp_path)
+    wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    process.send_signal(signal.SIGHUP)  # as a terminal that is closed
+    assert process.wait(timeout=30) == 128 + signal.SIGHUP
+    assert steps_in(tmp_path / "run" / "checkpoints") == [2]
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [2]
+    assert "val/loss" not in metrics(tmp_path / "run")[0]
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_checkpoint_before_is_kept(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    before = load_model(tmp_path / "run", "latest")[2]
+    flags = [*FLAGS, "--config.num_steps=1000000", f"--workdir={tmp_path}/run"]
+    flags += ["--config.eval_every_steps=1000000", "--config.checkpoint_every_steps=10000"]
+    options = {"cwd": reference.parent, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command_of("train", *flags), **options)
+    wait_for(lambda: metrics(tmp_path / "run")[-1]["step"] > 60)
+    # From now on no file can grow beyond this: metrics.jsonl can, a checkpoint can not.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert "could not be saved" in last
+    assert "is kept" in last
+    after = load_model(tmp_path / "run", "latest")[2]
+    for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_run_folder_that_vanishes_is_one_line(reference, tmp_path):
+    flags = [*FLAGS, "--config.num_steps=1000000", f"--workdir={tmp_path}/run"]
+    options = {"cwd": reference.parent, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command_of("train", *flags), **options)
+    wait_for(lambda: steps_in(epath.Path(tmp_path / "run" / "checkpoints")))
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert "Traceback" not in errors
+    assert "error: " in errors.splitlines()[-1]
+    # Where it has gone, it is a run like any other.
+    assert load_model(tmp_path / "elsewhere", "latest")[0].config.num_steps == 1000000
+
+
+def test_one_trainer_at_a_time_and_any_number_of_readers(reference, tmp_path):
+    flags = [*FLAGS, "--config.num_steps=1000000", f"--workdir={tmp_path}/run"]
+    flags += ["--config.checkpoint_every_steps=1", "--config.eval_every_steps=7"]
+    command = command_of("train", *flags)
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=reference.parent, **output)
+    try:
+        wait_for(lambda: steps_in(epath.Path(tmp_path / "run" / "checkpoints")))
+        second = run_command("train", *flags, cwd=reference.parent)
+        assert second.returncode == 2
+        assert f"run: in use by process {process.pid} on " in second.stderr
+        assert len(second.stderr.splitlines()) == 1
+        first = steps_in(tmp_path / "run" / "checkpoints")[-1]
+        for index in range(30):
+            load_model(tmp_path / "run", ("best", "latest")[index % 2])
+        # Otherwise nothing was deleted meanwhile, and nothing tested.
+        assert steps_in(tmp_path / "run" / "checkpoints")[-1] > first + 5
+    finally:
+        process.kill()
+        process.wait()
+    # The lock has ended with its holder.
+    with sole_writer(epath.Path(tmp_path / "run")):
+        pass
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_the_threads_of_the_caller():
+    # As large as differs where the factorisation spreads over threads.
+    program = (
+        "from charlstm.cli import runtime\n"
+        "runtime.prepare()\n"
+        "import jax, optax\n"
+        "from charlstm import CharLSTM, init_state\n"
+        "from charlstm.runs.checksums import checksums\n"
+        "model = CharLSTM(vocab_size=70, hidden_size=256, num_layers=2)\n"
+        "print(checksums(init_state(model, optax.sgd(1.0), jax.random.key(0), 1)))"
+    )
+    answers = []
+    for threads in ("1", "2"):
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": threads}
+        command = [sys.executable, "-c", program]
+        answers.append(subprocess.run(command, env=environment, capture_output=True, text=True))
+        assert "lstm_1/hi/kernel" in answers[-1].stdout, answers[-1].stderr
+    assert answers[0].stdout == answers[1].stdout

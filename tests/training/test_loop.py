@@ -1,0 +1,453 @@
+import json
+import math
+import os
+import shutil
+from contextlib import closing
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from etils import epath
+from helpers import NUM_STEPS, small_config, stop_after
+
+import charlstm.training.loop as train_module
+from charlstm.data.batches import Streams, evaluation_batches, split
+from charlstm.errors import RunError, UserError
+from charlstm.files import sole_writer
+from charlstm.model import model_from_config, zero_carry
+from charlstm.optim import make_schedule
+from charlstm.runs.checkpoints import Checkpoints, load_model, state_shapes, steps_in
+from charlstm.runs.checksums import read_notes
+from charlstm.runs.folder import SCHEMA, load_run, write_run
+from charlstm.runs.metrics import read_records
+from charlstm.steps import TrainState, evaluate, make_eval_step
+from charlstm.training import progress
+from charlstm.training.loop import train
+
+FIXTURES = ROOT / "tests" / "fixtures"
+
+
+def latest_leaves(workdir):
+    """Return the parameters of the latest checkpoint."""
+    return jax.tree.leaves(load_model(workdir, "latest")[2])
+
+
+def timeless(workdir):
+    """Return the records of a run without what depends on the clock."""
+    clocked = ("seconds", "chars_per_second")
+    records = read_records(epath.Path(workdir) / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in clocked} for record in records]
+
+
+def assert_same_run(workdir, reference):
+    """Assert that two runs have the same weights, bit for bit, and the same records."""
+    for ours, theirs in zip(latest_leaves(workdir), latest_leaves(reference), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert timeless(workdir) == timeless(reference)
+    assert best_and_latest(workdir) == best_and_latest(reference)
+
+
+def best_and_latest(workdir):
+    """Return (step, loss) of the best checkpoint and of the latest."""
+    with closing(Checkpoints(epath.Path(workdir), read_only=True)) as checkpoints:
+        steps = checkpoints.best_step(), checkpoints.latest_step()
+    folder = epath.Path(workdir) / "checkpoints"
+    return [(step, read_notes(folder / str(step))["loss"]) for step in steps]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, book):
+    """Return (config, workdir) of a run that went through undisturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "book.txt").write_text(book, encoding="utf-8")
+    config = small_config(folder / "book.txt")
+    assert train(config, folder / "run")
+    return config, folder / "run"
+
+
+def test_the_run_folder_holds_all_that_it_should(finished, book):
+    _, workdir = finished
+    names = {path.name for path in workdir.iterdir()}
+    files = "config.json vocab.json prompts.json metrics.jsonl samples.txt curves.png checkpoints"
+    assert names >= set(files.split())
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not any(name.endswith(".tmp") for name in names)
+    about = json.loads((workdir / "config.json").read_text())
+    assert about["schema"] == SCHEMA
+    assert about["config"]["model"]["hidden_size"] == 16
+    assert about["text"]["source"].endswith("book.txt")
+    assert about["text"]["characters"] == len(book)
+    assert about["versions"]["jax"] == jax.__version__
+    assert json.loads((workdir / "vocab.json").read_text()) == sorted(set(book))
+    assert all(prompt in book for prompt in json.loads((workdir / "prompts.json").read_text()))
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "samples.txt").read_text().count("=== step") == 3
+
+
+def test_metrics_have_each_logged_step_once_and_in_order(finished):
+    _, workdir = finished
+    records = read_records(epath.Path(workdir) / "metrics.jsonl")
+    training = [record for record in records if "train/loss" in record]
+    scored = [record for record in records if "val/loss" in record]
+    assert [record["step"] for record in training] == [*range(4, NUM_STEPS, 4), NUM_STEPS]
+    assert [record["step"] for record in scored] == [10, 20, 30]
+    fields = "epoch seconds train/bits_per_char chars_per_second learning_rate grad_norm".split()
+    assert all(record.keys() >= set(fields) for record in training)
+    assert all(record.keys() >= {"seconds", "val/accuracy", "sample"} for record in scored)
+    for record in scored:
+        np.testing.assert_allclose(record["val/bits_per_char"], record["val/loss"] / math.log(2))
+        assert len(record["sample"]) == 30
+    assert scored[-1]["val/loss"] < scored[0]["val/loss"]
+
+
+def test_a_run_stopped_wherever_it_looks_ends_as_one_that_was_not(finished, tmp_path, monkeypatch):
+    # Between steps, amid evaluations and amid samples; each time a little later. And a call of
+    # train_steps for each step here, and of several in the run to compare with.
+    config, workdir = finished
+    monkeypatch.setattr(progress, "CALL_SECONDS", 0)
+    num_looks = 1
+    while not train(config, tmp_path / "run", should_stop=stop_after(num_looks)):
+        num_looks += 4
+    assert num_looks > 10
+    assert_same_run(tmp_path / "run", workdir)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path):
+    config, workdir = finished
+    assert train(config, tmp_path / "same")
+    assert timeless(tmp_path / "same") == timeless(workdir)
+    other = small_config(config.data.path, seed=1)
+    assert train(other, tmp_path / "other")
+    assert timeless(tmp_path / "other") != timeless(workdir)
+
+
+def test_the_kind_of_random_keys_is_the_runs_whatever_is_jaxs_default(cheaply, book_path, tmp_path):
+    config = small_config(book_path, num_steps=6, eval_every_steps=3)
+    with jax.default_prng_impl("rbg"):
+        assert train(config, tmp_path / "whole")
+        assert not train(config, tmp_path / "parts", should_stop=stop_after(2))
+    assert train(config, tmp_path / "parts")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    assert json.loads((tmp_path / "parts" / "config.json").read_text())["prng_impl"] == "rbg"
+
+
+def test_a_run_moves_its_arrays_whatever_guard_there_is(cheaply, book_path, tmp_path):
+    with jax.transfer_guard("disallow"):
+        assert train(small_config(book_path, num_steps=2, eval_every_steps=1), tmp_path / "run")
+        load_model(tmp_path / "run")
+
+
+def test_a_finished_run_is_left_alone(finished):
+    config, workdir = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    assert train(config, workdir)
+    after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    before[workdir / ".lock"] = after[workdir / ".lock"]  # says who was there last
+    assert {p: t for p, t in after.items() if p in before} == before
+    assert {path.parent.name for path in after.keys() - before.keys()} <= {"checkpoints"}
+
+
+def test_a_folder_of_another_config_is_refused_with_the_keys_that_differ(finished):
+    config, workdir = finished
+    other = small_config(config.data.path, **{"model.hidden_size": 24, "seed": 5})
+    with pytest.raises(
+        UserError, match=r"model.hidden_size is 16 there and 24 here; seed is 0 there and 5"
+    ):
+        train(other, workdir)
+
+
+def test_a_text_that_has_changed_is_refused(book, book_path, tmp_path):
+    config = small_config(book_path)
+    assert not train(config, tmp_path / "run", should_stop=stop_after(1))
+    book_path.write_text(book + "x")
+    with pytest.raises(UserError, match=r"book.txt: has changed"):
+        train(config, tmp_path / "run")
+
+
+def test_without_a_validation_part_the_best_is_by_training_loss(cheaply, book_path, tmp_path):
+    settings = {
+        "data.val_fraction": 0.0,
+        "data.order": "windows",
+        "data.loss_on": "last",
+        "model.input": "scaled",
+        "sample.method": "window",
+        "sample.temperature": 0.0,
+    }
+    config = small_config(book_path, **settings)
+    assert train(config, tmp_path / "run")
+    records = read_records(epath.Path(tmp_path / "run") / "metrics.jsonl")
+    losses = {record["step"]: record["train/mean_loss"] for record in records if "sample" in record}
+    checkpoints = Checkpoints(epath.Path(tmp_path / "run"))
+    assert checkpoints.best_step() == min(losses, key=losses.get)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("change", [{"num_steps": 0, "num_epochs": 1}])
+def test_a_finished_run_goes_on_when_it_is_made_longer(
+    change, cheaply, book_path, tmp_path, caplog
+):
+    caplog.set_level("INFO", logger="charlstm")
+    settings = {"optimizer.schedule": "linear", "log_every_steps": 5}
+    assert train(small_config(book_path, **settings, num_steps=10), tmp_path / "run")
+    before = timeless(tmp_path / "run")
+    config = small_config(book_path, **settings | change, eval_every_steps=15)
+    assert train(config, tmp_path / "run")
+    records = timeless(tmp_path / "run")
+    assert records[: len(before)] == before
+    num_steps = config.num_steps or 85  # 5,400 characters in 4 streams of windows of 16
+    later = [record["step"] for record in records if record["step"] > 10]
+    assert sorted(set(later)) == [*range(15, num_steps, 5), num_steps]
+    assert load_run(epath.Path(tmp_path / "run")).config.num_steps == config.num_steps
+    # The schedule is that of the new length: the rate rises again, and ends where it would.
+    rates = {r["step"]: r["learning_rate"] for r in records if "learning_rate" in r}
+    assert rates[10] < rates[15]
+    schedule = make_schedule(config, num_steps)
+    for step in set(later):
+        assert rates[step] == pytest.approx(float(schedule(step - 1)))
+    assert "a setting changed: eval_every_steps is 10 there and 15 here" in caplog.text
+
+
+def test_a_run_folder_that_was_moved_works_with_its_text_somewhere_else(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "moved" / "elsewhere")
+    shutil.copy(finished[0].data.path, tmp_path / "again.txt")
+    config = small_config(tmp_path / "again.txt", num_steps=32)
+    assert train(config, tmp_path / "moved" / "elsewhere")
+    run, _, _ = load_model(tmp_path / "moved" / "elsewhere", "latest")
+    assert run.text["source"] == str(tmp_path / "again.txt")
+
+
+def test_other_versions_are_told_and_no_obstacle(finished, tmp_path, caplog):
+    shutil.copytree(finished[1], tmp_path / "run")
+    run = load_run(epath.Path(tmp_path / "run"))
+    run.machine["versions"]["jax"] = "0.0.1"
+    write_run(run)
+    assert train(finished[0], tmp_path / "run")
+    assert f"other versions (jax 0.0.1 there and {jax.__version__} here)" in caplog.text
+
+
+def test_figures_that_rest_on_few_characters_are_told_to_mean_little(
+    cheaply, book_path, tmp_path, caplog
+):
+    config = small_config(book_path, num_steps=1, **{"data.val_fraction": 0.01})
+    assert train(config, tmp_path / "run")
+    assert "rest on 60 characters" in caplog.text
+
+
+def test_a_second_writer_is_refused_with_the_first_ones_number(finished, tmp_path):
+    config = finished[0]
+    with (
+        sole_writer(epath.Path(tmp_path / "run")),
+        pytest.raises(UserError, match=rf"run: in use by process {os.getpid()} on .*; wait"),
+    ):
+        train(config, tmp_path / "run")
+    assert train(config, tmp_path / "run")
+
+
+# --- losses that are not finite ---
+
+
+def poison(monkeypatch, is_poisoned):
+    """Make the loss NaN at the steps that is_poisoned(step) chooses."""
+    clean = Streams.__call__
+
+    def poisoned(self, steps, rows):
+        batch = clean(self, steps, rows)
+        if np.ndim(steps) == 0:
+            return batch  # an evaluation's
+        factors = [np.nan if is_poisoned(step) else 1 for step in steps.tolist()]
+        weights = batch.weights_BT * np.float32(factors)[:, None, None]
+        return batch._replace(weights_BT=weights)
+
+    monkeypatch.setattr(Streams, "__call__", poisoned)
+
+
+def states_of(workdir):
+    """Return (state, notes) of every checkpoint of a run by its step."""
+    run = load_run(epath.Path(workdir))
+    like = state_shapes(run.config, model_from_config(run.config, run.vocab), run.prng_impl)
+    with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
+        steps = steps_in(run.workdir / "checkpoints")
+        return {step: checkpoints.restore(step, like) for step in steps}
+
+
+def assert_all_states_are_finite(workdir):
+    for state, _ in states_of(workdir).values():
+        leaves = jax.tree.leaves(state._replace(key=None))
+        assert all(np.isfinite(leaf).all() for leaf in leaves)
+
+
+def test_a_step_without_a_finite_loss_is_left_out_and_counted(
+    cheaply, book_path, tmp_path, monkeypatch, caplog
+):
+    poison(monkeypatch, lambda step: step in (5, 12, 13))
+    config = small_config(book_path)
+    assert train(config, tmp_path / "run")
+    assert "step 6: the loss is nan" in caplog.text
+    records = timeless(tmp_path / "run")
+    counts = {r["step"]: r["skipped_steps"] for r in records if "skipped_steps" in r}
+    assert counts == {4: 0, 8: 1, 12: 1, 16: 3, 20: 3, 24: 3, 28: 3, 30: 3}
+    assert_all_states_are_finite(tmp_path / "run")
+    # Also where it is stopped and resumed amid them.
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "CALL_SECONDS", 0)  # a call for each step
+        assert not train(config, tmp_path / "stopped", should_stop=stop_after(7))
+    assert train(config, tmp_path / "stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "run")
+
+
+def test_after_several_in_a_row_the_run_goes_back_with_a_lower_rate(
+    cheaply, book_path, tmp_path, monkeypatch, caplog
+):
+    # Poisoned until the learning rate is a quarter, so that two retreats are needed.
+    rates = []
+    make = train_module.make_schedule
+
+    def remember(config, num_steps, rate_scale=1.0):
+        rates.append(rate_scale)
+        return make(config, num_steps, rate_scale)
+
+    monkeypatch.setattr(train_module, "make_schedule", remember)
+    poison(monkeypatch, lambda step: 13 <= step < 20 and rates[-1] > 0.25)
+    config = small_config(book_path, checkpoint_every_steps=5)
+    assert train(config, tmp_path / "run")
+    assert caplog.text.count("going back to the checkpoint of step 10, with") == 2
+    assert "with 0.25 times the learning rate" in caplog.text
+    records = timeless(tmp_path / "run")
+    steps = [record["step"] for record in records]
+    assert steps == sorted(steps)
+    rate = {r["step"]: r["learning_rate"] for r in records if "learning_rate" in r}
+    full = make(config, NUM_STEPS)
+    np.testing.assert_allclose(rate[8], full(7), rtol=1e-6)
+    np.testing.assert_allclose(rate[16], 0.25 * full(15), rtol=1e-6)
+    assert records[-1]["val/loss"] < 3.5
+    assert_all_states_are_finite(tmp_path / "run")
+    # A kill forgets nothing of it.
+    assert states_of(tmp_path / "run")[NUM_STEPS][1]["retreats"] == 2
+
+
+def test_a_run_that_never_finds_a_finite_loss_ends_with_a_clear_line(
+    cheaply, book_path, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(train_module, "MAX_RETREATS", 1)  # three take three compilations
+    settings = {"optimizer.learning_rate": 1e38, "optimizer.warmup_steps": 0}
+    with pytest.raises(
+        RunError,
+        match=r"step \d+: the loss is .*not finite, also after going back 1 times; "
+        r"no checkpoint was saved;.*learning_rate",
+    ):
+        train(small_config(book_path, **settings), tmp_path / "run")
+    assert "going back to step 0: no checkpoint is sound, with 0.5 times" in caplog.text
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        load_model(tmp_path / "run")
+
+
+def test_latest_and_best_are_both_kept_and_nan_never_becomes_best(tmp_path):
+    checkpoints = Checkpoints(epath.Path(tmp_path))
+    state = TrainState(jax.numpy.zeros((), "int32"), {"w": jax.numpy.zeros(2)}, (), (), ())
+    for step, loss in enumerate([3.0, 1.0, math.nan, 2.0, math.inf, None], start=1):
+        state = state._replace(step=jax.numpy.int32(step), params={"w": jax.numpy.full(2, step)})
+        checkpoints.save(state, {"loss": str(loss)}, loss)
+    assert checkpoints.latest_step() == 6
+    assert checkpoints.best_step() == 2
+    for step in (2, 5, 6):
+        restored, notes = checkpoints.restore(step, state)
+        assert restored.params["w"][1] == step
+        assert notes["loss"] == str([3.0, 1.0, math.nan, 2.0, math.inf, None][step - 1])
+    checkpoints.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [
+        "2",
+        "5",
+        "6",
+    ]
+
+
+def test_loading_a_model_changes_nothing_in_its_folder(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
+    # As a trainer leaves them while it saves.
+    (tmp_path / "run" / "checkpoints" / "31.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "run" / "checkpoints" / "trash" / "10").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    for which in ("best", "latest"):
+        load_model(tmp_path / "run", which)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_reading_a_run_unpickles_and_evaluates_nothing(finished, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("code from a file would run")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(f"pickle.{name}", refuse)
+    monkeypatch.setattr("numpy.load", refuse)
+    run, _, params = load_model(finished[1])
+    assert len(run.vocab) == params["dense"]["kernel"].shape[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{", "config.json: missing or damaged"),
+        ("config.json", '{"schema": 99}', "schema 99 there"),
+        ("config.json", '{"schema": 1, "config": {"x": 1}}', "checksum differs"),
+        ("vocab.json", "", "vocab.json: missing or damaged"),
+        ("prompts.json", None, "prompts.json: missing or damaged"),
+    ],
+)
+def test_a_damaged_folder_is_told_in_one_line(finished, tmp_path, name, content, message):
+    for file in ("config.json", "vocab.json", "prompts.json"):
+        (tmp_path / file).write_bytes((finished[1] / file).read_bytes())
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_run(epath.Path(tmp_path))
+
+
+def test_a_run_of_cudnn_is_read_with_the_twin_that_runs_everywhere(cheaply, book_path, tmp_path):
+    plain = {"model.scale_hidden": False, "model.rms_norm": False, "num_steps": 1}
+    assert train(small_config(book_path, **plain), tmp_path / "run")
+    _, fused, _ = load_model(tmp_path / "run")
+    run = load_run(epath.Path(tmp_path / "run"))
+    run.config.model.recurrence = "cudnn"
+    write_run(run)
+    run, model, _ = load_model(tmp_path / "run")
+    assert run.config.model.recurrence == "cudnn"
+    assert model == fused
+
+
+def test_a_torn_last_line_of_metrics_is_not_a_lost_run(book_path, tmp_path, monkeypatch):
+    config = small_config(book_path)
+    monkeypatch.setattr(progress, "CALL_SECONDS", 0)  # a call for each step
+    assert not train(config, tmp_path / "run", should_stop=stop_after(12))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "tra')
+    assert train(config, tmp_path / "run")
+    steps = [record["step"] for record in timeless(tmp_path / "run") if "train/loss" in record]
+    assert steps == [*range(4, NUM_STEPS, 4), NUM_STEPS]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()))
+def test_a_run_folder_of_every_schema_is_read_and_trained_further(
+    cheaply, name, tmp_path, book, book_path
+):
+    workdir = epath.Path(tmp_path / name)
+    shutil.copytree(FIXTURES / name, workdir)
+    run, model, params = load_model(workdir)
+    before = timeless(workdir)
+    val_ids = split(run.vocab.encode(book), run.config.data.val_fraction)[1]
+    batches = evaluation_batches(val_ids, run.config)
+    carry = zero_carry(model, batches.batch_size)
+    indices = range(batches.steps_per_epoch)
+    result = evaluate(jax.jit(make_eval_step(model)), params, carry, map(batches, indices))
+    # The tolerance is for the order of float32 sums on other processors.
+    np.testing.assert_allclose(result["loss"], before[-1]["val/loss"], rtol=1e-5)
+
+    config = run.config.copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict(
+        {"data.path": str(book_path), "num_steps": 44, "mesh.data": 1}
+    )
+    assert train(config, workdir)
+    assert timeless(workdir)[: len(before)] == before
+    assert steps_in(workdir / "checkpoints") == [40, 44]
