@@ -1,13 +1,25 @@
 """Configs of small runs, and what several test modules do to a run."""
 
+from contextlib import closing
+from dataclasses import asdict
+
+import jax
+import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from charlstm.config import base_config
+from charlstm.model import model_from_config
+from charlstm.runs.checkpoints import Checkpoints, state_shapes
+from charlstm.runs.folder import write_run
+from charlstm.training.progress import Notes
+from charlstm.training.setup import prepare
 
 NUM_STEPS = 30
 
 
 def small_config(book_path, **changes):
+    """Return the config of a short run; runs of any length have the same compiled program."""
     config = base_config()
     settings = {
         "data.path": str(book_path),
@@ -15,16 +27,35 @@ def small_config(book_path, **changes):
         "batch_size": 4,
         "seq_len": 16,
         "eval_every_steps": 10,
-        "log_every_steps": 4,
+        # Also the number of steps that one compiled call takes at most.
+        "log_every_steps": 1,
         "model.hidden_size": 16,
-        "optimizer.warmup_steps": 4,
-        # The same program for any number of steps, which is compiled once.
+        "optimizer.warmup_steps": 0,
         "optimizer.schedule": "constant",
         "sample.length": 30,
         "mesh.data": 1,
     }
     config.update_from_flattened_dict(settings | changes)
     return config
+
+
+def untrained_run(config, workdir):
+    """Return a run with a checkpoint, of step 0, of made-up weights: nothing is compiled for it."""
+    run = prepare(config, epath.Path(workdir)).run
+    run.workdir.mkdir(parents=True)
+    write_run(run)
+    model = model_from_config(config, run.vocab)
+    shapes = state_shapes(config, model, run.prng_impl)._replace(key=())
+
+    def make_up(leaf):
+        if leaf.dtype == np.int32:
+            return np.zeros(leaf.shape, leaf.dtype)
+        return np.linspace(-0.1, 0.1, leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
+
+    state = jax.tree.map(make_up, shapes)
+    with closing(Checkpoints(run.workdir)) as checkpoints:
+        checkpoints.save(state._replace(key=run.key(config.seed)), asdict(Notes()), 1.0)
+    return run
 
 
 def stop_after(num_calls):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from etils import epath
-from helpers import small_config, stop_after
+from helpers import small_config, stop_after, untrained_run
 
 from charlstm.errors import UserError
 from charlstm.files import sole_writer
@@ -86,7 +86,7 @@ def test_a_lock_file_of_another_program_is_not_replaced(kind, tmp_path):
 def test_a_run_that_another_process_has_begun_meanwhile_is_not_replaced(book_path, tmp_path):
     folder = epath.Path(tmp_path / "run")
     late = prepare(small_config(book_path, **{"model.hidden_size": 24}), folder)
-    assert not train(small_config(book_path), folder, should_stop=stop_after(1))
+    untrained_run(small_config(book_path), folder)
     before = contents(tmp_path / "run")
     with pytest.raises(UserError, match="hidden_size is 16 there and 24 here"):
         write_run(late.run)
@@ -97,7 +97,7 @@ def test_checkpoints_may_lie_on_another_disk(book_path, tmp_path, monkeypatch):
     for name in ("scratch", "run"):
         (tmp_path / name).mkdir()
     os.symlink(tmp_path / "scratch", tmp_path / "run" / "checkpoints")
-    config = small_config(book_path, num_steps=4, checkpoint_every_steps=1)
+    config = small_config(book_path, num_steps=4)
     assert not train(config, tmp_path / "run", should_stop=stop_after(3))
     assert list((tmp_path / "scratch").glob("*/state"))
     assert train(config, tmp_path / "run")

@@ -9,23 +9,42 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from etils import epath
-from helpers import NUM_STEPS, small_config, stop_after
+from helpers import NUM_STEPS, small_config, stop_after, untrained_run
 
 import charlstm.training.loop as train_module
-from charlstm.data.batches import Streams, evaluation_batches, split
+from charlstm.data.batches import Streams
 from charlstm.errors import RunError, UserError
 from charlstm.files import sole_writer
-from charlstm.model import model_from_config, zero_carry
+from charlstm.model import model_from_config
 from charlstm.optim import make_schedule
 from charlstm.runs.checkpoints import Checkpoints, load_model, state_shapes, steps_in
 from charlstm.runs.checksums import read_notes
 from charlstm.runs.folder import SCHEMA, load_run, write_run
 from charlstm.runs.metrics import read_records
-from charlstm.steps import TrainState, evaluate, make_eval_step
+from charlstm.steps import TrainState
 from charlstm.training import progress
 from charlstm.training.loop import train
+from charlstm.training.setup import prepare, report
+from charlstm.training.validation import make_validation
 
 FIXTURES = ROOT / "tests" / "fixtures"
+# With a schedule that depends on the number of steps, and several steps in a compiled call.
+SCHEDULED = {
+    "log_every_steps": 4,
+    "optimizer.schedule": "linear",
+    "optimizer.warmup_steps": 4,
+}
+# A program that compiles in half the time, for tests of the loop around it.
+PLAIN = SCHEDULED | {
+    "model.recurrence": "flax",
+    "model.dropout_rate": 0.0,
+    "model.scale_hidden": False,
+    "model.rms_norm": False,
+    "optimizer.name": "adam",
+    "optimizer.weight_decay": 0.0,
+    "optimizer.clip_norm": 0.0,
+    "optimizer.average_share": 0.0,
+}
 
 
 def latest_leaves(workdir):
@@ -58,12 +77,18 @@ def best_and_latest(workdir):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, book):
-    """Return (config, workdir) of a run that went through undisturbed."""
+    """Return (config, workdir) of a run that was not interrupted."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "book.txt").write_text(book, encoding="utf-8")
-    config = small_config(folder / "book.txt")
+    config = small_config(folder / "book.txt", **SCHEDULED)
     assert train(config, folder / "run")
     return config, folder / "run"
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(finished, monkeypatch):
+    """Draw no curves after those of the finished run: they take longer than the steps."""
+    monkeypatch.setattr("charlstm.runs.metrics.RunLog.draw", lambda self: None)
 
 
 def test_the_run_folder_holds_all_that_it_should(finished, book):
@@ -102,28 +127,32 @@ def test_metrics_have_each_logged_step_once_and_in_order(finished):
 
 
 def test_a_run_stopped_wherever_it_looks_ends_as_one_that_was_not(finished, tmp_path, monkeypatch):
-    # Between steps, amid evaluations and amid samples; each time a little later. And a call of
-    # train_steps for each step here, and of several in the run to compare with.
+    # In the run to compare with, a compiled call takes several steps.
     config, workdir = finished
     monkeypatch.setattr(progress, "CALL_SECONDS", 0)
-    num_looks = 1
-    while not train(config, tmp_path / "run", should_stop=stop_after(num_looks)):
-        num_looks += 4
-    assert num_looks > 10
+    # Before the first step, between steps, at the sample of step 10, amid the validation of 20.
+    for num_looks, steps in ((1, []), (7, [6]), (15, [6, 10]), (24, [10, 20])):
+        assert not train(config, tmp_path / "run", should_stop=stop_after(num_looks))
+        assert steps_in(tmp_path / "run" / "checkpoints") == steps
+        with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 21, "tra')  # as a kill leaves it
+    assert train(config, tmp_path / "run")
     assert_same_run(tmp_path / "run", workdir)
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path):
+def test_another_seed_gives_another_run(finished, tmp_path):
     config, workdir = finished
-    assert train(config, tmp_path / "same")
-    assert timeless(tmp_path / "same") == timeless(workdir)
-    other = small_config(config.data.path, seed=1)
-    assert train(other, tmp_path / "other")
-    assert timeless(tmp_path / "other") != timeless(workdir)
+    other = small_config(config.data.path, **SCHEDULED, seed=1)
+    assert not train(other, tmp_path / "other", should_stop=stop_after(4))
+    first, theirs = timeless(tmp_path / "other")[0], timeless(workdir)[0]
+    assert first["step"] == theirs["step"]
+    assert first["train/loss"] != theirs["train/loss"]
 
 
-def test_the_kind_of_random_keys_is_the_runs_whatever_is_jaxs_default(cheaply, book_path, tmp_path):
-    config = small_config(book_path, num_steps=6, eval_every_steps=3)
+def test_a_run_keeps_its_kind_of_random_keys_when_the_default_changes(cheaply, book_path, tmp_path):
+    # Dropout uses the keys, too.
+    changes = {"num_steps": 8, "eval_every_steps": 4, "model.dropout_rate": 0.25}
+    config = small_config(book_path, **PLAIN | changes)
     with jax.default_prng_impl("rbg"):
         assert train(config, tmp_path / "whole")
         assert not train(config, tmp_path / "parts", should_stop=stop_after(2))
@@ -132,9 +161,9 @@ def test_the_kind_of_random_keys_is_the_runs_whatever_is_jaxs_default(cheaply, b
     assert json.loads((tmp_path / "parts" / "config.json").read_text())["prng_impl"] == "rbg"
 
 
-def test_a_run_moves_its_arrays_whatever_guard_there_is(cheaply, book_path, tmp_path):
+def test_a_run_works_under_a_transfer_guard(finished, tmp_path):
     with jax.transfer_guard("disallow"):
-        assert train(small_config(book_path, num_steps=2, eval_every_steps=1), tmp_path / "run")
+        assert train(finished[0], tmp_path / "run")
         load_model(tmp_path / "run")
 
 
@@ -150,23 +179,24 @@ def test_a_finished_run_is_left_alone(finished):
 
 def test_a_folder_of_another_config_is_refused_with_the_keys_that_differ(finished):
     config, workdir = finished
-    other = small_config(config.data.path, **{"model.hidden_size": 24, "seed": 5})
+    changes = {"model.hidden_size": 24, "seed": 5}
+    other = small_config(config.data.path, **SCHEDULED | changes)
     with pytest.raises(
         UserError, match=r"model.hidden_size is 16 there and 24 here; seed is 0 there and 5"
     ):
         train(other, workdir)
 
 
-def test_a_text_that_has_changed_is_refused(book, book_path, tmp_path):
-    config = small_config(book_path)
-    assert not train(config, tmp_path / "run", should_stop=stop_after(1))
+def test_a_text_that_has_changed_is_refused(finished, book, book_path):
     book_path.write_text(book + "x")
     with pytest.raises(UserError, match=r"book.txt: has changed"):
-        train(config, tmp_path / "run")
+        train(small_config(book_path, **SCHEDULED), finished[1])
 
 
 def test_without_a_validation_part_the_best_is_by_training_loss(cheaply, book_path, tmp_path):
     settings = {
+        "num_steps": 12,
+        "eval_every_steps": 4,
         "data.val_fraction": 0.0,
         "data.order": "windows",
         "data.loss_on": "last",
@@ -174,7 +204,7 @@ def test_without_a_validation_part_the_best_is_by_training_loss(cheaply, book_pa
         "sample.method": "window",
         "sample.temperature": 0.0,
     }
-    config = small_config(book_path, **settings)
+    config = small_config(book_path, **PLAIN | settings)
     assert train(config, tmp_path / "run")
     records = read_records(epath.Path(tmp_path / "run") / "metrics.jsonl")
     losses = {record["step"]: record["train/mean_loss"] for record in records if "sample" in record}
@@ -183,37 +213,37 @@ def test_without_a_validation_part_the_best_is_by_training_loss(cheaply, book_pa
     checkpoints.close()
 
 
-@pytest.mark.parametrize("change", [{"num_steps": 0, "num_epochs": 1}])
-def test_a_finished_run_goes_on_when_it_is_made_longer(
-    change, cheaply, book_path, tmp_path, caplog
-):
+def test_a_finished_run_goes_on_when_it_is_made_longer(cheaply, book_path, tmp_path, caplog):
     caplog.set_level("INFO", logger="charlstm")
-    settings = {"optimizer.schedule": "linear", "log_every_steps": 5}
-    assert train(small_config(book_path, **settings, num_steps=10), tmp_path / "run")
+    assert train(small_config(book_path, **PLAIN), tmp_path / "run")
     before = timeless(tmp_path / "run")
-    config = small_config(book_path, **settings | change, eval_every_steps=15)
+    changes = {"num_steps": 0, "num_epochs": 1, "eval_every_steps": 50}
+    config = small_config(book_path, **PLAIN | changes)
     assert train(config, tmp_path / "run")
     records = timeless(tmp_path / "run")
     assert records[: len(before)] == before
-    num_steps = config.num_steps or 85  # 5,400 characters in 4 streams of windows of 16
-    later = [record["step"] for record in records if record["step"] > 10]
-    assert sorted(set(later)) == [*range(15, num_steps, 5), num_steps]
-    assert load_run(epath.Path(tmp_path / "run")).config.num_steps == config.num_steps
+    num_steps = 85  # 5,400 characters in 4 streams of windows of 16
+    later = [record["step"] for record in records if record["step"] > NUM_STEPS]
+    assert sorted(set(later)) == sorted({*range(32, num_steps, 4), 50, num_steps})
+    assert load_run(epath.Path(tmp_path / "run")).config.num_epochs == 1
     # The schedule is that of the new length: the rate rises again, and ends where it would.
     rates = {r["step"]: r["learning_rate"] for r in records if "learning_rate" in r}
-    assert rates[10] < rates[15]
+    assert rates[30] < rates[32]
     schedule = make_schedule(config, num_steps)
-    for step in set(later):
+    for step in rates.keys() - range(NUM_STEPS + 1):
         assert rates[step] == pytest.approx(float(schedule(step - 1)))
-    assert "a setting changed: eval_every_steps is 10 there and 15 here" in caplog.text
+    assert "a setting changed: eval_every_steps is 10 there and 50 here" in caplog.text
 
 
-def test_a_run_folder_that_was_moved_works_with_its_text_somewhere_else(finished, tmp_path):
-    shutil.copytree(finished[1], tmp_path / "moved" / "elsewhere")
+def test_a_stopped_run_goes_on_where_it_and_its_text_were_moved(finished, tmp_path):
+    assert not train(finished[0], tmp_path / "run", should_stop=stop_after(2))
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "run").rename(tmp_path / "moved" / "elsewhere")
     shutil.copy(finished[0].data.path, tmp_path / "again.txt")
-    config = small_config(tmp_path / "again.txt", num_steps=32)
+    config = small_config(tmp_path / "again.txt", **SCHEDULED)
     assert train(config, tmp_path / "moved" / "elsewhere")
-    run, _, _ = load_model(tmp_path / "moved" / "elsewhere", "latest")
+    assert_same_run(tmp_path / "moved" / "elsewhere", finished[1])
+    run = load_run(epath.Path(tmp_path / "moved" / "elsewhere"))
     assert run.text["source"] == str(tmp_path / "again.txt")
 
 
@@ -226,22 +256,20 @@ def test_other_versions_are_told_and_no_obstacle(finished, tmp_path, caplog):
     assert f"other versions (jax 0.0.1 there and {jax.__version__} here)" in caplog.text
 
 
-def test_figures_that_rest_on_few_characters_are_told_to_mean_little(
-    cheaply, book_path, tmp_path, caplog
-):
-    config = small_config(book_path, num_steps=1, **{"data.val_fraction": 0.01})
-    assert train(config, tmp_path / "run")
+def test_a_short_validation_part_is_a_warning(book_path, tmp_path, caplog):
+    config = small_config(book_path, **{"data.val_fraction": 0.01})
+    report(prepare(config, epath.Path(tmp_path / "run")), 0, 1)
     assert "rest on 60 characters" in caplog.text
 
 
 def test_a_second_writer_is_refused_with_the_first_ones_number(finished, tmp_path):
-    config = finished[0]
+    shutil.copytree(finished[1], tmp_path / "run")
     with (
         sole_writer(epath.Path(tmp_path / "run")),
         pytest.raises(UserError, match=rf"run: in use by process {os.getpid()} on .*; wait"),
     ):
-        train(config, tmp_path / "run")
-    assert train(config, tmp_path / "run")
+        train(finished[0], tmp_path / "run")
+    assert train(finished[0], tmp_path / "run")
 
 
 # --- losses that are not finite ---
@@ -278,22 +306,21 @@ def assert_all_states_are_finite(workdir):
 
 
 def test_a_step_without_a_finite_loss_is_left_out_and_counted(
-    cheaply, book_path, tmp_path, monkeypatch, caplog
+    finished, tmp_path, monkeypatch, caplog
 ):
-    poison(monkeypatch, lambda step: step in (5, 12, 13))
-    config = small_config(book_path)
-    assert train(config, tmp_path / "run")
+    seen = []
+    poison(monkeypatch, lambda step: seen.append(step) or step in (5, 12, 13))
+    # Stopped between two of them, and resumed.
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "CALL_SECONDS", 0)  # a call for each step
+        assert not train(finished[0], tmp_path / "run", should_stop=lambda: 12 in seen)
     assert "step 6: the loss is nan" in caplog.text
+    assert states_of(tmp_path / "run")[13][1]["streak"] == 1
+    assert train(finished[0], tmp_path / "run")
     records = timeless(tmp_path / "run")
     counts = {r["step"]: r["skipped_steps"] for r in records if "skipped_steps" in r}
     assert counts == {4: 0, 8: 1, 12: 1, 16: 3, 20: 3, 24: 3, 28: 3, 30: 3}
     assert_all_states_are_finite(tmp_path / "run")
-    # Also where it is stopped and resumed amid them.
-    with monkeypatch.context() as patch:
-        patch.setattr(progress, "CALL_SECONDS", 0)  # a call for each step
-        assert not train(config, tmp_path / "stopped", should_stop=stop_after(7))
-    assert train(config, tmp_path / "stopped")
-    assert_same_run(tmp_path / "stopped", tmp_path / "run")
 
 
 def test_after_several_in_a_row_the_run_goes_back_with_a_lower_rate(
@@ -309,7 +336,7 @@ def test_after_several_in_a_row_the_run_goes_back_with_a_lower_rate(
 
     monkeypatch.setattr(train_module, "make_schedule", remember)
     poison(monkeypatch, lambda step: 13 <= step < 20 and rates[-1] > 0.25)
-    config = small_config(book_path, checkpoint_every_steps=5)
+    config = small_config(book_path, **PLAIN, checkpoint_every_steps=5)
     assert train(config, tmp_path / "run")
     assert caplog.text.count("going back to the checkpoint of step 10, with") == 2
     assert "with 0.25 times the learning rate" in caplog.text
@@ -329,14 +356,14 @@ def test_after_several_in_a_row_the_run_goes_back_with_a_lower_rate(
 def test_a_run_that_never_finds_a_finite_loss_ends_with_a_clear_line(
     cheaply, book_path, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(train_module, "MAX_RETREATS", 1)  # three take three compilations
-    settings = {"optimizer.learning_rate": 1e38, "optimizer.warmup_steps": 0}
+    monkeypatch.setattr(train_module, "MAX_RETREATS", 1)  # each takes a compilation
+    poison(monkeypatch, lambda step: True)
     with pytest.raises(
         RunError,
-        match=r"step \d+: the loss is .*not finite, also after going back 1 times; "
+        match=r"step \d+: the loss is nan .*, also after going back 1 times; "
         r"no checkpoint was saved;.*learning_rate",
     ):
-        train(small_config(book_path, **settings), tmp_path / "run")
+        train(small_config(book_path, **PLAIN), tmp_path / "run")
     assert "going back to step 0: no checkpoint is sound, with 0.5 times" in caplog.text
     with pytest.raises(UserError, match="no checkpoint yet"):
         load_model(tmp_path / "run")
@@ -405,11 +432,10 @@ def test_a_damaged_folder_is_told_in_one_line(finished, tmp_path, name, content,
         load_run(epath.Path(tmp_path))
 
 
-def test_a_run_of_cudnn_is_read_with_the_twin_that_runs_everywhere(cheaply, book_path, tmp_path):
-    plain = {"model.scale_hidden": False, "model.rms_norm": False, "num_steps": 1}
-    assert train(small_config(book_path, **plain), tmp_path / "run")
-    _, fused, _ = load_model(tmp_path / "run")
-    run = load_run(epath.Path(tmp_path / "run"))
+def test_a_run_of_cudnn_is_read_with_the_twin_that_runs_everywhere(book_path, tmp_path):
+    config = small_config(book_path, **PLAIN | {"model.recurrence": "fused"})
+    run = untrained_run(config, tmp_path / "run")
+    fused = model_from_config(run.config, run.vocab)
     run.config.model.recurrence = "cudnn"
     write_run(run)
     run, model, _ = load_model(tmp_path / "run")
@@ -417,37 +443,21 @@ def test_a_run_of_cudnn_is_read_with_the_twin_that_runs_everywhere(cheaply, book
     assert model == fused
 
 
-def test_a_torn_last_line_of_metrics_is_not_a_lost_run(book_path, tmp_path, monkeypatch):
-    config = small_config(book_path)
-    monkeypatch.setattr(progress, "CALL_SECONDS", 0)  # a call for each step
-    assert not train(config, tmp_path / "run", should_stop=stop_after(12))
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 13, "tra')
-    assert train(config, tmp_path / "run")
-    steps = [record["step"] for record in timeless(tmp_path / "run") if "train/loss" in record]
-    assert steps == [*range(4, NUM_STEPS, 4), NUM_STEPS]
-
-
 @pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()))
 def test_a_run_folder_of_every_schema_is_read_and_trained_further(
-    cheaply, name, tmp_path, book, book_path
+    cheaply, name, tmp_path, book_path
 ):
     workdir = epath.Path(tmp_path / name)
     shutil.copytree(FIXTURES / name, workdir)
-    run, model, params = load_model(workdir)
+    run, _, params = load_model(workdir)
     before = timeless(workdir)
-    val_ids = split(run.vocab.encode(book), run.config.data.val_fraction)[1]
-    batches = evaluation_batches(val_ids, run.config)
-    carry = zero_carry(model, batches.batch_size)
-    indices = range(batches.steps_per_epoch)
-    result = evaluate(jax.jit(make_eval_step(model)), params, carry, map(batches, indices))
-    # The tolerance is for the order of float32 sums on other processors.
-    np.testing.assert_allclose(result["loss"], before[-1]["val/loss"], rtol=1e-5)
-
     config = run.config.copy_and_resolve_references().unlock()
     config.update_from_flattened_dict(
         {"data.path": str(book_path), "num_steps": 44, "mesh.data": 1}
     )
+    validate = make_validation(prepare(config, workdir), lambda: False)
+    # The tolerance is for the order of float32 sums on other processors.
+    np.testing.assert_allclose(validate(params)["val/loss"], before[-1]["val/loss"], rtol=1e-5)
     assert train(config, workdir)
     assert timeless(workdir)[: len(before)] == before
     assert steps_in(workdir / "checkpoints") == [40, 44]

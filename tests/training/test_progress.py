@@ -2,6 +2,7 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from etils import epath
 from helpers import small_config
 
@@ -9,7 +10,13 @@ from charlstm.data.batches import Batch
 from charlstm.runs.checkpoints import Checkpoints
 from charlstm.runs.metrics import read_records
 from charlstm.steps import evaluate
-from charlstm.training.progress import Journal, Notes, describe_evaluation
+from charlstm.training.progress import (
+    MAX_STREAK,
+    DivergedError,
+    Journal,
+    Notes,
+    describe_evaluation,
+)
 from charlstm.training.setup import prepare
 
 
@@ -130,3 +137,14 @@ def test_an_evaluation_prints_its_figures_and_a_sample_behind_its_prompt():
     assert lines == ["    [..." + "x" * 56 + "the ]count", "    ", "    said"]
     unknown = {"step": 1, "seconds": 0.0, "train/mean_loss": None}
     assert list(describe_evaluation(unknown, 0.0)) == ["step 1: 0 s"]
+
+
+def test_steps_in_a_row_whose_new_parameters_are_not_finite_are_a_divergence(book_path, tmp_path):
+    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
+    checkpoints = Checkpoints(job.run.workdir)
+    metrics = metrics_on_device("all", []) | {"skipped": OnDevice("all", [], 1)}
+    with Journal(job, checkpoints, 0, Notes()) as journal:
+        journal.push(MAX_STREAK, MAX_STREAK, metrics)
+        with pytest.raises(DivergedError, match=r"loss is 1.*the new parameters are not finite"):
+            journal.log_training(MAX_STREAK, lambda step: 0.1)
+    checkpoints.close()
