@@ -12,13 +12,12 @@ from functools import cache
 import numpy as np
 import pytest
 from conftest import ROOT
-from helpers import small_config
+from helpers import small_config, untrained_run
 from launching import WarmLauncher, command_of, run_command, train_on
 
 from charlstm.data.cleaning import Vocab
 from charlstm.errors import RunError
 from charlstm.evaluation import report
-from charlstm.training.loop import train
 
 TINY = ["--config=tiny", "--config.num_steps=60", "--config.eval_every_steps=30"]
 # 60 cautious steps end so unsure of what they know that a temperature moves their bits by 0.27.
@@ -79,7 +78,7 @@ def test_training_prints_on_stdout_what_it_reads_does_and_how_to_go_on(trained, 
 
 def test_the_same_command_again_has_nothing_to_do(trained):
     folder, _ = trained
-    result = run_command("train", *TINY, "--config.data.path=book.txt", cwd=folder)
+    result = warm_launcher()("train", *TINY, "--config.data.path=book.txt", cwd=folder)
     assert result.returncode == 0
     assert "finished already, at step 60" in result.stdout
 
@@ -129,17 +128,17 @@ def test_a_reader_that_has_enough_ends_a_stream_in_silence(trained):
     process.stderr.close()
 
 
-@pytest.mark.parametrize("flags", [(), ("--raw",)])
-def test_a_terminal_gets_no_control_characters_unless_asked(flags, tmp_path, book):
+def test_a_terminal_gets_no_control_characters_unless_asked(tmp_path, book):
     (tmp_path / "book.txt").write_text("\x1b[31m" + book, encoding="utf-8")
-    train(small_config(tmp_path / "book.txt", num_steps=1), tmp_path / "runs" / "tiny-book")
-    ours, theirs = os.openpty()
+    untrained_run(small_config(tmp_path / "book.txt"), tmp_path / "runs" / "tiny-book")
     command = command_of("sample", "--workdir=runs/tiny-book", "--prompt=\x1b[31mso", "--length=1")
-    subprocess.run([*command, *flags], cwd=tmp_path, stdout=theirs, check=True, timeout=60)
-    os.close(theirs)
-    shown = os.read(ours, 1000)
-    os.close(ours)
-    assert shown.startswith(b"\x1b[31mso" if flags else rb"\x1b[31mso")
+    for flags, wanted in (([], rb"\x1b[31mso"), (["--raw"], b"\x1b[31mso")):
+        ours, theirs = os.openpty()
+        subprocess.run([*command, *flags], cwd=tmp_path, stdout=theirs, check=True, timeout=60)
+        os.close(theirs)
+        shown = os.read(ours, 1000)
+        os.close(ours)
+        assert shown.startswith(wanted)
     # In a file or a pipe a text is what it is.
     piped = sample(tmp_path, "--prompt=\x1b[31mso", "--length=1")
     assert piped.stdout.startswith("\x1b[31mso")
@@ -202,7 +201,7 @@ def test_a_prompt_from_a_file_and_characters_that_are_unknown(trained):
     folder, _ = trained
     (folder / "prompt.txt").write_text("to € her", encoding="utf-8")
     flags = ("--prompt_file=prompt.txt", "--length=5")
-    result = run_command("sample", "--workdir=runs/tiny-book", *flags, cwd=folder)
+    result = warm_launcher()("sample", "--workdir=runs/tiny-book", *flags, cwd=folder)
     assert result.returncode == 2
     assert "'€' (U+20AC) at position 3" in result.stderr
     assert sample(folder, *flags, "--unknown=drop").stdout.startswith("to  her")
@@ -250,7 +249,7 @@ def test_learning_while_reading_is_told_beside_reading(trained):
     assert 0.5 < heat["fitted"] < 2
     assert abs(heat["bits_per_char"] - heat["bits_per_char_at_1"]) < 0.2
     assert abs(heat["bits_per_char_at_1"] - figures["bits_per_char"]) < 0.2
-    shown = warm_launcher()("evaluate", *flags, cwd=folder).stdout
+    shown = "\n".join(report.table(figures | {"text": ""}, 0, 0))
     assert f"temperature of {heat['fitted']:.3f}, fitted on the first half" in shown
     assert re.search(rf"\ndynamic +{dynamic['bits_per_char']:.4f} ", shown)
 
@@ -339,7 +338,6 @@ def test_it_runs_from_any_folder_with_a_path_or_a_name_of_a_config(trained, tmp_
     [
         ("train", "--config.batch_sise=3", "did you mean batch_size"),
         ("sample", "--temprature=1", "temperature"),
-        ("evaluate", "--workdir=nowhere", "nowhere: no run there"),
     ],
 )
 def test_a_mistake_is_one_line_that_helps(launcher, flag, message, tmp_path):
