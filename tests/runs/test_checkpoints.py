@@ -53,6 +53,14 @@ def newest(workdir, **options):
         return checkpoints.restore_newest(LIKE, **options)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return the folder of a run with checkpoints 1 and 2."""
+    folder = tmp_path_factory.mktemp("whole")
+    written(folder, [2.0, 1.0])
+    return folder
+
+
 def test_what_is_saved_is_what_is_restored(tmp_path):
     written(tmp_path, [2.5])
     state, notes = newest(tmp_path)
@@ -60,18 +68,16 @@ def test_what_is_saved_is_what_is_restored(tmp_path):
     assert notes == NOTES | {"told": 1}
 
 
-@pytest.mark.parametrize(
-    "name", ["My [texts]", "[x]", "a*b?c", "a\\b", "[[", "caf\udce9", "%41 {a}#'\n\""]
-)
+@pytest.mark.parametrize("name", ["[My] a*b?c\\d", "[[", "caf\udce9", "%41 {a}#'\n\""])
 def test_any_name_of_a_folder_will_do(name, tmp_path):
     for parent in (tmp_path / name, tmp_path / "moved" / name):
         if not parent.exists():
             parent.parent.mkdir(exist_ok=True)
-            written(parent, [3.0, 2.0, 1.0])
+            written(parent, [2.0, 1.0])
         with closing(Checkpoints(epath.Path(parent), read_only=True)) as checkpoints:
-            assert_is(checkpoints.restore(checkpoints.best_step(), LIKE)[0], 3)
-        assert_is(newest(parent)[0], 3)
-        assert steps_in(epath.Path(parent / "checkpoints")) == [2, 3]
+            assert_is(checkpoints.restore(checkpoints.best_step(), LIKE)[0], 2)
+        assert_is(newest(parent)[0], 2)
+        assert steps_in(epath.Path(parent / "checkpoints")) == [1, 2]
         assert [path.name for path in parent.parent.iterdir()] == [name]
         if parent.parent == tmp_path:
             (tmp_path / "moved").mkdir()
@@ -152,8 +158,10 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("difference", OTHERS)
-def test_a_state_of_other_arrays_is_refused_by_their_names_and_not_renamed(difference, tmp_path):
-    written(tmp_path, [2.0, 1.0])
+def test_a_state_of_other_arrays_is_refused_by_their_names_and_not_renamed(
+    difference, whole, tmp_path
+):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     like = jax.eval_shape(lambda: OTHERS[difference](state_at(0)))
     with closing(Checkpoints(epath.Path(tmp_path))) as checkpoints:
         with pytest.raises(UserError, match=re.escape(difference)) as caught:
@@ -163,8 +171,8 @@ def test_a_state_of_other_arrays_is_refused_by_their_names_and_not_renamed(diffe
 
 
 @pytest.mark.parametrize("name", ["notes/metadata", "state/manifest.ocdbt", "state/_METADATA"])
-def test_a_file_that_cannot_be_read_is_not_damage(name, tmp_path):
-    written(tmp_path, [2.0, 1.0])
+def test_a_file_that_cannot_be_read_is_not_damage(name, whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "checkpoints" / "2" / name
     # A link to itself, since whoever is root may read everything.
     whole = path.rename(path.with_name("whole"))
@@ -249,14 +257,6 @@ DAMAGES = {
 }
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Return the folder of a run with checkpoints 1 and 2."""
-    folder = tmp_path_factory.mktemp("whole")
-    written(folder, [2.0, 1.0])
-    return folder
-
-
 def assert_damage_never_goes_unnoticed(workdir, caplog):
     """Assert that a resume gets the state of 2 or of 1, and a reader that of 2 or an error."""
     for choose in (Checkpoints.best_step, Checkpoints.latest_step):
@@ -276,8 +276,17 @@ def assert_damage_never_goes_unnoticed(workdir, caplog):
     assert int(state.step) == 2 or "set aside as damaged-2" in told[0]
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", DAMAGES)
+# Every damage to the files that each reader parses; to the others, two of the four in turn.
+PARSED = ["notes/metadata", "state/manifest.ocdbt", "state/ocdbt.process_0/d/*"]
+CASES = [
+    (damage, name)
+    for row, name in enumerate(FILES)
+    for column, damage in enumerate(DAMAGES)
+    if name in PARSED or (row + column) % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("damage", "name"), CASES)
 def test_a_damaged_file_is_noticed_or_does_no_harm(damage, name, whole, tmp_path, caplog):
     shutil.copytree(whole, tmp_path / "run")
     paths = list((tmp_path / "run" / "checkpoints" / "2").glob(name))
@@ -289,7 +298,7 @@ def test_a_damaged_file_is_noticed_or_does_no_harm(damage, name, whole, tmp_path
 
 @settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
-    max_examples=settings().max_examples // 4,  # each takes a fifth of a second
+    max_examples=settings().max_examples // 7,  # each takes a fifth of a second
 )
 @given(number=st.integers(0, 10**6), place=st.integers(0, 10**9))
 def test_a_flipped_bit_is_noticed_or_does_no_harm(number, place, whole, tmp_path_factory, caplog):
