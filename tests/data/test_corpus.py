@@ -644,8 +644,13 @@ def test_a_run_on_documents_writes_one_and_stops(tmp_path, launch):
     story = "Once upon a time.\n"
     for name in "abc":
         (tmp_path / "stories" / f"{name}.txt").write_text("<|end|>".join([story] * 100))
-    flags = ["--config=tiny", "--config.num_steps=150", "--config.data.path=stories"]
+    flags = ["--config=tiny", "--config.num_steps=100", "--config.data.path=stories"]
     flags += ["--config.data.document_separator=<|end|>", "--config.optimizer.learning_rate=0.02"]
+    # What compiles fast and learns a story by heart.
+    flags += ["--config.model.scale_hidden=False", "--config.model.rms_norm=False"]
+    flags += ["--config.model.dropout_rate=0"]
+    flags += ["--config.optimizer.name=adam", "--config.optimizer.weight_decay=0"]
+    flags += ["--config.optimizer.average_share=0", "--config.eval_every_steps=100"]
     told, _ = launch("train", *flags)
     samples = (tmp_path / "runs/tiny-stories/samples.txt").read_text()
     assert "<|end|>" in samples
@@ -657,7 +662,7 @@ def test_a_run_on_documents_writes_one_and_stops(tmp_path, launch):
         words = ("--workdir=runs/tiny-stories", "--length=600", "--temperature=0", *flags)
         return launch("sample", *words)[0]
 
-    assert sample() == sample("--stream") == story + "\n"
+    assert sample("--stream") == story + "\n"
     assert sample("--prompt=Once up", "--num_samples=2") == f"{story}\n\f\n{story}\n"
     # A prompt may have documents in it.
     assert sample(f"--prompt={story}<|end|>Once") == f"{story}<|end|>{story}\n"
