@@ -12,8 +12,8 @@ from charlstm.checks import check_count, check_rate
 from charlstm.errors import UserError
 
 ALL_ROWS = slice(None)
-# Of more windows no list is shuffled, which takes 8 bytes for each.
-MAX_PERMUTED = 2**24
+# The shuffled order of an epoch takes 8 bytes for each window.
+MAX_SHUFFLED = 2**24
 
 
 class Batch(NamedTuple):
@@ -144,6 +144,10 @@ class Windows:
                 f"seq_len={self.seq_len}: a text of {len(self.ids_M)} characters has windows of at "
                 f"most {len(self.ids_M) - 1}"
             )
+        if self.seed is not None and self.num_windows > MAX_SHUFFLED:
+            raise ValueError(
+                f"ids_M: has {self.num_windows:,} windows; at most {MAX_SHUFFLED:,} can be shuffled"
+            )
 
     @property
     def num_windows(self) -> int:
@@ -166,7 +170,7 @@ class Windows:
         start_SB = np.where(is_real_SB, place_SB, 0)
         if self.seed is not None:
             for epoch in np.unique(epoch_S):
-                shuffled_SB = shuffle(start_SB, self.seed, int(epoch), self.num_windows)
+                shuffled_SB = _permutation(self.seed, int(epoch), self.num_windows)[start_SB]
                 chosen_SB = is_real_SB & (epoch_S == epoch)[..., None]
                 start_SB = np.where(chosen_SB, shuffled_SB, start_SB)
         position_SBT = start_SB[..., None] + np.arange(self.seq_len)
@@ -208,36 +212,6 @@ def read_steps(
     return Batch(*map(fill_up, read))
 
 
-def shuffle(index: np.ndarray, seed: int, epoch: int, size: int) -> np.ndarray:
-    """Return where each `index` below `size` stands in the order of an epoch."""
-    if size <= MAX_PERMUTED:
-        return _permutation(seed, epoch, size)[index]
-    return feistel(index, seed, epoch, size)
-
-
-def feistel(index: np.ndarray, seed: int, epoch: int, size: int) -> np.ndarray:
-    """Return what a permutation of the numbers below `size` makes of each `index`, without a table.
-
-    A Feistel network of 8 rounds permutes the numbers of an even count of bits; whoever leaves the
-    range goes round again, on average less than three times (Black and Rogaway 2002, 'Ciphers with
-    arbitrary finite domains').
-    """
-    half = np.uint64((max(size - 1, 2).bit_length() + 1) // 2)
-    mask = np.uint64((1 << int(half)) - 1)
-    keys = np.random.default_rng((seed, epoch)).integers(2**64, size=8, dtype=np.uint64)
-
-    def encrypt(number: np.ndarray) -> np.ndarray:
-        left, right = number >> half, number & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
-        return left << half | right
-
-    flat = encrypt(np.asarray(index, np.uint64).ravel())
-    while len(outside := np.flatnonzero(flat >= size)):
-        flat[outside] = encrypt(flat[outside])
-    return flat.astype(np.int64).reshape(np.shape(index))
-
-
 def _mix(number: np.ndarray) -> np.ndarray:
     # The finalizer of splitmix64 (Steele, Lea and Flood 2014): every bit changes half of the bits.
     number = (number ^ number >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -277,6 +251,11 @@ def training_batches(ids_M: np.ndarray, config: ConfigDict) -> Streams | Windows
         )
     if config.data.order == "windows":
         needed = batch_size + seq_len
+        if len(ids_M) - seq_len > MAX_SHUFFLED:
+            raise UserError(
+                f"config.data.order=windows: the text has {len(ids_M) - seq_len:,} windows, "
+                f"and at most {MAX_SHUFFLED:,} can be shuffled; use config.data.order=streams"
+            )
     else:
         needed = batch_size * seq_len + 1
     if len(ids_M) < needed:

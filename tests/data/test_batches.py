@@ -11,7 +11,6 @@ from charlstm.data.batches import (
     Streams,
     Windows,
     evaluation_batches,
-    feistel,
     read_steps,
     split,
     training_batches,
@@ -332,41 +331,18 @@ def test_the_validation_part_has_a_limit(size, fraction, limit):
     assert train_ids.tolist() + val_ids.tolist() == list(range(size))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 97, 4096, 4097, 65_535, 100_003])
-def test_an_order_without_a_table_is_a_permutation(size):
-    index = np.arange(size)
-    orders = [feistel(index, seed, epoch, size) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
-    for order in orders:
-        assert order.dtype == np.int64
-        np.testing.assert_array_equal(np.sort(order), index)
-    # Any place alone, in an array of any shape.
-    assert feistel(index[-1:, None], 0, 1, size).tolist() == [[orders[1][-1]]]
-    if size > 90:
-        # Two orders that know nothing of each other, nor of the text's, agree in one place or so.
-        for one, other in itertools.combinations([*orders, index], 2):
-            assert np.sum(one == other) < 9
+def test_too_many_windows_to_shuffle_are_refused():
+    ids_M = np.broadcast_to(np.uint16(0), 2**24 + 6)
+    config = small_config(3, 5, "windows", "all")
+    with pytest.raises(UserError, match=r"order=windows: .*16,777,217.*16,777,216.*streams"):
+        training_batches(ids_M, config)
+    assert training_batches(ids_M[1:], config).num_windows == 2**24
+    with pytest.raises(ValueError, match=r"ids_M: .*16,777,217"):
+        Windows(ids_M, 3, 5, seed=0)
+    assert Windows(ids_M, 3, 5).num_windows == 2**24 + 1  # in the order of the text
 
 
-def test_an_order_without_a_table_is_as_random_at_a_billion():
-    size, index = 10**9 + 7, np.arange(500_000_000, 500_100_000)
-    orders = np.stack([feistel(index, seed, 0, size) for seed in range(3)])
-    assert orders.min() >= 0
-    assert orders.max() < size
-    assert len(np.unique(orders[0])) == len(index)
-    centred = orders / size - 0.5
-    # Of 100,000 pairs the correlation of what is unrelated is off by 0.003; five times that.
-    for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert abs(np.corrcoef(centred[one], centred[other])[0, 1]) < 0.016
-    for lag in (1, 2, 100):
-        assert abs(np.corrcoef(centred[0, :-lag], centred[0, lag:])[0, 1]) < 0.016
-    # Uniform: of 50 bins each has 2,000, give or take 44; five times that.
-    counts = np.bincount((orders[0] * 50) // size, minlength=50)
-    assert np.all(np.abs(counts - 2000) < 220)
-
-
-@pytest.mark.parametrize("limit", [0, 10**6])
-def test_an_epoch_of_windows_has_each_once_with_a_table_or_without(limit, monkeypatch):
-    monkeypatch.setattr("charlstm.data.batches.MAX_PERMUTED", limit)
+def test_epoch_of_windows_has_each_window_once():
     batches = Windows(text_of(250), 7, 4, seed=3)
     for first in (0, batches.steps_per_epoch):
         steps = np.arange(first, first + batches.steps_per_epoch)
