@@ -61,8 +61,6 @@ def _model() -> ConfigDict:
     model = ConfigDict()
     # fused: hand-written gradient; flax: the scanned Flax cell, slower; cudnn: NVIDIA GPUs only.
     model.recurrence = "fused"
-    # The Flax class that model.recurrence=flax scans; both compute the same.
-    model.cell = "OptimizedLSTMCell"
     # Hidden units of a layer.
     model.hidden_size = 384
     # LSTM layers.

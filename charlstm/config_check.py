@@ -51,7 +51,6 @@ _RULES: dict[str, Rule] = {
     "data.order": _one_of("streams", "windows"),
     "data.reset_rate": _fraction(),
     "data.loss_on": _one_of("all", "last"),
-    "model.cell": _one_of("OptimizedLSTMCell", "LSTMCell"),
     "model.recurrence": _one_of("fused", "flax", "cudnn"),
     "model.hidden_size": _count(1),
     "model.num_layers": _count(1),

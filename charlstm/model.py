@@ -16,7 +16,6 @@ from charlstm.data.cleaning import END, Vocab
 from charlstm.lstm.cudnn import cudnn_lstm
 from charlstm.lstm.fused import fused_lstm
 from charlstm.lstm.reference import (
-    CELLS,
     NORM_EPSILON,
     LayerCarry,
     LayerStates,
@@ -63,7 +62,6 @@ class CharLSTM(nn.Module):
       recurrence: 'fused', which has no forward-mode derivative (jax.jvp), but gradients of any
         order; 'flax', the Flax cell scanned, which is slower and has all derivatives; or 'cudnn',
         on NVIDIA GPUs only and not yet run on one.
-      cell: the Flax class that 'flax' scans, 'OptimizedLSTMCell' or 'LSTMCell'.
       dtype: 'float32' or 'bfloat16' to compute in; parameters, carry and logits are float32.
       num_shards: on how many devices the rows of a batch lie; 'fused' needs it to be fast.
 
@@ -85,7 +83,6 @@ class CharLSTM(nn.Module):
     tie_embeddings: bool = False
     end_id: int | None = None
     recurrence: str = "fused"
-    cell: str = "OptimizedLSTMCell"
     dtype: str = "float32"
     num_shards: int = 1
 
@@ -99,7 +96,6 @@ class CharLSTM(nn.Module):
             "dropout_mask": DROPOUT_MASKS,
             "input": INPUTS,
             "recurrence": RECURRENCES,
-            "cell": CELLS,
         }
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
@@ -131,7 +127,7 @@ class CharLSTM(nn.Module):
         """
         recur = RECURRENCES[self.recurrence]
         if self.recurrence == "flax":
-            recur = partial(recur, norm_epsilon=self.norm_epsilon, cell=self.cell)
+            recur = partial(recur, norm_epsilon=self.norm_epsilon)
         if self.recurrence == "fused":
             recur = partial(recur, norm_epsilon=self.norm_epsilon, num_shards=self.num_shards)
         check_ids("ids_BT", ids_BT, self.vocab_size)

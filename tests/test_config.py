@@ -71,7 +71,6 @@ SENSELESS = {
     "data.reset_rate": [-0.1, 1.0, NAN, INF],
     "data.loss_on": ["", "first", "ALL"],
     "model.recurrence": ["", "scan", "cuda"],
-    "model.cell": ["", "GRUCell", "optimizedlstmcell"],
     "model.hidden_size": [0, -256],
     "model.num_layers": [0, -1],
     "model.dropout_rate": [1.0, 1.5, -0.1, NAN, INF],
@@ -140,7 +139,6 @@ def test_every_setting_but_the_path_and_the_switches_has_senseless_values():
         ("data.val_fraction", 0.999),
         ("data.order", "windows"),
         ("model.recurrence", "flax"),
-        ("model.cell", "LSTMCell"),
         ("model.hidden_size", 1),
         ("model.dropout_rate", 0.0),
         ("model.dropout_rate", 0.99),
@@ -221,7 +219,6 @@ def test_a_missing_section_is_refused_by_name(section):
         ("sample.temprature", "sample.temperature"),
         # Too short to be near the dotted form.
         ("top_k", "sample.top_k"),
-        ("cell", "model.cell"),
         ("ordr", "data.order"),
     ],
 )

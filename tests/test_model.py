@@ -287,7 +287,6 @@ def test_a_carry_of_another_size_is_refused(batch_size, hidden_size, num_layers,
     [
         ("input", "other"),
         ("recurrence", "other"),
-        ("cell", "other"),
         ("dropout_mask", "other"),
         ("dtype", "float16"),
         ("vocab_size", 0),

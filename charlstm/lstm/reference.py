@@ -47,7 +47,6 @@ GATES = "ifgo"
 # Much less makes the sums after an empty carry as large as all others, and rounding errors with
 # them: with 1e-5 a run on eight devices was 2 % off that on one after 50 steps.
 NORM_EPSILON = 0.1
-CELLS: dict[str, Any] = {"OptimizedLSTMCell": nn.OptimizedLSTMCell, "LSTMCell": nn.LSTMCell}
 
 
 def init_lstm(
@@ -94,7 +93,6 @@ def flax_lstm(
     *,
     keep_TB: jax.Array | None = None,
     mask_BH: jax.Array | None = None,
-    cell: str = "OptimizedLSTMCell",
     norm_epsilon: float = NORM_EPSILON,
     dtype: Any = jnp.float32,
 ) -> tuple[LayerCarry, jax.Array]:
@@ -107,7 +105,6 @@ def flax_lstm(
       keep_TB: bool, False where a time step begins from an empty carry; None is True everywhere.
       mask_BH: what the hidden state is multiplied by before the gates see it, such as a mask of
         dropout, the same at all time steps; no gradient flows to it. None is 1 everywhere.
-      cell: a name in CELLS.
       norm_epsilon: added to the mean square, where `norm` normalises.
       dtype: the type to compute the gates in.
 
@@ -116,7 +113,7 @@ def flax_lstm(
     """
     params, carry, inputs = vary_alike((params, carry, inputs))
     inputs_TBE = as_vectors(params, inputs, dtype)
-    flax_cell = CELLS[cell](features=carry[0].shape[-1], dtype=dtype)
+    flax_cell = nn.OptimizedLSTMCell(features=carry[0].shape[-1], dtype=dtype)
     cell_params = _with_gains(params)
     recurrent_kernel_HG = side_by_side(params, "h").astype(dtype)
 

@@ -18,14 +18,13 @@ from lstm_numpy import GATES, lstm, lstm_gradient
 
 from charlstm.lstm.cudnn import cudnn_lstm
 from charlstm.lstm.fused import add_by_product, add_in_place, fused_lstm
-from charlstm.lstm.reference import CELLS, flax_lstm, init_lstm
+from charlstm.lstm.reference import flax_lstm, init_lstm
 
 # Newer versions of JAX have it here, older ones there.
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 LSTMS = {
-    "OptimizedLSTMCell": partial(flax_lstm, cell="OptimizedLSTMCell"),
-    "LSTMCell": partial(flax_lstm, cell="LSTMCell"),
+    "flax": flax_lstm,
     "fused": fused_lstm,
 }
 # T, B, E and H all differ, so that no two axes can be mixed up unnoticed. Of fewer sums than 4 x 16
@@ -36,7 +35,7 @@ RELATIVE = {"float64": 1e-10, "float32": 1e-5}
 
 
 each_lstm = pytest.mark.parametrize("name", LSTMS)
-each_twin = pytest.mark.parametrize("name", ["OptimizedLSTMCell", "fused"])
+each_twin = pytest.mark.parametrize("name", ["flax", "fused"])
 each_dtype = pytest.mark.parametrize("dtype", RELATIVE)
 # What a layer may have beside the parameters of the Flax cell.
 ALL_PARTS = ("scale", "norm")
@@ -170,11 +169,11 @@ sizes = {"t": st.integers(1, 9), "b": st.integers(1, 5), "e": st.integers(1, 6)}
     seed=st.integers(0, 99),
     ids=st.booleans(),
     parts=st.sets(st.sampled_from(ALL_PARTS)),
-    name=st.sampled_from(["fused", "OptimizedLSTMCell"]),
+    name=st.sampled_from(["fused", "flax"]),
 )
 @example(t=1, b=1, e=1, h=1, seed=0, ids=False, parts=ALL_PARTS, name="fused")
 @example(t=1, b=2, e=4, h=13, seed=1, ids=True, parts=(), name="fused")
-@example(t=4, b=1, e=3, h=9, seed=2, ids=True, parts=ALL_PARTS, name="LSTMCell")
+@example(t=4, b=1, e=3, h=9, seed=2, ids=True, parts=ALL_PARTS, name="flax")
 def test_any_shape_equals_numpy(name, t, b, e, h, seed, ids, parts):
     (params, carry, inputs), gradients = draw_case(seed, t, b, e, h, parts)
     dense_TBE = np.eye(e)[draw_ids(seed, t, b, e)] if ids else inputs
@@ -447,7 +446,7 @@ def test_second_derivatives_of_fused_are_those_of_the_flax_cell(kind):
         return jax.jit(lambda: (jax.grad(along)(*at), jax.jvp(jax.grad(loss), at, towards)[1]))()
 
     with enable_x64(True), little_optimization():
-        found, wanted = hessian_products("fused"), hessian_products("OptimizedLSTMCell")
+        found, wanted = hessian_products("fused"), hessian_products("flax")
     assert_close(found, wanted, RELATIVE["float64"])
 
 
@@ -543,9 +542,8 @@ def test_initial_scales_are_1_so_that_the_layer_begins_as_a_plain_one(initial):
     jax.tree.map(np.testing.assert_array_equal, scaled, initial)
 
 
-@pytest.mark.parametrize("cell", [nn.OptimizedLSTMCell, nn.LSTMCell])
-def test_initial_tree_is_that_of_the_flax_cell(cell, initial):
-    assert cell in CELLS.values()
+def test_initial_tree_is_that_of_the_flax_cell(initial):
+    cell = nn.OptimizedLSTMCell
     key, inputs_BE = jax.random.key(0), jnp.zeros((B, INITIAL_E))
     carry = (jnp.zeros((B, INITIAL_H)),) * 2
     wanted = jax.eval_shape(cell(features=INITIAL_H).init, key, carry, inputs_BE)["params"]
