@@ -235,7 +235,7 @@ def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(tra
     assert re.search(r"\n7-gram +\d", other.stdout)
     assert other.stdout.splitlines()[-1].startswith("The model is better than ")
     assert "cold, windows of 499 " in other.stdout  # the text has no longer one
-    assert re.fullmatch("warning: about 100 % of other.txt stands verbatim .*\n", other.stderr)
+    assert re.fullmatch("warning: about 100 % of other.txt .*verbatim .*\n", other.stderr)
 
 
 def test_learning_while_reading_is_told_beside_reading(trained):

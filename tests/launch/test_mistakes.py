@@ -375,7 +375,7 @@ READING = [
     (
         "evaluate",
         "--workdir=runs/full --dynamic --dynamic_rate=1e6",
-        "--dynamic_rate=1000000.0: the model has unlearnt|give a lower one",
+        "--dynamic_rate=1000000.0|diverges|give a lower rate",
     ),
     ("sample", "--workdir=runs/full --adapt_to=none.txt", "none.txt: no such file|--adapt_to=FILE"),
     ("sample", "--workdir=runs/full --adapt_to=euro.txt", "'€' (U+20AC) at position 3"),

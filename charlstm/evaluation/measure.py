@@ -1,0 +1,210 @@
+"""Evaluate a trained model on a held-out text."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from charlstm.data.batches import Batch, Streams, Windows, cold_batches, evaluation_batches, split
+from charlstm.data.corpus import Corpus, forget_pages, open_corpus
+from charlstm.errors import UserError
+from charlstm.evaluation import dynamic
+from charlstm.evaluation.memorization import PIECE_CHARS, share_found
+from charlstm.evaluation.report import measure_baselines, refuse_not_finite, table
+from charlstm.evaluation.scoring import (
+    TEMPERATURES_R,
+    best_temperature,
+    figures,
+    heated_losses,
+    make_heated_step,
+    read,
+    scores,
+)
+from charlstm.model import CharLSTM, zero_carry
+from charlstm.runs.folder import Run
+from charlstm.steps import make_score_step
+from charlstm.training.setup import open_own
+
+logger = logging.getLogger(__name__)
+
+MUCH_KNOWN = 0.1
+COLD_CHARS = 2**13  # characters of a batch of cold windows; they fit into the cache
+
+
+class HeldOut(NamedTuple):
+    """A held-out text of M characters, and the training part of the run's own text."""
+
+    ids_M: np.ndarray
+    name: str = "the text"
+    bytes_V: np.ndarray | None = None  # UTF-8 bytes of each character, if ids are the text's own
+    train_M: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of one held-out text. `str` gives a table."""
+
+    metrics: dict[str, Any]  # as `launch/evaluate.py --json` prints them
+    train_size: int  # characters of the training part, 0 without one
+    held_out_size: int
+
+    def __str__(self) -> str:
+        return "\n".join(table(self.metrics, self.train_size, self.held_out_size))
+
+
+def open_held_out(
+    run: Run, path: str = "", unknown: str = "error", with_training_part: bool = True
+) -> HeldOut:
+    """Return the text at `path`, or the validation part of the run's own text if it is empty.
+
+    Args:
+      run: the run whose vocabulary maps characters to ids.
+      path: a text, as config.data.path.
+      unknown: what to do with characters that the model does not know: 'error', 'drop', 'replace'.
+      with_training_part: warn if the training part, which baselines need, cannot be read.
+
+    Raises:
+      UserError: if the text cannot be read, or the run has no validation part.
+    """
+    data, remedy = run.config.data, "give --text=FILE, a UTF-8 text"
+    if not path and not data.val_fraction:
+        raise UserError(f"{run.workdir}: this run has no validation part; give --text=FILE")
+    if not path:
+        own = open_own(run, remedy)
+        train_M, ids_M = split(own.ids_M, data.val_fraction, data.max_val_chars)
+        name = f"the last {len(ids_M):,} characters of {own.source}"
+        return HeldOut(ids_M, name, _bytes_of(run, own), train_M)
+    text = open_corpus(data, path, vocab=run.vocab, unknown=unknown, remedy=remedy)
+    held_out = HeldOut(text.ids_M, path, _bytes_of(run, text), None)
+    try:
+        own = open_own(run, remedy, may_fetch=False)
+    except UserError as error:
+        if with_training_part:
+            problem = str(error).split(";")[0]
+            logger.warning("no baselines, which need the run's own text: %s", problem)
+        return held_out
+    held_out = held_out._replace(train_M=split(own.ids_M, data.val_fraction, data.max_val_chars)[0])
+    _warn_of_known_text(held_out)
+    return held_out
+
+
+def evaluate(
+    run: Run,
+    model: CharLSTM,
+    params: Any,
+    held_out: HeldOut,
+    *,
+    window: int = 256,
+    dynamic_rate: float | None = None,
+    fit_temperature: bool = False,
+    baselines: bool = True,
+) -> Evaluation:
+    """Return the metrics of a held-out text, stateful and in cold windows.
+
+    Args:
+      run, model, params: as load_model returns them.
+      held_out: the text, as open_held_out returns it.
+      window: T of cold windows.
+      dynamic_rate: the learning rate of dynamic evaluation; None leaves it out.
+      fit_temperature: fit a softmax temperature on the first half, and measure it on the second.
+      baselines: measure n-grams and compressors, if there is a training part.
+
+    Raises:
+      UserError: if dynamic evaluation cannot be done or diverges.
+      RunError: if a metric is not finite.
+    """
+    if dynamic_rate is not None and run.config.data.order == "windows":
+        raise UserError(
+            f"{run.workdir}: was trained on windows, and --dynamic needs a stateful run; "
+            "give a run of config.data.order=streams"
+        )
+    ids_M = held_out.ids_M
+    metrics = {"text": held_out.name} | _measure_both(run, model, params, held_out, window)
+    if dynamic_rate is not None:
+        loss = metrics["nats_per_char"]
+        metrics["dynamic"] = _measure_dynamic(run, model, params, held_out, dynamic_rate, loss)
+    if fit_temperature:
+        metrics["temperature"] = _measure_temperature(run, model, params, ids_M)
+    refuse_not_finite(metrics, held_out.name)
+    if baselines and held_out.train_M is not None:
+        metrics["baselines"] = measure_baselines(held_out.train_M, ids_M, run.vocab)
+    train_size = 0 if held_out.train_M is None else len(held_out.train_M)
+    return Evaluation(metrics, train_size, len(ids_M))
+
+
+def _bytes_of(run: Run, text: Corpus) -> np.ndarray | None:
+    is_as_written = not any(run.cleaning) and not text.num_unknown
+    return run.vocab.utf8_bytes() if is_as_written else None
+
+
+def _warn_of_known_text(held_out: HeldOut) -> None:
+    if held_out.train_M is None or len(held_out.ids_M) < PIECE_CHARS:
+        return
+    share = share_found(held_out.ids_M, held_out.train_M)
+    if share > MUCH_KNOWN:
+        logger.warning(
+            "about %.0f %% of %s occurs verbatim in the training part; the metrics show "
+            "memorization, not prediction",
+            100 * share,
+            held_out.name,
+        )
+
+
+def _measure_both(
+    run: Run, model: CharLSTM, params: Any, held_out: HeldOut, window: int
+) -> dict[str, Any]:
+    """Return the stateful metrics, and those of cold windows as 'cold'."""
+    score_step, ids_M = jax.jit(make_score_step(model)), held_out.ids_M
+
+    def releasing(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            yield batch
+            forget_pages(ids_M)
+
+    def measure(batches: Iterable[Batch], batch_size: int, num_chars: int) -> dict[str, Any]:
+        empty = zero_carry(model, batch_size)
+        scored = scores(score_step, params, empty, releasing(batches))
+        return figures(read(scored, num_chars, held_out.bytes_V))
+
+    batches, last = evaluation_batches(ids_M, run.config, batch_size=1), len(ids_M) - 1
+    num_counted = batches.num_windows if isinstance(batches, Windows) else last
+    window = min(window, last)  # a longer window would read the same characters
+    batch_size = min(max(1, COLD_CHARS // window), -(-last // window))
+    cold = measure(cold_batches(ids_M, window, batch_size), batch_size, last)
+    steps = map(batches, range(batches.steps_per_epoch))
+    stateful = measure(steps, batches.batch_size, num_counted)
+    return stateful | {"cold": {"window": window} | cold}
+
+
+def _measure_dynamic(
+    run: Run, model: CharLSTM, params: Any, held_out: HeldOut, rate: float, static_loss: float
+) -> dict[str, Any]:
+    anchor = dynamic.make_anchor(model, params, [run.vocab.encode(text) for text in run.prompts])
+    reader = dynamic.Reader(params, zero_carry(model, 1))
+    batches = Streams(held_out.ids_M, 1, dynamic.WINDOW)
+    steps = map(batches, range(batches.steps_per_epoch))
+    scored = scores(jax.jit(dynamic.make_dynamic_step(model, rate)), anchor, reader, steps)
+    reading = read(scored, len(held_out.ids_M) - 1, held_out.bytes_V)
+    if not reading.loss < static_loss + math.log(len(run.vocab)):
+        raise UserError(f"--dynamic_rate={rate}: dynamic evaluation diverges; give a lower rate")
+    return {"rate": rate, "window": dynamic.WINDOW} | figures(reading)
+
+
+def _measure_temperature(
+    run: Run, model: CharLSTM, params: Any, ids_M: np.ndarray
+) -> dict[str, Any]:
+    heated_step, half = jax.jit(make_heated_step(model)), len(ids_M) // 2
+
+    def losses(part_M: np.ndarray, temperatures_R: Any) -> np.ndarray:
+        batches = evaluation_batches(part_M, run.config)
+        steps = map(batches, range(batches.steps_per_epoch))
+        empty = zero_carry(model, batches.batch_size)
+        return heated_losses(heated_step, params, empty, steps, temperatures_R)
+
+    fitted = best_temperature(losses(ids_M[:half], TEMPERATURES_R))
+    plain, heated = losses(ids_M[half:], [1.0, fitted]) / math.log(2)
+    return {"fitted": fitted, "bits_per_char": heated, "bits_per_char_at_1": plain}
