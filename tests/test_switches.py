@@ -1,5 +1,7 @@
 """The API under JAX's own switches, as people set them in their shells."""
 
+from contextlib import contextmanager
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,12 +26,20 @@ V, B, T, H = 7, 2, 5, 8
 IDS_M = np.random.default_rng(0).integers(V, size=60, dtype=np.int32)
 BATCHES = Streams(IDS_M, B, T)
 OPTIMIZER = optax.sgd(0.1)  # optax's adam itself fails where promotion is strict
-SWITCHES = {
-    "enable_x64": lambda: jax.enable_x64(True),
-    "numpy_rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
-    "numpy_dtype_promotion": lambda: jax.numpy_dtype_promotion("strict"),
-    "transfer_guard": lambda: jax.transfer_guard("disallow"),
-}
+
+
+@contextmanager
+def strict():
+    """Refuse implicit promotion of ranks and types, and implicit transfers."""
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.transfer_guard("disallow"),
+    ):
+        yield
+
+
+SWITCHES = {"enable_x64": lambda: jax.enable_x64(True), "strict": strict}
 KINDS = [
     CharLSTM(V, H, scale_hidden=True, rms_norm=True, dropout_rate=0.2, recurrent_dropout=0.1),
     CharLSTM(

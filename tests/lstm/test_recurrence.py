@@ -162,7 +162,7 @@ def test_ids_stand_for_one_hot_vectors(name, parts, dtype):
 sizes = {"t": st.integers(1, 9), "b": st.integers(1, 5), "e": st.integers(1, 6)}
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@settings(max_examples=4, deadline=None, derandomize=True, database=None)
 @given(
     **sizes,
     h=st.integers(1, 20),
