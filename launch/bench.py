@@ -1,22 +1,19 @@
-"""Measure this package, side by side with its Flax twin and, where installed, torch and Keras.
+"""Measure this package next to its Flax twin and, where installed, torch and Keras.
 
   python launch/bench.py [--what=SECTION,...] [--quick]
 
-The sections are step, growth, generate, evaluate, startup, loop, entropy and quality.
+Sections: step, growth, generate, evaluate, startup, loop, entropy, quality. Without --what all but
+quality, which takes an hour.
 
-Every contender has a process of its own and their repeats alternate, so that all of them see the
-same machine; the ratios are medians over rounds. The limit is what the matrix products of a step
-take at the rate of one large product measured in the same rounds. Tables go to stdout, all figures
-to DIR/bench.json, and how cost grows with each size to DIR/bench.png. The peers come with
-pip install -e '.[peers]'. entropy, which --entropy asks for alone, trains on texts whose entropy
-rate is known and tells how near a model comes to it. --quick takes a minute and leaves out growth,
-startup and entropy; its figures are rough, and its processes do one section after another, so that
-peak memory is of all of them.
+Every contender has a process of its own, and their repeats alternate; ratios are medians over
+rounds. The limit is the time of the matrix products at the rate of one large product measured in
+the same rounds. Tables go to stdout, all figures to DIR/bench.json, pictures to DIR. The peers come
+with pip install -e '.[peers]'. --quick takes a minute, leaves out growth, startup and entropy, and
+its figures are rough.
 
-quality takes an hour, so that it is measured only where --quality or --what asks for it: how soon
-after the command the default, and the tutorial here and in Keras, have how few bits per character
-on the last tenth of Dracula, or of --text. They train one after another, each alone and for
---minutes at most; DIR/quality.png shows their curves.
+entropy trains on sources of known entropy rate. quality measures how soon the default recipe, the
+tutorial here and the tutorial in Keras reach a number of bits per character on the last tenth of
+Dracula, or of --text. They train one after another for --minutes at most.
 """
 
 import os
@@ -57,8 +54,6 @@ INSTALL = "pip install -e '.[peers]'"
 WHAT = flags.DEFINE_list(
     "what", None, f"what to measure, of {', '.join(SECTIONS)}; none: all but quality"
 )
-ENTROPY = flags.DEFINE_boolean("entropy", False, "the same as --what=entropy")
-QUALITY = flags.DEFINE_boolean("quality", False, "the same as --what=quality")
 MINUTES = flags.DEFINE_float("minutes", None, "how long each contender of quality trains at most")
 TEXT = flags.DEFINE(
     options.ANY_PATH, "text", None, "what quality learns from, UTF-8; none: Dracula"
@@ -110,29 +105,20 @@ def parse_count(flag: str, word: str) -> int:
 
 
 def parse_sections() -> list[str]:
-    """Return what to measure, in the order in which it is."""
-    alone = [flag.name for flag in (ENTROPY, QUALITY) if flag.value]
-    given = [f"--{name}" for name in alone]
-    if WHAT.value is not None:
-        given.insert(0, f"--what={','.join(WHAT.value)}")
-    if alone and len(given) > 1:
-        raise UserError(f"{' and '.join(given)}: give one of them")
-    sections = alone or parse_what()
-    for flag in (MINUTES, TEXT):
-        if flag.value is not None and "quality" not in sections:
-            raise UserError(f"--{flag.name}={flag.value}: is for --quality, which is not given")
-    return sections
-
-
-def parse_what() -> list[str]:
     """Return the sections that --what names, or those that are measured without it."""
-    if WHAT.value is None:
-        left_out = LONG_SECTIONS if QUICK_FLAG.value else ("quality",)
-        return [name for name in SECTIONS if name not in left_out]
-    for name in WHAT.value:
-        if name not in SECTIONS:
-            raise UserError(f"--what={name}: must be of {', '.join(SECTIONS)}")
-    return [name for name in SECTIONS if name in WHAT.value]
+    left_out = LONG_SECTIONS if QUICK_FLAG.value else ("quality",)
+    named = [name for name in SECTIONS if name not in left_out]
+    if WHAT.value is not None:
+        for name in WHAT.value:
+            if name not in SECTIONS:
+                raise UserError(f"--what={name}: must be of {', '.join(SECTIONS)}")
+        named = [name for name in SECTIONS if name in WHAT.value]
+    for flag in (MINUTES, TEXT):
+        if flag.value is not None and "quality" not in named:
+            raise UserError(
+                f"--{flag.name}={flag.value}: is for --what=quality, which is not given"
+            )
+    return named
 
 
 def parse_peers() -> tuple[str, ...]:

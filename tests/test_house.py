@@ -27,7 +27,7 @@ ORDER = """
     planning.cost runs.machine
     training.setup training.progress training.validation training.loop
     evaluation.scoring evaluation.dynamic evaluation.baselines evaluation.memorization
-    evaluation.report evaluation.sample_check evaluation.measure
+    evaluation.report evaluation.sample_check evaluation.measure evaluation.writing
     cli.streams cli.signals cli.notebook cli.runtime cli.folders cli.options cli.usage
     planning.rules planning.timing planning.plan
     sweep.runner sweep.grid sweep.results

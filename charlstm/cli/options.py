@@ -15,12 +15,14 @@ from ml_collections import ConfigDict, config_flags
 from charlstm.cli import folders, streams
 from charlstm.config import base_config, flatten
 from charlstm.config_check import check_key, parse_setting, validate
+from charlstm.data.encoding import decode
 from charlstm.errors import UserError, one_line
 from charlstm.system.console import launcher_command
 from charlstm.system.paths import given_path, local_path
 
 REPOSITORY = Path(streams.REPOSITORY)
 DEFAULT_CONFIG = REPOSITORY / "configs" / "default.py"
+MAX_FILE_BYTES = 2**26  # of a file that a flag names
 _CONFIG_FLAG = re.compile(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", re.DOTALL)
 
 
@@ -88,6 +90,19 @@ def train_command(holder: flags.FlagHolder, settings: dict[str, Any]) -> str:
     path = settings.get("data.path", holder.value.data.path)
     workdir = folders.free_workdir(folders.default_workdir(config_name(holder), path))
     return launcher_command("train", *words, f"--workdir={workdir}")
+
+
+def read_text_file(flag: flags.FlagHolder) -> str:
+    """Return the text of the file that `flag` names; raise UserError if it cannot be read."""
+    name = f"--{flag.name}={flag.value}"
+    try:
+        with open(os.path.expanduser(flag.value), "rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)  # some, such as /dev/zero, have no end
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror or error}; give a UTF-8 file") from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise UserError(f"{name}: has more than {MAX_FILE_BYTES:,} bytes; give a smaller file")
+    return "".join(decode([raw], name))
 
 
 def config_error(path: str, error: Exception) -> UserError:

@@ -1,5 +1,6 @@
 """What sample.py --check tells: whether a text consists of words, and how much of it is copied."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 
@@ -7,9 +8,17 @@ import numpy as np
 
 from charlstm.data.batches import split
 from charlstm.data.cleaning import Vocab
-from charlstm.evaluation.memorization import known_words, match_lengths, verbatim_runs, whole_words
+from charlstm.evaluation.memorization import (
+    known_words,
+    match_lengths,
+    verbatim_runs,
+    whole_words,
+    words,
+)
 from charlstm.runs.folder import Run
 from charlstm.training.setup import open_own
+
+logger = logging.getLogger(__name__)
 
 LONG_RUN = 40  # characters: longer than a phrase that two writers share by chance
 NUM_UNKNOWN = 5
@@ -25,6 +34,12 @@ def open_training_part(run: Run) -> np.ndarray:
     data = run.config.data
     text = open_own(run, "bring it back, or leave out --check")
     return split(text.ids_M, data.val_fraction, data.max_val_chars)[0]
+
+
+def log_report(texts: Sequence[np.ndarray], train_M: np.ndarray, vocab: Vocab, listed: str) -> None:
+    """Log the report on `texts`; `listed` is a text of further known words."""
+    for line in report(texts, train_M, vocab, set(words(listed))):
+        logger.info(line)
 
 
 def report(

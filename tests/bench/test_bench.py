@@ -206,14 +206,11 @@ MISTAKES = [
     ("--base=small", "--base=small: must be BxTxH"),
     ("--texts=1,many", "--texts=many: must be whole numbers"),
     ("--what=stepp", "--what=stepp: must be of step, growth"),
-    ("--what=step --entropy", "--what=step and --entropy: give one of them"),
-    ("--what=step --quality", "--what=step and --quality: give one of them"),
-    ("--entropy --quality", "--entropy and --quality: give one of them"),
-    ("--quality --minutes=0", "--minutes=0.0: must be a number above 0"),
-    ("--quality --minutes=nan", "--minutes=nan: must be a number above 0"),
-    ("--quality --text=none.txt", "none.txt: no such file; give --text=FILE"),
-    ("--minutes=3", "--minutes=3.0: is for --quality, which is not given"),
-    ("--what=step --text=.", "--text=.: is for --quality, which is not given"),
+    ("--what=quality --minutes=0", "--minutes=0.0: must be a number above 0"),
+    ("--what=quality --minutes=nan", "--minutes=nan: must be a number above 0"),
+    ("--what=quality --text=none.txt", "none.txt: no such file; give --text=FILE"),
+    ("--minutes=3", "--minutes=3.0: is for --what=quality, which is not given"),
+    ("--what=step --text=.", "--text=.: is for --what=quality, which is not given"),
     ("--peers=mxnet", "--peers=mxnet: must be auto, none, or of torch, keras"),
     ("--repeats=0", "repeats"),
 ]
@@ -264,7 +261,7 @@ def test_a_section_of_a_tiny_run(tmp_path):
 
 @pytest.mark.slow
 def test_entropy_alone(tmp_path):
-    result = bench("--quick", "--entropy", "--peers=none", "--out=out", cwd=tmp_path)
+    result = bench("--quick", "--what=entropy", "--peers=none", "--out=out", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "out/bench.json").read_text())
     assert [learnt["excess"] < 0.02 for learnt in report["entropy"]] == [True, True]

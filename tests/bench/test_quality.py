@@ -1,4 +1,4 @@
-"""How soon a recipe predicts a text how well: bench.py --quality."""
+"""How soon a recipe predicts a text how well: bench.py --what=quality."""
 
 import io
 import json
@@ -250,7 +250,7 @@ def test_a_run_without_time_for_a_step_tells_so(tmp_path):
 @pytest.mark.slow
 def test_quality_of_a_short_text(book, tmp_path):
     (tmp_path / "book.txt").write_text(book, encoding="utf-8")
-    flags = ("--quality", "--text=book.txt", "--minutes=0.4", "--out=out")
+    flags = ("--what=quality", "--text=book.txt", "--minutes=0.4", "--out=out")
     command = [sys.executable, str(ROOT / "launch/bench.py"), *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(

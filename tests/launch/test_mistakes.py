@@ -151,7 +151,11 @@ COMMAND_LINE = [
     ("plan", "--minutes=0", "--minutes=0.0: must be a number above 0"),
     ("plan", "--minutes=1e308", "--minutes=1e+308: must be a number above 0, at most 525,600"),
     ("plan", "--seconds=inf", "seconds|inf"),
-    ("bench", "--quality --minutes=1e308", "--minutes=1e+308: must be a number above 0, at most"),
+    (
+        "bench",
+        "--what=quality --minutes=1e308",
+        "--minutes=1e+308: must be a number above 0, at most",
+    ),
     ("plan", "--minutes=nan", "--minutes=nan: must be a number above 0"),
     ("plan", "--minutes=ten", "minutes|ten"),
     ("plan", "--minutes=2 --seconds=0", "--seconds=0: --minutes has to time steps"),
