@@ -126,7 +126,7 @@ def _sample() -> ConfigDict:
     sample.top_k = 0
     # Sample from the smallest set of characters with this probability; 1: all.
     sample.top_p = 1.0
-    # carry: one step per character; window: reread seq_len characters for each.
+    # carry: one step per character; window: step_window seq_len characters for each.
     sample.method = "carry"
     return sample
 

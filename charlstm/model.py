@@ -134,7 +134,7 @@ class CharLSTM(nn.Module):
         ids_BT = jnp.asarray(ids_BT)
         check_carry(carry, ids_BT.shape[0], self.hidden_size, self.num_layers)
         carry = poison_rows(carry, ids_BT, self.vocab_size)
-        layer, embed = self._view(ids_BT.T)
+        layer, embed = self._embed_inputs(ids_BT.T)
         keep_TB = None if self.end_id is None else ids_BT.T != self.end_id
         input_size = self.vocab_size if self.input == "one_hot" else layer.shape[-1]
         shared = DROPOUT_MASKS[self.dropout_mask]
@@ -163,7 +163,7 @@ class CharLSTM(nn.Module):
         logits_TBV = self._logits(layer, embed).astype(jnp.float32)
         return logits_TBV.swapaxes(0, 1), tuple(new_carry)
 
-    def _view(self, ids_TB: jax.Array) -> tuple[jax.Array, nn.Embed | None]:
+    def _embed_inputs(self, ids_TB: jax.Array) -> tuple[jax.Array, nn.Embed | None]:
         if self.input == "one_hot":
             return ids_TB, None  # both recurrences take ids for one-hot vectors
         if self.input == "embed":

@@ -14,13 +14,13 @@ from charlstm.checks import check_choice, check_count, check_ids
 from charlstm.lstm.reference import vary_alike
 from charlstm.model import Carry, CharLSTM, predict, zero_carry
 
-NOTHING = -1  # the id of the places before a prompt begins
+PAD_ID = -1  # the id of the places before a prompt begins
 # The places of one compiled call of `stream`. A call prepares the weights anew, which takes as
 # long as 25 characters of one text: with 512 places that is 5 %.
-SIZE = 512
+CHUNK_LEN = 512
 
 
-def keep_probable(weights_BV: jax.Array, top_k: Any, top_p: Any) -> jax.Array:
+def filter_top_k_top_p(weights_BV: jax.Array, top_k: Any, top_p: Any) -> jax.Array:
     """Return `weights_BV` with 0 for all but the most probable characters.
 
     Args:
@@ -51,7 +51,7 @@ def column(setting: Any) -> jax.Array:
     return jnp.reshape(jnp.asarray(setting), (-1, 1))
 
 
-def pick(
+def sample_token(
     uniforms_B: jax.Array,
     logits_BV: jax.Array,
     *,
@@ -62,15 +62,15 @@ def pick(
     """Return ids_B distributed as softmax(logits / temperature); temperature 0 takes the largest.
 
     Each row is the inverse of its distribution function at its number of `uniforms_B`, of [0, 1).
-    A row whose logits are not numbers gets NOTHING, which is no character's id.
+    A row whose logits are not numbers gets PAD_ID, which is no character's id.
     """
     greedy_B1 = column(temperature) == 0
     below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
-    heated_BV = below_BV / jnp.where(greedy_B1, 1.0, column(temperature))
-    weights_BV = jnp.where(greedy_B1, jnp.float32(below_BV == 0), jnp.exp(heated_BV))
+    scaled_BV = below_BV / jnp.where(greedy_B1, 1.0, column(temperature))
+    weights_BV = jnp.where(greedy_B1, jnp.float32(below_BV == 0), jnp.exp(scaled_BV))
     weights_BV = jax.lax.cond(
         jnp.any((column(top_k) > 0) | (column(top_p) < 1)),
-        lambda: keep_probable(weights_BV, top_k, top_p),
+        lambda: filter_top_k_top_p(weights_BV, top_k, top_p),
         lambda: weights_BV,
     )
     # However the sums are rounded, a character without weight is never reached, and one always is.
@@ -78,7 +78,7 @@ def pick(
     total_B1 = jnp.max(sums_BV, axis=-1, keepdims=True)
     reached_BV = sums_BV > jnp.where(greedy_B1, 0.0, column(uniforms_B) * total_B1)
     ids_B = jnp.argmax(reached_BV, axis=-1).astype(jnp.int32)
-    return jnp.where(total_B1[:, 0] > 0, ids_B, NOTHING)
+    return jnp.where(total_B1[:, 0] > 0, ids_B, PAD_ID)
 
 
 def draw_uniforms(key: jax.Array, batch_size: int) -> jax.Array:
@@ -109,19 +109,19 @@ def sample_step(
     check_ids("ids_B", ids_B, model.vocab_size, ndim=1)
     logits_B1V, carry = predict(model, params, ids_B[:, None], carry)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    return carry, pick(draw_uniforms(key, ids_B.shape[0]), logits_B1V[:, 0], **settings)
+    return carry, sample_token(draw_uniforms(key, ids_B.shape[0]), logits_B1V[:, 0], **settings)
 
 
-def read_on(
+def step_carry(
     model: CharLSTM, params: Any, carry: Carry, ids_B: jax.Array
 ) -> tuple[Carry, jax.Array]:
     """Return the carry after one more character, and logits_BV of the next."""
-    is_read_B1 = ids_B[:, None] != NOTHING
+    is_read_B1 = ids_B[:, None] != PAD_ID
     logits_B1V, new_carry = predict(model, params, jnp.where(is_read_B1, ids_B[:, None], 0), carry)
     return jax.tree.map(partial(jnp.where, is_read_B1), new_carry, carry), logits_B1V[:, 0]
 
 
-def reread(
+def step_window(
     model: CharLSTM, params: Any, recent_BT: jax.Array, ids_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return the latest characters with one more for the oldest, and logits_BV of the next."""
@@ -132,7 +132,7 @@ def reread(
 
 # (model, params, memory, ids_B) -> (memory, logits_BV): one step of work a character, or the
 # tutorial's way, which rereads the last characters for each new one.
-READERS: dict[str, Callable[..., Any]] = {"carry": read_on, "window": reread}
+READERS: dict[str, Callable[..., Any]] = {"carry": step_carry, "window": step_window}
 
 
 def check_prompts(method: str, seq_len: int, lengths: Sequence[Any], width: Any) -> None:
@@ -149,10 +149,10 @@ def check_prompts(method: str, seq_len: int, lengths: Sequence[Any], width: Any)
             raise ValueError(f"lengths_B: {length}, in a prompt_BP of {width} characters")
 
 
-def begin(model: CharLSTM, method: str, seq_len: int, prompt_BP: Any) -> tuple[Any, Any]:
+def initial_state(model: CharLSTM, method: str, seq_len: int, prompt_BP: Any) -> tuple[Any, Any]:
     """Return the state (memory, ids_B) before anything is read, and ids_BP, the prompt's rest.
 
-    `prompt_BP` are prompts that end in the last column, with NOTHING before them.
+    `prompt_BP` are prompts that end in the last column, with PAD_ID before them.
     """
     if method == "carry":
         return (zero_carry(model, prompt_BP.shape[0]), prompt_BP[:, 0]), prompt_BP[:, 1:]
@@ -161,7 +161,7 @@ def begin(model: CharLSTM, method: str, seq_len: int, prompt_BP: Any) -> tuple[A
     return (prompt_BP[:, width - seq_len : -1], prompt_BP[:, -1]), prompt_BP[:, width:]
 
 
-def write_on(
+def generate_chunk(
     model: CharLSTM,
     read: Callable[..., Any],
     params: Any,
@@ -186,7 +186,7 @@ def write_on(
     def step(index: Any, written: Any) -> Any:
         (memory, ids_B), ids_TB = written
         memory, logits_BV = read(model, params, memory, ids_B)
-        drawn_B = pick(uniforms_TB[index], logits_BV, **settings)
+        drawn_B = sample_token(uniforms_TB[index], logits_BV, **settings)
         ids_B = jnp.where(first + index < 0, ids_TB[index], drawn_B)
         return (memory, ids_B), ids_TB.at[index].set(ids_B)
 
@@ -195,7 +195,7 @@ def write_on(
 
 
 # Shared by all streams of a process, and traced in all but the sizes: it is compiled once.
-compiled_write_on = jax.jit(write_on, static_argnames=("model", "read"))
+compiled_generate_chunk = jax.jit(generate_chunk, static_argnames=("model", "read"))
 
 
 def make_sampler(
@@ -221,9 +221,8 @@ def make_sampler(
       top_p: choose among the fewest characters with this much probability; 1 means all.
 
     Raises:
-      ValueError: for an argument that makes no sense, from here or from the sampler, as a prompt of
-        one axis, or an id that is not below V. Traced ids are not known: there, a row with such an
-        id continues with -1, which Vocab.decode refuses.
+      ValueError: for an invalid argument of this function or of the sampler, such as an id that is
+        not below V. A row with such an id continues with -1 if the ids are traced.
     """
     check_count("length", length, least=0)
     check_prompts(method, seq_len, [], 0)
@@ -250,11 +249,12 @@ def make_sampler(
         if length == 0:
             return jnp.zeros((batch_size, 0), jnp.int32)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        state, rest_BP = begin(model, method, seq_len, align(prompt_BP, lengths_B))
+        state, rest_BP = initial_state(model, method, seq_len, align(prompt_BP, lengths_B))
         first = -rest_BP.shape[1]
         given_BT = jnp.pad(rest_BP, ((0, 0), (0, length)))
         count = given_BT.shape[1]
-        _, ids_BT = write_on(model, read, params, state, given_BT, first, count, key, settings)
+        chunk = state, given_BT, first, count
+        _, ids_BT = generate_chunk(model, read, params, *chunk, key, settings)
         return ids_BT[:, count - length :]
 
     return sampler
@@ -265,7 +265,7 @@ def align(prompt_BP: Any, lengths_B: Any) -> jax.Array:
     width = prompt_BP.shape[1]
     sources_BP = jnp.arange(width)[None] - width + column(lengths_B)
     moved_BP = jnp.take_along_axis(jnp.asarray(prompt_BP), jnp.maximum(sources_BP, 0), axis=1)
-    return jnp.where(sources_BP < 0, NOTHING, moved_BP.astype(jnp.int32))
+    return jnp.where(sources_BP < 0, PAD_ID, moved_BP.astype(jnp.int32))
 
 
 def until_end(pieces: Iterable[np.ndarray], end_id: int | None) -> Iterator[np.ndarray]:
@@ -296,7 +296,7 @@ def stream(
     temperature: Any = 1.0,
     top_k: Any = 0,
     top_p: Any = 1.0,
-    chunk: int = SIZE,
+    chunk: int = CHUNK_LEN,
 ) -> Iterator[np.ndarray]:
     """Yield the ids_BL that make_sampler's sampler gives for the same key, in pieces ids_BT.
 
@@ -308,7 +308,7 @@ def stream(
       key: a random key.
       length: L, the prompts not counted.
       method, seq_len, temperature, top_k, top_p: as in make_sampler.
-      chunk: how many characters of prompt or text to work on at once; above SIZE it means SIZE.
+      chunk: characters of prompt or text per piece, at most CHUNK_LEN.
 
     Raises:
       ValueError: for an argument that makes no sense, when the first piece is asked for.
@@ -320,7 +320,7 @@ def stream(
         check_ids("prompts", prompt, model.vocab_size, ndim=1)
     batch_size, width = len(prompts), max(map(len, prompts))
     check_prompts(method, seq_len, [len(prompt) for prompt in prompts], width)
-    prompt_BP = np.full((batch_size, width), NOTHING, np.int32)
+    prompt_BP = np.full((batch_size, width), PAD_ID, np.int32)
     for row_P, prompt in zip(prompt_BP, prompts, strict=True):
         row_P[width - len(prompt) :] = prompt
     # Arrays of one type and size, so that no other kind of number means another compilation.
@@ -329,15 +329,15 @@ def stream(
         "top_k": np.broadcast_to(np.int32(top_k), batch_size),
         "top_p": np.broadcast_to(np.float32(top_p), batch_size),
     }
-    state, rest_BP = begin(model, method, seq_len, prompt_BP)
+    state, rest_BP = initial_state(model, method, seq_len, prompt_BP)
     first = -rest_BP.shape[1]
     while first < length:
-        count = min(chunk, SIZE, length - first)
+        count = min(chunk, CHUNK_LEN, length - first)
         begun_BP, rest_BP = rest_BP[:, :count], rest_BP[:, count:]
-        given_BT = np.pad(begun_BP, ((0, 0), (0, SIZE - begun_BP.shape[1])))
+        given_BT = np.pad(begun_BP, ((0, 0), (0, CHUNK_LEN - begun_BP.shape[1])))
         # Put by hand, since jax.transfer_guard forbids it otherwise.
         given = jax.device_put((state, given_BT, first, count))
-        state, ids_BT = compiled_write_on(
+        state, ids_BT = compiled_generate_chunk(
             model, READERS[method], params, *given, key, jax.device_put(settings)
         )
         if first + count > 0:

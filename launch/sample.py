@@ -145,7 +145,7 @@ def main() -> None:
     from charlstm.evaluation import sample_check, writing  # they import JAX
     from charlstm.runs.checkpoints import load_model
     from charlstm.runs.folder import load_run
-    from charlstm.sampling import SIZE
+    from charlstm.sampling import CHUNK_LEN
 
     workdir = folders.trained_workdir(WORKDIR.value)
     run = load_run(epath.Path(workdir))
@@ -166,7 +166,7 @@ def main() -> None:
         prompts,
         settings,
         seed=SEED.value,
-        chunk=STREAM_CHUNK if STREAM.value else SIZE,
+        chunk=STREAM_CHUNK if STREAM.value else CHUNK_LEN,
         stop_at_end=STOP_AT_END.value,
     )
     texts = write(run, opening, chunks, model.end_id if STOP_AT_END.value else None)

@@ -26,9 +26,15 @@ def _steps(params, carry, inputs_TBE, mask_BH):
     steps = []
     for x_BE in inputs_TBE:
         scale_BH = 1 + x_BE @ params["scale"]["kernel"] if "scale" in params else 1.0
-        seen_BH = scale_BH * mask_BH * h_BH
-        step = {"x": x_BE, "h_before": h_BH, "c_before": c_BH, "scale": scale_BH, "seen": seen_BH}
-        product_BG = np.hstack([seen_BH @ params["h" + gate]["kernel"] for gate in GATES])
+        gated_h_BH = scale_BH * mask_BH * h_BH
+        step = {
+            "x": x_BE,
+            "h_before": h_BH,
+            "c_before": c_BH,
+            "scale": scale_BH,
+            "seen": gated_h_BH,
+        }
+        product_BG = np.hstack([gated_h_BH @ params["h" + gate]["kernel"] for gate in GATES])
         if "norm" in params:
             step["root"] = 1 / np.sqrt((product_BG**2).mean(axis=1, keepdims=True) + 0.1)
             step["normed"] = product_BG * step["root"]

@@ -254,9 +254,11 @@ def test_what_recurrent_dropout_hides_reaches_no_gate(recurrence):
 
     # Which units of the first layer anything that is read depends on, in each row.
     slopes_BTVBH = jax.jit(jax.jacrev(read))(carry[0][1])
-    seen_BH = np.stack([np.abs(slopes_BTVBH[row, ..., row, :]).max((0, 1)) for row in range(B)]) > 0
-    assert np.all((0 < seen_BH.sum(axis=1)) & (seen_BH.sum(axis=1) < H))
-    assert (seen_BH != seen_BH[0]).any()  # each row has a mask of its own
+    gated_h_BH = (
+        np.stack([np.abs(slopes_BTVBH[row, ..., row, :]).max((0, 1)) for row in range(B)]) > 0
+    )
+    assert np.all((0 < gated_h_BH.sum(axis=1)) & (gated_h_BH.sum(axis=1) < H))
+    assert (gated_h_BH != gated_h_BH[0]).any()  # each row has a mask of its own
     # It is off unless training.
     plain = make_model(num_layers=2, recurrence=recurrence)
     evaluated, wanted = (compiled_predict(m, params)(ids_BT, carry) for m in (model, plain))

@@ -15,10 +15,10 @@ from charlstm.model import CharLSTM, predict, zero_carry
 from charlstm.sampling import (
     before_end,
     draw_uniforms,
-    keep_probable,
+    filter_top_k_top_p,
     make_sampler,
-    pick,
     sample_step,
+    sample_token,
     stream,
     until_end,
 )
@@ -242,7 +242,7 @@ def test_streaming_compiles_once_and_calls_the_program_as_often_as_needed(method
     wanted_BL = write(method, seed=9)
     monkeypatch.setattr(sampling, "predict", traced_predict)
     # A size that no other test compiles, and that takes several calls.
-    monkeypatch.setattr(sampling, "SIZE", 6)
+    monkeypatch.setattr(sampling, "CHUNK_LEN", 6)
     pieces = write_in_pieces(method, seed=9)
     assert len(pieces) >= L // 6
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), wanted_BL)
@@ -411,7 +411,7 @@ def kept_by_oracle(probs_V, top_k, top_p):
     return ids[: 1 + np.sum(reached < top_p)]
 
 
-pick_compiled = jax.jit(pick)
+sample_token_compiled = jax.jit(sample_token)
 LARGEST = np.float32(1 - 2**-24)  # the largest number below 1
 LOGITS_V = np.float32([0.3, -1.2, 1.9, 0.9, -3.0, 1.4])
 
@@ -432,7 +432,7 @@ def test_characters_are_as_frequent_as_probable(settings, kept):
     n = 20_000
     uniforms_n = draw_uniforms(jax.random.key(11), n)
     options = {"top_k": 0, "top_p": 1.0} | settings
-    ids_n = np.asarray(pick_compiled(uniforms_n, np.tile(LOGITS_V, (n, 1)), **options))
+    ids_n = np.asarray(sample_token_compiled(uniforms_n, np.tile(LOGITS_V, (n, 1)), **options))
     kept = list(kept)
     wanted_V = np.zeros(len(LOGITS_V))
     wanted_V[kept] = n * probabilities(LOGITS_V[kept] / settings["temperature"])
@@ -463,7 +463,7 @@ def test_temperature_0_picks_the_first_of_the_largest():
     # So few values that many rows have two of the largest.
     logits_BV = rng.integers(4, size=(50, V)).astype(np.float32)
     uniforms_B = np.linspace(0, LARGEST, 50, dtype=np.float32)
-    ids_B = pick_compiled(uniforms_B, logits_BV, temperature=0.0)
+    ids_B = sample_token_compiled(uniforms_B, logits_BV, temperature=0.0)
     np.testing.assert_array_equal(ids_B, np.argmax(logits_BV, axis=-1))
 
 
@@ -471,7 +471,7 @@ def test_temperatures_that_are_all_but_0_pick_the_largest():
     logits_BV = np.float32(9 * np.random.default_rng(13).normal(size=(50, V)))
     uniforms_B = np.linspace(0, LARGEST, 50, dtype=np.float32)
     for temperature in (1e-5, 1e-30):
-        ids_B = pick_compiled(uniforms_B, logits_BV, temperature=temperature)
+        ids_B = sample_token_compiled(uniforms_B, logits_BV, temperature=temperature)
         np.testing.assert_array_equal(ids_B, np.argmax(logits_BV, axis=-1))
 
 
@@ -484,7 +484,7 @@ def test_an_impossible_character_is_not_picked_at_the_edge_of_its_neighbours():
     edges_BV = np.where(logits_BV == -np.inf, sums_BV / sums_BV[:, -1:], 0)
     uniforms_B = edges_BV[np.arange(n), rng.integers(vocab_size, size=n)].astype(np.float32)
     uniforms_B = np.minimum(uniforms_B, LARGEST)
-    ids_B = pick_compiled(uniforms_B, logits_BV, temperature=1.0)
+    ids_B = sample_token_compiled(uniforms_B, logits_BV, temperature=1.0)
     assert np.all(logits_BV[np.arange(n), ids_B] > -np.inf)
 
 
@@ -497,9 +497,9 @@ def test_logits_that_float32_cannot_part_after_the_exponential_are_ties():
     logits_1V[0, [2, 9]] = 0.0, 1e-8
     options = {"temperature": 0.8, "top_k": 1}
     for uniform in (0.0, 0.5, LARGEST):
-        assert pick_compiled(np.float32([uniform]), logits_1V, **options)[0] == 2
+        assert sample_token_compiled(np.float32([uniform]), logits_1V, **options)[0] == 2
     # Temperature 0 compares the logits themselves.
-    assert pick_compiled(np.float32([0.5]), logits_1V, temperature=0.0)[0] == 9
+    assert sample_token_compiled(np.float32([0.5]), logits_1V, temperature=0.0)[0] == 9
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -518,7 +518,7 @@ def test_a_pick_inverts_the_distribution_of_what_is_kept(
     # A neighbour with other settings changes nothing.
     settings_B = [np.array([temperature, 1.0]), np.array([top_k, 2]), np.array([top_p, 0.5])]
     options = dict(zip(["temperature", "top_k", "top_p"], settings_B, strict=True))
-    found = int(pick_compiled(np.float32([uniform, 0.5]), logits_BV, **options)[0])
+    found = int(sample_token_compiled(np.float32([uniform, 0.5]), logits_BV, **options)[0])
     if temperature == 0:
         assert found == np.argmax(logits_V)
         return
@@ -533,7 +533,7 @@ def test_a_pick_inverts_the_distribution_of_what_is_kept(
     assert below <= np.searchsorted(kept, found) <= above
 
 
-keep_compiled = jax.jit(keep_probable)
+keep_compiled = jax.jit(filter_top_k_top_p)
 # Few values, so that ties are common.
 rows = st.lists(st.integers(-4, 4).map(lambda n: n / 2), min_size=6, max_size=6)
 

@@ -70,7 +70,7 @@ def sampled_starts(num_windows: int) -> Any:
     return np.arange(count) * num_windows // count
 
 
-def tell_sample(num_windows: int) -> str:
+def describe_sample(num_windows: int) -> str:
     """Return in words which characters the windows that `sampled_starts` chooses predict."""
     count = min(HELD_OUT_WINDOWS, num_windows)
     return f"{count:,} of {num_windows:,} characters, evenly spread, each after its own window"

@@ -11,11 +11,11 @@ from charlstm.bench.cases import (
     Call,
     Case,
     Made,
+    describe_sample,
     evaluation_streams,
     inputs_and_targets,
     random_ids,
     sampled_starts,
-    tell_sample,
     timed,
 )
 
@@ -233,7 +233,7 @@ def learn_tutorial(
         model.set_weights(weights)
         bits = float(model.evaluate(*held_out, **sizes)) / math.log(2)
         points.append({"step": step, "seconds": spent, "bits_per_char": bits})
-    return {"scored": tell_sample(len(held_out_M) - seq_len), "points": points}
+    return {"scored": describe_sample(len(held_out_M) - seq_len), "points": points}
 
 
 def _make_keeper(kept: list[Any], start: float, seconds: float) -> Any:

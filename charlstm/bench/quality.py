@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from charlstm.bench.cases import SPACING, sampled_starts, tell_sample
+from charlstm.bench.cases import SPACING, describe_sample, sampled_starts
 from charlstm.bench.race import Worker, refuse_failure
 from charlstm.cli import signals, streams
 from charlstm.errors import UserError
@@ -125,7 +125,7 @@ def watch(process: subprocess.Popen, workdir: Path, start: float, seconds: float
 
     It gets SIGTERM once `seconds` have passed since `start`, by time.time().
     """
-    newest, due, is_told, is_running = None, 0.0, False, True
+    newest, due, is_logged, is_running = None, 0.0, False, True
     while is_running:
         # Asked before the folder is looked at, so that the last checkpoint is not missed.
         is_running = process.poll() is None
@@ -135,9 +135,9 @@ def watch(process: subprocess.Popen, workdir: Path, start: float, seconds: float
             if now >= due:
                 due = SPACING * now
                 yield keep(newest, workdir)
-        if now > seconds and not is_told:
+        if now > seconds and not is_logged:
             process.terminate()
-            is_told = True
+            is_logged = True
         time.sleep(0.02)
     if newest and not newest.folder.exists():
         yield keep(newest, workdir)
@@ -182,7 +182,7 @@ def score(folders: Sequence[str]) -> dict[str, Any]:
     batches = evaluation_batches(ids_M, run.config)
     if isinstance(batches, Windows):
         steps = list(chosen_windows(batches, sampled_starts(batches.num_windows)))
-        scored = tell_sample(batches.num_windows)
+        scored = describe_sample(batches.num_windows)
     else:
         steps = list(map(batches, range(batches.steps_per_epoch)))
         scored = f"each of {len(ids_M) - 1:,} characters, the carry handed on"

@@ -103,7 +103,7 @@ def race(
     made = {name: worker.answer() for name, worker in contenders.items()}
     # Together until here, where nothing is measured; from here on one at a time.
     settled = {
-        name: worker.ask("settle", repeat_seconds=repeat_seconds)
+        name: worker.ask("calibrate", repeat_seconds=repeat_seconds)
         for name, worker in contenders.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}

@@ -65,7 +65,7 @@ class Server:
             self._sizes, self._built = sizes, {"given": given, "value": self._call()}
         return self._built
 
-    def settle(self, repeat_seconds: float) -> dict[str, Any]:
+    def calibrate(self, repeat_seconds: float) -> dict[str, Any]:
         """Warm up, and find out how many calls take `repeat_seconds`."""
         given = use_faster_threads(self._call) if self._name == "torch" else ""
         quickest = min(timed(self._call) for _ in range(3))

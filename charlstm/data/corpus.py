@@ -56,7 +56,7 @@ class Corpus(NamedTuple):
     num_unknown: int  # characters that are not in `vocab`, replaced or dropped
 
 
-class Survey(NamedTuple):
+class TextStats(NamedTuple):
     """What the first pass finds."""
 
     counts: np.ndarray  # how often each code point occurs
@@ -94,34 +94,39 @@ def open_corpus(
     recipe = [FORMAT, *cleaning, data.min_count, characters, unknown]
     corpus = _reopen(found, recipe)
     if corpus is None:
-        survey = take_survey(found, cleaning)
-        check_survey(survey, found, cleaning, remedy, is_own=vocab is None)
-        used = vocab or Vocab.from_counts(survey.counts, data.min_count)
+        stats = collect_stats(found, cleaning)
+        check_stats(stats, found, cleaning, remedy, is_own=vocab is None)
+        used = vocab or Vocab.from_counts(stats.counts, data.min_count)
         if vocab is None and data.min_count > 1:
             unknown = "replace"
-        corpus = _prepare(found, cleaning, survey, used, unknown, recipe)
+        corpus = _prepare(found, cleaning, stats, used, unknown, recipe)
     log_cut(corpus.source, corpus.num_cut, len(corpus.ids_M), is_reported=vocab is None)
     return corpus
 
 
 def _prepare(
-    found: Source, cleaning: Cleaning, survey: Survey, vocab: Vocab, unknown: str, recipe: list[Any]
+    found: Source,
+    cleaning: Cleaning,
+    stats: TextStats,
+    vocab: Vocab,
+    unknown: str,
+    recipe: list[Any],
 ) -> Corpus:
     """Return a text whose ids are in memory, or in the cache if there are many."""
     pieces = number(found, cleaning, vocab, unknown)
-    num_chars = int(survey.counts.sum())
-    num_unknown = num_chars - int(survey.counts[[ord(char) for char in vocab.characters]].sum())
+    num_chars = int(stats.counts.sum())
+    num_unknown = num_chars - int(stats.counts[[ord(char) for char in vocab.characters]].sum())
     if num_chars <= SMALL_CHARS:
         ids_M = np.concatenate(list(pieces))
-        origin = found.path, survey.sha256, found.num_bytes, survey.num_cut, num_unknown
+        origin = found.path, stats.sha256, found.num_bytes, stats.num_cut, num_unknown
         return Corpus(ids_M, vocab, *origin)
     about = {
         "vocabulary": vocab.characters,
-        "sha256": survey.sha256,
-        "characters_cut": survey.num_cut,
+        "sha256": stats.sha256,
+        "characters_cut": stats.num_cut,
         "characters_unknown": num_unknown,
     }
-    folder = texts_folder() / _hash([survey.sha256, recipe])
+    folder = texts_folder() / _hash([stats.sha256, recipe])
     num_bytes = num_chars * vocab.dtype.itemsize
     with cache_writable(num_bytes):
         with prepared_once(folder):
@@ -162,7 +167,7 @@ def read_characters(
         yield from cleaning.apply(decode(blocks, file.where), tally)
 
 
-def take_survey(source: Source, cleaning: Cleaning) -> Survey:
+def collect_stats(source: Source, cleaning: Cleaning) -> TextStats:
     """Read a text for the first time: count its characters and hash its bytes."""
     tally: Counter[str] = Counter()
     digests = {file.name: hashlib.sha256() for file in source.files}
@@ -174,7 +179,7 @@ def take_survey(source: Source, cleaning: Cleaning) -> Survey:
 
         counts = count_characters(read_characters(source, cleaning, tally, on_read))
     sha256 = hash_of(source, [digest.hexdigest() for digest in digests.values()])
-    return Survey(counts, sha256, tally["cut"], tally["separators"])
+    return TextStats(counts, sha256, tally["cut"], tally["separators"])
 
 
 def number(source: Source, cleaning: Cleaning, vocab: Vocab, unknown: str) -> Iterator[np.ndarray]:
@@ -192,18 +197,18 @@ def number(source: Source, cleaning: Cleaning, vocab: Vocab, unknown: str) -> It
         source.refuse_changed()
 
 
-def check_survey(
-    survey: Survey, source: Source, cleaning: Cleaning, remedy: str, is_own: bool = True
+def check_stats(
+    stats: TextStats, source: Source, cleaning: Cleaning, remedy: str, is_own: bool = True
 ) -> None:
     """Raise UserError if a text is empty, or lacks the separator though it `is_own`: the run's."""
-    found = "".join(map(chr, np.flatnonzero(survey.counts))).replace(END, "")
+    found = "".join(map(chr, np.flatnonzero(stats.counts))).replace(END, "")
     if not found.strip():
         raise UserError(f"{source.path}: the text is empty; {remedy}")
-    if num_nul := survey.counts[0]:
+    if num_nul := stats.counts[0]:
         logger.warning(
             "%s: holds %s NUL characters (U+0000), as damaged files do", source.path, f"{num_nul:,}"
         )
-    is_missing = cleaning.separator and not survey.num_separators
+    is_missing = cleaning.separator and not stats.num_separators
     if is_own and is_missing and len(source.files) == 1:
         raise UserError(
             f"config.data.document_separator={cleaning.separator!r}: is nowhere in {source.path}; "

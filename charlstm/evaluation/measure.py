@@ -19,8 +19,8 @@ from charlstm.evaluation.scoring import (
     TEMPERATURES_R,
     best_temperature,
     figures,
-    heated_losses,
-    make_heated_step,
+    losses_at_temperatures,
+    make_temperature_step,
     read,
     scores,
 )
@@ -197,14 +197,14 @@ def _measure_dynamic(
 def _measure_temperature(
     run: Run, model: CharLSTM, params: Any, ids_M: np.ndarray
 ) -> dict[str, Any]:
-    heated_step, half = jax.jit(make_heated_step(model)), len(ids_M) // 2
+    temperature_step, half = jax.jit(make_temperature_step(model)), len(ids_M) // 2
 
     def losses(part_M: np.ndarray, temperatures_R: Any) -> np.ndarray:
         batches = evaluation_batches(part_M, run.config)
         steps = map(batches, range(batches.steps_per_epoch))
         empty = zero_carry(model, batches.batch_size)
-        return heated_losses(heated_step, params, empty, steps, temperatures_R)
+        return losses_at_temperatures(temperature_step, params, empty, steps, temperatures_R)
 
     fitted = best_temperature(losses(ids_M[:half], TEMPERATURES_R))
-    plain, heated = losses(ids_M[half:], [1.0, fitted]) / math.log(2)
-    return {"fitted": fitted, "bits_per_char": heated, "bits_per_char_at_1": plain}
+    plain, tempered = losses(ids_M[half:], [1.0, fitted]) / math.log(2)
+    return {"fitted": fitted, "bits_per_char": tempered, "bits_per_char_at_1": plain}

@@ -59,11 +59,11 @@ def report(
         vocab.decode(train_M[start : start + DECODED]) for start in range(0, len(train_M), DECODED)
     )
     decoded = [vocab.decode(ids_L) for ids_L in texts]
-    yield from tell_words(decoded, known_words(chunks), listed)
-    yield from tell_copies(decoded, match_lengths(texts, train_M, len(vocab)))
+    yield from format_words(decoded, known_words(chunks), listed)
+    yield from format_copies(decoded, match_lengths(texts, train_M, len(vocab)))
 
 
-def tell_words(texts: Sequence[str], known: Set[str], listed: Set[str]) -> Iterator[str]:
+def format_words(texts: Sequence[str], known: Set[str], listed: Set[str]) -> Iterator[str]:
     """Yield how many words there are, how many of them are known, and which are not."""
     found = [word for text in texts for word in whole_words(text)]
     if not found:
@@ -81,7 +81,7 @@ def tell_words(texts: Sequence[str], known: Set[str], listed: Set[str]) -> Itera
         yield f"words that do not: {unknown.total():,}, most often {', '.join(most)}"
 
 
-def tell_copies(texts: Sequence[str], lengths: Sequence[np.ndarray]) -> Iterator[str]:
+def format_copies(texts: Sequence[str], lengths: Sequence[np.ndarray]) -> Iterator[str]:
     """Yield what is copied of texts that stand verbatim in another as match_lengths says."""
     index = max(range(len(texts)), key=lambda index: lengths[index].max(initial=0))
     text, lengths_L = texts[index], lengths[index]

@@ -118,15 +118,15 @@ def figures(reading: Reading) -> dict[str, Any]:
     }
 
 
-def make_heated_step(
+def make_temperature_step(
     model: CharLSTM,
 ) -> Callable[[Any, Carry, Batch, jax.Array], tuple[Carry, jax.Array]]:
-    """Return heated_step(params, carry, batch, temperatures_R) -> (carry, nats_R), a pure function.
+    """Return temperature_step(params, carry, batch, temperatures_R) -> (carry, nats_R), pure.
 
     The nats are the sum over the batch of softmax(logits / temperature), for each temperature.
     """
 
-    def heated_step(params: Any, carry: Carry, batch: Batch, temperatures_R: jax.Array) -> Any:
+    def temperature_step(params: Any, carry: Carry, batch: Batch, temperatures_R: jax.Array) -> Any:
         carry = reset_rows(carry, batch.reset_B)
         logits_BTV, carry = predict(model, params, batch.inputs_BT, carry)
 
@@ -139,11 +139,11 @@ def make_heated_step(
         # One after the other: side by side they would need R times the memory.
         return carry, jax.lax.map(nats, temperatures_R)
 
-    return heated_step
+    return temperature_step
 
 
-def heated_losses(
-    heated_step: Callable[..., Any],
+def losses_at_temperatures(
+    temperature_step: Callable[..., Any],
     params: Any,
     carry: Carry,
     batches: Iterable[Batch],
@@ -152,7 +152,7 @@ def heated_losses(
     """Return the nats per character of a text at each temperature."""
     nats_R, count = np.zeros(len(temperatures_R)), 0.0
     for batch in batches:
-        carry, heated_R = heated_step(params, carry, batch, np.float32(temperatures_R))
+        carry, heated_R = temperature_step(params, carry, batch, np.float32(temperatures_R))
         nats_R += np.asarray(heated_R, np.float64)
         count += float(np.sum(batch.weights_BT))
     return nats_R / count

@@ -14,7 +14,7 @@ from charlstm.keys import derive_key
 from charlstm.model import CharLSTM
 from charlstm.runs.folder import Run
 from charlstm.runs.machine import memory_bytes
-from charlstm.sampling import SIZE, stream, until_end
+from charlstm.sampling import CHUNK_LEN, stream, until_end
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ MAX_SHOWN = 10  # prompts from the training text
 def check_memory(run: Run, num_prompt_chars: int, num_samples: int, length: int) -> None:
     """Raise UserError if `num_samples` texts of `length` characters do not fit into memory."""
     model = run.config.model
-    # 10 % less than measured. The text and the chunks of SIZE characters dominate.
-    numbers = num_prompt_chars + 9 * SIZE + 2 * len(run.vocab)
+    # 10 % less than measured. The text and the chunks of CHUNK_LEN characters dominate.
+    numbers = num_prompt_chars + 9 * CHUNK_LEN + 2 * len(run.vocab)
     numbers += 6 * model.num_layers * model.hidden_size + 5 * length
     needed = 4 * numbers * num_samples
     if needed > (there := memory_bytes()):
@@ -96,7 +96,7 @@ def generate(
     settings: dict[str, Any],
     *,
     seed: int = 0,
-    chunk: int = SIZE,
+    chunk: int = CHUNK_LEN,
     stop_at_end: bool = True,
 ) -> Iterator[np.ndarray]:
     """Yield chunks ids_BT of the texts that continue `prompts`.

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from charlstm.lstm.reference import GATES, LayerCarry, Params, as_vectors
+from charlstm.lstm.reference import GATES, LayerCarry, Params, as_one_hot
 
 
 def cudnn_lstm(
@@ -43,7 +43,7 @@ def cudnn_lstm(
         raise ValueError(
             f"cuDNN's LSTM needs an NVIDIA GPU, and JAX has found {jax.default_backend()}"
         )
-    inputs_TBE = as_vectors(params, inputs, dtype)
+    inputs_TBE = as_one_hot(params, inputs, dtype)
     num_steps, batch_size, input_size = inputs_TBE.shape
     c_BH, h_BH = carry
     hidden_BTH, h_1BH, c_1BH = rnn.lstm(

@@ -14,10 +14,10 @@ from charlstm.lstm.reference import (
     LayerCarry,
     Params,
     aligned,
-    are_ids,
+    are_integers,
+    concat_gates,
     inverse_rms,
     kept_rows,
-    side_by_side,
     vary_alike,
 )
 
@@ -56,8 +56,8 @@ def fused_lstm(
     params, carry, inputs = vary_alike((params, carry, inputs))
     # Since sigmoid(s) = (1 + tanh(s / 2)) / 2, with halved sums one tanh serves all four gates.
     halve_G = jnp.repeat(jnp.array([0.5, 0.5, 1.0, 0.5], dtype), carry[0].shape[-1])
-    input_kernel_EG = side_by_side(params, "i") * halve_G[None]
-    recurrent_kernel_HG, gain_G = side_by_side(params, "h"), None
+    input_kernel_EG = concat_gates(params, "i") * halve_G[None]
+    recurrent_kernel_HG, gain_G = concat_gates(params, "h"), None
     if "norm" in params:
         gain_G = params["norm"]["gain"] * halve_G
     else:
@@ -68,7 +68,7 @@ def fused_lstm(
         # Scales are looked up, or computed, as what drives the gates is, and beside it.
         input_kernel_EF = jnp.concatenate([input_kernel_EG, params["scale"]["kernel"]], axis=1)
         bias_F = jnp.concatenate([bias_F, jnp.ones_like(params["hi"]["bias"])])
-    if are_ids(inputs):
+    if are_integers(inputs):
         # The bias joins the rows that are looked up, which are fewer than the time steps.
         rows_EF = (input_kernel_EF + bias_F[None]).astype(dtype)
     else:
@@ -94,17 +94,17 @@ def _scan(
         inputs_B, keep_B = given
         c_before_BH, h_BH = (kept_rows(leaf_BH, keep_B) for leaf_BH in carry)
         # Looked up here, where it stays in the cache, and not for all time steps before.
-        drive_BF = rows_EF[inputs_B] if are_ids(inputs) else inputs_B
-        seen_BH = _product(h_BH, _scale(drive_BF, h_BH.shape[-1]), mask_BH)
+        preact_BF = rows_EF[inputs_B] if are_integers(inputs) else inputs_B
+        gated_h_BH = _product(h_BH, _scale(preact_BF, h_BH.shape[-1]), mask_BH)
         product_BG = jnp.dot(
-            seen_BH.astype(kernel_HG.dtype), kernel_HG, preferred_element_type=c_before_BH.dtype
+            gated_h_BH.astype(kernel_HG.dtype), kernel_HG, preferred_element_type=c_before_BH.dtype
         )
         normed = None
         if gain_G is not None:
             root_B1 = inverse_rms(product_BG, norm_epsilon)
             normed = product_BG * root_B1, root_B1
             product_BG = normed[0] * gain_G[None]
-        tanh_BG = jnp.tanh(drive_BF[..., : product_BG.shape[-1]] + product_BG)
+        tanh_BG = jnp.tanh(preact_BF[..., : product_BG.shape[-1]] + product_BG)
         i_BH, f_BH, g_BH, o_BH = jnp.split(tanh_BG, 4, axis=-1)
         i_BH, f_BH, o_BH = ((1 + tanh_BH) / 2 for tanh_BH in (i_BH, f_BH, o_BH))
         c_BH = f_BH * c_before_BH + i_BH * g_BH
@@ -114,8 +114,8 @@ def _scan(
             return (c_BH, h_BH), (h_BH,)
         factors_BG = jnp.concatenate([g_BH / 2, c_before_BH / 2, i_BH, tanh_c_BH / 2], axis=-1)
         dc_by_dc_BH = kept_rows(f_BH, keep_B)
-        slopes = (1 - tanh_BG**2) * factors_BG, o_BH * (1 - tanh_c_BH**2), dc_by_dc_BH
-        return (c_BH, h_BH), (h_BH, slopes, normed)
+        local_grads = (1 - tanh_BG**2) * factors_BG, o_BH * (1 - tanh_c_BH**2), dc_by_dc_BH
+        return (c_BH, h_BH), (h_BH, local_grads, normed)
 
     return jax.lax.scan(step, carry, (inputs, keep_TB))
 
@@ -176,19 +176,19 @@ def _recur_forward(
     keep_TB: jax.Array | None,
     mask_BH: jax.Array | None,
 ) -> tuple[tuple[LayerCarry, jax.Array], Any]:
-    last_carry, (hidden_TBH, slopes, normed) = _scan(
+    last_carry, (hidden_TBH, local_grads, normed) = _scan(
         norm_epsilon, weights, carry, inputs, keep_TB, mask_BH, with_slopes=True
     )
     h_before_TBH = kept_rows(jnp.concatenate([carry[1][None], hidden_TBH[:-1]]), keep_TB)
     # The backward pass reads only the scales of what drives the gates, a fifth of it.
-    given = inputs if are_ids(inputs) else _scale(inputs, carry[1].shape[-1])
-    kept = given, keep_TB, mask_BH, h_before_TBH, slopes, normed
+    given = inputs if are_integers(inputs) else _scale(inputs, carry[1].shape[-1])
+    kept = given, keep_TB, mask_BH, h_before_TBH, local_grads, normed
     return (last_carry, hidden_TBH), (weights, kept)
 
 
 def _recur_backward(norm_epsilon: float, residuals: Any, grads: Any) -> tuple[Any, ...]:
     del norm_epsilon  # it is in the root that was kept
-    weights, (given, keep_TB, mask_BH, h_before_TBH, slopes, normed) = residuals
+    weights, (given, keep_TB, mask_BH, h_before_TBH, local_grads, normed) = residuals
     kernel_HG, rows_EF, gain_G = weights
     last_carry_grad, hidden_grad_TBH = grads
     num_steps, batch_size, hidden_size = h_before_TBH.shape
@@ -206,11 +206,11 @@ def _recur_backward(norm_epsilon: float, residuals: Any, grads: Any) -> tuple[An
         carry_grad, drive_grad_tBF = jax.lax.scan(step, carry_grad, kept, reverse=True)
         sums_grad_tBG = drive_grad_tBF[..., : kernel_HG.shape[-1]]
         product_grad_tBG = _product_grad(sums_grad_tBG, gain_G, kept[2])
-        seen_tBH = _product(h_before_tBH, scale_tBH, mask_BH)
+        gated_h_tBH = _product(h_before_tBH, scale_tBH, mask_BH)
         # One product over the rows of many time steps, where step would add small ones.
         kernel_grad_HG += jnp.einsum(
             "tbh,tbg->hg",
-            seen_tBH.astype(dtype),
+            gated_h_tBH.astype(dtype),
             product_grad_tBG.astype(dtype),
             preferred_element_type=kernel_grad_HG.dtype,
         )
@@ -230,7 +230,7 @@ def _recur_backward(norm_epsilon: float, residuals: Any, grads: Any) -> tuple[An
     length = _chunk_length(num_steps, batch_size)
     chunks = jax.tree.map(
         lambda leaf_T: leaf_T.reshape(num_steps // length, length, *leaf_T.shape[1:]),
-        (hidden_grad_TBH, slopes, normed, keep_TB, h_before_TBH, given),
+        (hidden_grad_TBH, local_grads, normed, keep_TB, h_before_TBH, given),
     )
     zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, h_before_TBH.dtype), weights)
     (carry_grad, *grads_of_weights), inputs_grad = jax.lax.scan(
@@ -253,22 +253,22 @@ def _step_back(
 ) -> tuple[LayerCarry, Any]:
     """Return the gradient of the carry before a time step, and that of what drives its gates."""
     dc_BH, dh_BH = carry_grad
-    hidden_grad_BH, slopes, normed, keep_B, scale_BH, h_before_BH = kept
-    slopes_BG, dh_by_dc_BH, dc_by_dc_BH = slopes
+    hidden_grad_BH, local_grads, normed, keep_B, scale_BH, h_before_BH = kept
+    local_grads_BG, dh_by_dc_BH, dc_by_dc_BH = local_grads
     dh_BH = dh_BH + hidden_grad_BH
     dc_BH = dc_BH + dh_BH * dh_by_dc_BH
     by_gate_BG = jnp.concatenate([dc_BH, dc_BH, dc_BH, dh_BH], axis=-1)
-    sums_grad_BG = slopes_BG * by_gate_BG
-    drive_grad_BF = sums_grad_BG.astype(kernel_GH.dtype)
+    sums_grad_BG = local_grads_BG * by_gate_BG
+    preact_grad_BF = sums_grad_BG.astype(kernel_GH.dtype)
     # Found once more for many time steps, since XLA is slow at writing it beside the sums' here.
     product_grad_BG = _product_grad(sums_grad_BG, gain_G, normed).astype(kernel_GH.dtype)
     dh_BH = jnp.dot(product_grad_BG, kernel_GH, preferred_element_type=dc_BH.dtype)
     dh_BH = _product(dh_BH, mask_BH)
     if scale_BH is not None:
         scale_grad_BH = (dh_BH * h_before_BH).astype(kernel_GH.dtype)
-        drive_grad_BF = jnp.concatenate([drive_grad_BF, scale_grad_BH], axis=-1)
+        preact_grad_BF = jnp.concatenate([preact_grad_BF, scale_grad_BH], axis=-1)
         dh_BH = dh_BH * scale_BH
-    return (dc_BH * dc_by_dc_BH, kept_rows(dh_BH, keep_B)), drive_grad_BF
+    return (dc_BH * dc_by_dc_BH, kept_rows(dh_BH, keep_B)), preact_grad_BF
 
 
 def _product_grad(sums_grad_XG: jax.Array, gain_G: jax.Array | None, normed: Any) -> jax.Array:

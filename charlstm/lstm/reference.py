@@ -112,10 +112,10 @@ def flax_lstm(
       The carry after the last time step, and hidden_TBH, the output of every time step.
     """
     params, carry, inputs = vary_alike((params, carry, inputs))
-    inputs_TBE = as_vectors(params, inputs, dtype)
+    inputs_TBE = as_one_hot(params, inputs, dtype)
     flax_cell = nn.OptimizedLSTMCell(features=carry[0].shape[-1], dtype=dtype)
     cell_params = _with_gains(params)
-    recurrent_kernel_HG = side_by_side(params, "h").astype(dtype)
+    recurrent_kernel_HG = concat_gates(params, "h").astype(dtype)
 
     def step(carry: LayerCarry, inputs: Any) -> tuple[LayerCarry, jax.Array]:
         inputs_BE, keep_B = inputs
@@ -152,17 +152,17 @@ def trace_lstm(
     """
     params, carry, inputs = vary_alike((params, carry, inputs))
     input_kernel_EG, recurrent_kernel_HG = (
-        side_by_side(params, side).astype(dtype) for side in "ih"
+        concat_gates(params, side).astype(dtype) for side in "ih"
     )
     bias_1G = jnp.concatenate([params[f"h{gate}"]["bias"] for gate in GATES])[None].astype(dtype)
 
     def step(carry: LayerCarry, given: Any) -> tuple[LayerCarry, Any]:
         x_BE, keep_B = given
         c_BH, h_BH = (kept_rows(leaf_BH, keep_B) for leaf_BH in carry)
-        x_BE, seen_BH = x_BE.astype(dtype), h_BH.astype(dtype)
+        x_BE, gated_h_BH = x_BE.astype(dtype), h_BH.astype(dtype)
         if "scale" in params:
-            seen_BH = seen_BH * (1 + x_BE @ params["scale"]["kernel"].astype(dtype))
-        product_BG = seen_BH @ recurrent_kernel_HG
+            gated_h_BH = gated_h_BH * (1 + x_BE @ params["scale"]["kernel"].astype(dtype))
+        product_BG = gated_h_BH @ recurrent_kernel_HG
         if "norm" in params:
             gain_1G = params["norm"]["gain"][None].astype(dtype)
             product_BG = product_BG * inverse_rms(product_BG, norm_epsilon) * gain_1G
@@ -174,7 +174,7 @@ def trace_lstm(
         h_BH = o_BH * jnp.tanh(c_BH)
         return (c_BH, h_BH), LayerStates(c_BH, h_BH, i_BH, f_BH, g_BH, o_BH)
 
-    carry, states = jax.lax.scan(step, carry, (as_vectors(params, inputs, dtype), keep_TB))
+    carry, states = jax.lax.scan(step, carry, (as_one_hot(params, inputs, dtype), keep_TB))
     return carry, LayerStates(*(leaf_TBH.swapaxes(0, 1) for leaf_TBH in states))
 
 
@@ -201,7 +201,7 @@ def vary_alike(tree: Any) -> Any:
     return jax.tree.map(vary, tree)
 
 
-def side_by_side(params: Params, side: str) -> jax.Array:
+def concat_gates(params: Params, side: str) -> jax.Array:
     """Return the four kernels from one side, 'i' or 'h', as one."""
     return jnp.concatenate([params[f"{side}{gate}"]["kernel"] for gate in GATES], axis=1)
 
@@ -223,7 +223,7 @@ def inverse_rms(product_BG: jax.Array, epsilon: float) -> jax.Array:
     return jax.lax.rsqrt(mean_B1 + epsilon)
 
 
-def are_ids(inputs: jax.Array) -> bool:
+def are_integers(inputs: jax.Array) -> bool:
     """Return whether `inputs` are integers, which stand for one-hot vectors."""
     return jnp.issubdtype(inputs.dtype, jnp.integer)
 
@@ -233,8 +233,8 @@ def kept_rows(leaf_BH: jax.Array, keep_B: jax.Array | None) -> jax.Array:
     return leaf_BH if keep_B is None else jnp.where(keep_B[..., None], leaf_BH, 0)
 
 
-def as_vectors(params: Params, inputs: jax.Array, dtype: Any) -> jax.Array:
+def as_one_hot(params: Params, inputs: jax.Array, dtype: Any) -> jax.Array:
     """Return inputs_TBE, for ids the one-hot vectors that they stand for."""
-    if not are_ids(inputs):
+    if not are_integers(inputs):
         return inputs
     return jax.nn.one_hot(inputs, params["ii"]["kernel"].shape[0], dtype=dtype)

@@ -99,7 +99,7 @@ def joined(
         return
     watch = Watch()
     # Gloo prints each connection on stdout.
-    with aborts_explained(watch.farewell(0)), only_python_writes("stdout"):
+    with aborts_explained(watch.last_message(0)), only_python_writes("stdout"):
         watch.start()
         connect()
         try:
@@ -288,7 +288,7 @@ class Watch:
         """Wait for so long that the watch would have ended this process, had another one gone."""
         time.sleep(HEARTBEAT_SECONDS + 2 * WATCH_SECONDS)
 
-    def farewell(self, *gone: int) -> str:
+    def last_message(self, *gone: int) -> str:
         """Return the line that names the processes that have gone."""
         names = ", ".join(map(str, gone))
         return (
@@ -307,4 +307,4 @@ class Watch:
             except Exception:  # of types that are not documented
                 gone = [0]  # which holds the line
             if gone and not self._is_over.is_set():
-                end_at_once(self.farewell(*gone))
+                end_at_once(self.last_message(*gone))

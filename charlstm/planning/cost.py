@@ -110,10 +110,10 @@ def scan_flops(config: ConfigDict) -> int:
 def other_flops(config: ConfigDict, vocab_size: int) -> int:
     """Return those of flops_per_char that are done for all time steps at once."""
     model, sizes = config.model, input_sizes(config, vocab_size)
-    as_vectors = sizes[1:] if model.input == "one_hot" else sizes
+    as_one_hot = sizes[1:] if model.input == "one_hot" else sizes
     by_vectors = 2 * model.embed_size * (model.hidden_size + vocab_size)
     output = by_vectors if model.tie_embeddings else 2 * model.hidden_size * vocab_size
-    return 2 * _kernels(config) * model.hidden_size * sum(as_vectors) + output
+    return 2 * _kernels(config) * model.hidden_size * sum(as_one_hot) + output
 
 
 def _kernels(config: ConfigDict) -> int:

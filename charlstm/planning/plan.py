@@ -55,7 +55,7 @@ def describe(config: ConfigDict, seconds: float) -> dict[str, Any]:
         return _count(job)
     check(job)
     loading = lap() + timing.time_process()
-    parts = _rehearse(job, seconds)
+    parts = _measure_parts(job, seconds)
     return _count(job) | _measured(job, parts, loading) | _memory(job)
 
 
@@ -77,7 +77,7 @@ def propose(
     check(job)
     loading = lap() + timing.time_process()
     job = _with_width(job, _seconds_left(seconds, loading))
-    parts = _rehearse(job, timing_seconds)
+    parts = _measure_parts(job, timing_seconds)
     evaluation = timing.evaluation_seconds(job, parts) + parts.save
     num_evaluations = rules.choose_evaluations(seconds, evaluation)
     fixed = loading + parts.start + parts.once + parts.end + num_evaluations * evaluation
@@ -152,10 +152,10 @@ def with_config(job: Job, config: ConfigDict) -> Job:
     return job._replace(run=job.run._replace(config=config), model=model, num_steps=num_steps)
 
 
-def _rehearse(job: Job, seconds: float) -> Parts:
+def _measure_parts(job: Job, seconds: float) -> Parts:
     logger.info("timing the parts of a run")
     with scratch_folder() as folder:
-        return timing.rehearse(job, epath.Path(folder), seconds)
+        return timing.measure_parts(job, epath.Path(folder), seconds)
 
 
 def _count(job: Job) -> dict[str, Any]:

@@ -77,15 +77,15 @@ def evaluation_seconds(job: Job, parts: Parts) -> float:
     return num_batches * parts.batch + parts.sample + parts.draw
 
 
-def rehearse(job: Job, folder: epath.Path, seconds: float) -> Parts:
+def measure_parts(job: Job, folder: epath.Path, seconds: float) -> Parts:
     """Return the parts of `job`, made in `folder`; the steps are timed for `seconds`.
 
     All is done twice: the first time leaves what is compiled in JAX's cache on disk, where the
     second time, and train.py after it, find it.
     """
-    cold = _rehearse(job, folder / "cold", 0.0)
+    cold = _measure_parts(job, folder / "cold", 0.0)
     jax.clear_caches()
-    warm = _rehearse(job, folder / "warm", seconds)
+    warm = _measure_parts(job, folder / "warm", seconds)
     # Not all that is slow the first time is compilation: Matplotlib and Orbax begin slowly.
     late = sum(
         max(0.0, getattr(cold, name) - getattr(warm, name)) for name in ("draw", "save", "end")
@@ -93,7 +93,7 @@ def rehearse(job: Job, folder: epath.Path, seconds: float) -> Parts:
     return warm._replace(once=warm.once + late)
 
 
-def _rehearse(job: Job, folder: epath.Path, seconds: float) -> Parts:
+def _measure_parts(job: Job, folder: epath.Path, seconds: float) -> Parts:
     lap = make_clock()
     folder.mkdir()
     like = placed_shapes(job.run.config, job)

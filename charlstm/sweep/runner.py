@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from charlstm.cli import signals, streams
 from charlstm.config import flatten
 from charlstm.data.cleaning import END, Cleaning
-from charlstm.data.corpus import Survey, check_survey, log_cut, read_characters, take_survey
+from charlstm.data.corpus import TextStats, check_stats, collect_stats, log_cut, read_characters
 from charlstm.data.sources import Source, find_source
 from charlstm.errors import UserError, one_line
 
@@ -40,7 +40,7 @@ class Text(NamedTuple):
 
     name: str  # with some of its hash: another content is another text
     source: Source
-    survey: Survey
+    stats: TextStats
 
 
 class Trial(NamedTuple):
@@ -88,11 +88,11 @@ def open_text(path: str, cleaning: Cleaning) -> Text:
     """
     remedy = "give UTF-8 text in --texts"
     source = find_source(path, remedy=remedy)
-    survey = take_survey(source, cleaning)
-    check_survey(survey, source, cleaning, remedy)
-    log_cut(source.path, survey.num_cut, int(survey.counts.sum()))
+    stats = collect_stats(source, cleaning)
+    check_stats(stats, source, cleaning, remedy)
+    log_cut(source.path, stats.num_cut, int(stats.counts.sum()))
     stem = re.sub(r"\W+", "_", Path(source.path).name.split(".")[0])[:40] or "text"
-    return Text(f"{stem}-{survey.sha256[:8]}", source, survey)
+    return Text(f"{stem}-{stats.sha256[:8]}", source, stats)
 
 
 def first_part(chunks: Iterable[str], count: int) -> Iterator[str]:
@@ -115,7 +115,7 @@ def write_first_part(text: Text, cleaning: Cleaning, path: Path) -> None:
     if path.exists():
         return
     path.parent.mkdir(exist_ok=True)
-    num_chars = int(text.survey.counts.sum())
+    num_chars = int(text.stats.counts.sum())
     chunks = read_characters(text.source, cleaning, Counter(), lambda file, raw: None)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8", newline="\n") as file:
@@ -208,11 +208,11 @@ def make_settle(cores: set[int]) -> Callable[[], None] | None:
         return None
     libc = ctypes.CDLL(None)
 
-    def settle() -> None:
+    def calibrate() -> None:
         os.sched_setaffinity(0, cores)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
-    return settle
+    return calibrate
 
 
 def text_path(out: Path, text: str) -> Path:

@@ -33,7 +33,7 @@ from charlstm.steps import TrainState, init_state, make_train_step, make_train_s
 from charlstm.system.paths import given_path
 from charlstm.training.progress import MAX_STREAK, DivergedError, Journal, Notes
 from charlstm.training.setup import Job, prepare, report, steps_ahead
-from charlstm.training.validation import ShouldStop, StoppedError, make_assessment, stop_if
+from charlstm.training.validation import ShouldStop, StoppedError, make_evaluation, stop_if
 
 logger = logging.getLogger(__name__)
 
@@ -166,12 +166,12 @@ def run_steps(
 ) -> bool:
     """Take the steps that are left, and whatever is due between them; return whether all are."""
     first = step = int(state.step)
-    assess = make_assessment(job, should_stop)
+    evaluate_state = make_evaluation(job, should_stop)
 
     def evaluate(state: TrainState, step: int) -> None:
         with journal.evaluating():
             params = averaged_params(state.params, state.opt_state)
-            journal.log_evaluation(state, assess(params, step))
+            journal.log_evaluation(state, evaluate_state(params, step))
 
     try:
         # Left over from a stop amid an evaluation.

@@ -101,7 +101,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
     here = this_machine()
     if run:
         run = run._replace(text=about)
-        tell_changes(run, changes, here)
+        log_changes(run, changes, here)
     else:
         prompts = random_prompts(train_ids, text.vocab, config.seq_len, config.seed)
         run = Run(workdir, config, text.vocab, about, prompts, here, default_prng_impl())
@@ -129,7 +129,7 @@ def open_own(run: Run, remedy: str, may_fetch: bool = True) -> Corpus:
     return text
 
 
-def tell_changes(run: Run, changes: list[str], here: dict[str, Any]) -> None:
+def log_changes(run: Run, changes: list[str], here: dict[str, Any]) -> None:
     """Tell what is not as it was when `run` began, though it may go on."""
     for change in changes:
         logger.info("the run goes on with a setting changed: %s", change)

@@ -41,8 +41,8 @@ def until(should_stop: ShouldStop, items: Iterable[Item]) -> Iterator[Item]:
         yield item
 
 
-def make_assessment(job: Job, should_stop: ShouldStop) -> Callable[[Any, int], dict[str, Any]]:
-    """Return assess(params, step) -> what an evaluation tells: validation figures and a sample.
+def make_evaluation(job: Job, should_stop: ShouldStop) -> Callable[[Any, int], dict[str, Any]]:
+    """Return evaluate_state(params, step) -> validation metrics and a sample.
 
     The devices share the evaluation; the first process writes the sample. It raises StoppedError
     amid its work, once `should_stop` is true.
@@ -51,13 +51,13 @@ def make_assessment(job: Job, should_stop: ShouldStop) -> Callable[[Any, int], d
     # The first process alone cannot ask the others whether to stop.
     while_writing = (lambda: False) if processes.is_shared() else should_stop
 
-    def assess(params: Any, step: int) -> dict[str, Any]:
+    def evaluate_state(params: Any, step: int) -> dict[str, Any]:
         figures = validate(params) if validate else {}
         if processes.is_first():
             figures |= write_sample(job, on_one_device(params), step, while_writing)
         return figures
 
-    return assess
+    return evaluate_state
 
 
 def make_validation(job: Job, should_stop: ShouldStop) -> Callable[[Any], dict[str, Any]] | None:

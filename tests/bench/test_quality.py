@@ -129,7 +129,7 @@ def test_a_sample_is_spread_evenly_or_is_all(monkeypatch):
     monkeypatch.setattr(cases, "HELD_OUT_WINDOWS", 5)
     assert cases.sampled_starts(20).tolist() == [0, 4, 8, 12, 16]
     assert cases.sampled_starts(3).tolist() == [0, 1, 2]
-    assert cases.tell_sample(20).startswith("5 of 20 characters")
+    assert cases.describe_sample(20).startswith("5 of 20 characters")
 
 
 def test_chosen_windows_are_scored_as_a_run_scores_all_of_them():

@@ -541,15 +541,15 @@ def test_a_disk_without_room_is_told_before_anything_is_numbered(cache, book_pat
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused(cache, book_path, monkeypatch):
-    survey = charlstm.data.corpus.take_survey
+    stats = charlstm.data.corpus.collect_stats
 
-    def survey_and_change(*args):
-        result = survey(*args)
+    def collect_stats_and_change(*args):
+        result = stats(*args)
         with book_path.open("a") as file:
             file.write("more")
         return result
 
-    monkeypatch.setattr(charlstm.data.corpus, "take_survey", survey_and_change)
+    monkeypatch.setattr(charlstm.data.corpus, "collect_stats", collect_stats_and_change)
     for limit in (1000, 10_000):
         monkeypatch.setattr(charlstm.data.corpus, "SMALL_CHARS", limit)
         with pytest.raises(UserError, match=r"book.txt: has changed while it was read"):

@@ -15,8 +15,8 @@ from charlstm.evaluation.scoring import (
     Reading,
     best_temperature,
     figures,
-    heated_losses,
-    make_heated_step,
+    losses_at_temperatures,
+    make_temperature_step,
     read,
     scores,
     standard_error,
@@ -159,8 +159,8 @@ def test_losses_at_a_temperature_are_those_of_weights_divided_by_it(trained):
     model, params, ids_M, eval_step, _ = trained
     batches = Streams(ids_M, 4, 50)
     steps, empty = range(batches.steps_per_epoch), zero_carry(model, 4)
-    found = heated_losses(
-        jax.jit(make_heated_step(model)), params, empty, map(batches, steps), [0.7, 1.0, 1.6]
+    found = losses_at_temperatures(
+        jax.jit(make_temperature_step(model)), params, empty, map(batches, steps), [0.7, 1.0, 1.6]
     )
     for temperature, loss in zip((0.7, 1.0, 1.6), found, strict=True):
         dense = jax.tree.map(lambda leaf, by=temperature: leaf / by, params["dense"])

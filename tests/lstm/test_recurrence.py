@@ -178,11 +178,11 @@ def test_any_shape_equals_numpy(name, t, b, e, h, seed, ids, parts):
     (params, carry, inputs), gradients = draw_case(seed, t, b, e, h, parts)
     dense_TBE = np.eye(e)[draw_ids(seed, t, b, e)] if ids else inputs
     arguments = params, carry, dense_TBE
-    value, slopes = lstm(*arguments), lstm_gradient(*arguments, *gradients)
+    value, local_grads = lstm(*arguments), lstm_gradient(*arguments, *gradients)
     with enable_x64(True):
         inputs = draw_ids(seed, t, b, e) if ids else inputs
         found = value_and_gradients(name, (params, carry, inputs), gradients, "float64")
-        wanted = value, slopes[: len(found[1])]
+        wanted = value, local_grads[: len(found[1])]
         assert_close(found, wanted, RELATIVE["float64"])
 
 
@@ -246,8 +246,8 @@ def test_a_row_that_begins_anew_is_run_and_differentiated_as_if_alone(
     with enable_x64(dtype == "float64"):
         found = value_and_gradients(name, (params, carry, inputs), gradients, dtype)
         inputs_TBE = np.eye(E)[inputs] if kind == "ids" else inputs
-        value, slopes = numpy_with_starts(params, carry, inputs_TBE, gradients)
-        assert_close(found, (value, slopes[: len(found[1])]), RELATIVE[dtype])
+        value, local_grads = numpy_with_starts(params, carry, inputs_TBE, gradients)
+        assert_close(found, (value, local_grads[: len(found[1])]), RELATIVE[dtype])
 
 
 @each_dtype
@@ -262,8 +262,11 @@ def test_a_mask_of_the_hidden_state_is_what_its_gates_see(name, kind, dtype, mon
     with enable_x64(dtype == "float64"):
         found = value_and_gradients(name, (params, carry, inputs), gradients, dtype)
         arguments = params, carry, np.eye(E)[inputs] if kind == "ids" else inputs
-        value, slopes = lstm(*arguments, mask_BH), lstm_gradient(*arguments, *gradients, mask_BH)
-        assert_close(found, (value, slopes[: len(found[1])]), RELATIVE[dtype])
+        value, local_grads = (
+            lstm(*arguments, mask_BH),
+            lstm_gradient(*arguments, *gradients, mask_BH),
+        )
+        assert_close(found, (value, local_grads[: len(found[1])]), RELATIVE[dtype])
 
 
 def test_without_masks_the_program_has_no_trace_of_them():
@@ -502,7 +505,7 @@ def initial():
     return jax.tree.map(np.asarray, init_lstm(jax.random.key(0), INITIAL_E, INITIAL_H))
 
 
-def side_by_side(params, side):
+def concat_gates(params, side):
     return np.concatenate([params[side + gate]["kernel"] for gate in GATES], axis=1)
 
 
@@ -513,14 +516,14 @@ def test_initial_biases_are_1_for_the_forget_gate_and_0_for_the_others(initial):
 
 
 def test_initial_recurrent_kernels_side_by_side_have_orthonormal_rows(initial):
-    kernel_HG = side_by_side(initial, "h")
+    kernel_HG = concat_gates(initial, "h")
     np.testing.assert_allclose(kernel_HG @ kernel_HG.T, np.eye(INITIAL_H), atol=1e-5)
     # Not just a unit matrix and zeros: every gate takes part.
     assert all(np.abs(block).max() > 0.1 for block in np.split(kernel_HG, 4, axis=1))
 
 
 def test_initial_input_kernel_is_glorot_uniform_over_all_four_gates(initial):
-    kernel_EG = side_by_side(initial, "i")
+    kernel_EG = concat_gates(initial, "i")
     bound = np.sqrt(6 / (INITIAL_E + 4 * INITIAL_H))
     assert 0.99 * bound < np.max(np.abs(kernel_EG)) <= bound
     # The variance of n uniform numbers is off by a share of sqrt(0.8 / n); five times that.

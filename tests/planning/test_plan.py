@@ -128,7 +128,7 @@ def test_an_estimate_counts_each_part_as_often_as_train_does_it(job):
 
 def test_a_plan_of_given_settings_has_counts_times_and_memory(job, monkeypatch):
     monkeypatch.setattr(timing, "time_process", lambda: 5.0)
-    monkeypatch.setattr(timing, "rehearse", lambda job, folder, seconds: PARTS)
+    monkeypatch.setattr(timing, "measure_parts", lambda job, folder, seconds: PARTS)
     # 2 MiB a row and 20 MiB beside them.
     monkeypatch.setattr(timing, "step_bytes", lambda job, rows: (20 + 2 * rows) * 2**20)
     monkeypatch.setattr(plan, "memory_bytes", lambda: 2**30)
