@@ -39,7 +39,7 @@ def assert_trees_close(actual, desired, rtol=1e-5, atol=1e-6):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, desired)
 
 
-def first_state(model, optimizer, seed=0):
+def initial_state(model, optimizer, seed=0):
     # Compiled as a whole, which takes a fraction of compiling each of its operations.
     make = partial(init_state, model, optimizer, batch_size=B)
     return jax.jit(make)(jax.random.key(seed))
@@ -65,7 +65,7 @@ def unkeyed(state):
 
 def test_a_step_is_the_optimizer_applied_to_the_gradient_of_the_mean_loss(batches):
     model, optimizer = small_model(dropout_rate=0.0), optax.sgd(0.5)
-    state = first_state(model, optimizer)
+    state = initial_state(model, optimizer)
     batch = batches(batches.steps_per_epoch - 1)  # the padded one
 
     def mean_nats(params):
@@ -91,7 +91,7 @@ def test_a_step_is_the_optimizer_applied_to_the_gradient_of_the_mean_loss(batche
 
 def test_a_position_of_weight_zero_has_no_influence(batches):
     model, optimizer = small_model(), optax.sgd(0.5)
-    state = first_state(model, optimizer)
+    state = initial_state(model, optimizer)
     batch = batches(batches.steps_per_epoch - 1)
     other = (batch.targets_BT + 1) % V
     changed = batch._replace(
@@ -108,7 +108,7 @@ def test_what_is_not_finite_never_reaches_the_state(cause, batches):
     # parameters at which the loss is finite and the gradient too large for float32.
     model = small_model(dropout_rate=0.0)
     optimizer = optax.sgd(1e38 if cause == "parameters" else 0.5, momentum=0.9)
-    state = first_state(model, optimizer)
+    state = initial_state(model, optimizer)
     batch = batches(0)
     if cause == "loss":
         batch = batch._replace(weights_BT=batch.weights_BT * np.float32(np.nan))
@@ -131,7 +131,7 @@ def test_what_is_not_finite_never_reaches_the_state(cause, batches):
 
 def test_the_carry_is_handed_on_and_reset_where_a_row_begins_anew(batches):
     model, optimizer = small_model(dropout_rate=0.0), optax.sgd(0.0)
-    state = first_state(model, optimizer)
+    state = initial_state(model, optimizer)
     state, _ = run_steps(state, batches, 2, model, optimizer)
     both_BT = np.concatenate([batches(0).inputs_BT, batches(1).inputs_BT], axis=1)
     apply = jax.jit(model.apply)
@@ -153,7 +153,7 @@ def test_the_carry_is_handed_on_and_reset_where_a_row_begins_anew(batches):
 
 def test_dropout_depends_on_key_and_step_alone(batches):
     model, optimizer = small_model(dropout_rate=0.5), optax.sgd(0.0)
-    state = first_state(model, optimizer)
+    state = initial_state(model, optimizer)
     step = compiled_step(model, optimizer)
     loss = step(state, batches(0))[1]["loss"]
     assert step(state, batches(0))[1]["loss"] == loss
@@ -163,7 +163,7 @@ def test_dropout_depends_on_key_and_step_alone(batches):
 
 def test_one_compilation_serves_all_steps(batches):
     model, optimizer = small_model(), optax.adam(1e-3)
-    state = first_state(model, optimizer)
+    state = initial_state(model, optimizer)
     step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
     for index in range(batches.steps_per_epoch + 1):
         state, _ = step(state, batches(index))
@@ -172,7 +172,7 @@ def test_one_compilation_serves_all_steps(batches):
 
 def test_many_steps_in_one_scan_equal_a_loop(batches):
     model, optimizer = small_model(), optax.adam(1e-2)
-    start = first_state(model, optimizer, seed=1)
+    start = initial_state(model, optimizer, seed=1)
     looped, losses = run_steps(start, batches, 5, model, optimizer)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(batches, range(5)))
     scanned, metrics = jax.jit(partial(jax.lax.scan, make_train_step(model, optimizer)))(
@@ -184,7 +184,7 @@ def test_many_steps_in_one_scan_equal_a_loop(batches):
 
 def test_many_steps_in_one_call_equal_as_many_calls(batches):
     model, optimizer = small_model(dropout_rate=0.2), optax.adam(1e-2)
-    state = first_state(model, optimizer, seed=1)
+    state = initial_state(model, optimizer, seed=1)
     step = compiled_step(model, optimizer)
     steps = jax.jit(make_train_steps(make_train_step(model, optimizer)))
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(batches, range(5)))
@@ -234,7 +234,7 @@ def test_many_learning_rates_at_once(batches):
 @pytest.mark.parametrize("micro_batches", [2, 4])
 def test_micro_batches_equal_the_whole_batch(micro_batches, batches):
     model, optimizer = small_model(dropout_rate=0.0, num_layers=2), optax.sgd(0.5)
-    state = first_state(model, optimizer)
+    state = initial_state(model, optimizer)
     state, _ = run_steps(state, batches, 1, model, optimizer)  # for a carry that is not zeros
     weights_BT = np.random.default_rng(3).uniform(size=(B, T)).astype(np.float32)
     weights_BT[1] = 0
@@ -249,7 +249,7 @@ def test_micro_batches_equal_the_whole_batch(micro_batches, batches):
 
 def test_each_micro_batch_draws_its_own_dropout_masks(batches):
     model, optimizer = small_model(dropout_rate=0.5, num_layers=2), optax.sgd(0.5)
-    state = first_state(model, optimizer)
+    state = initial_state(model, optimizer)
     batch = Batch(*(np.concatenate([leaf[:1], leaf[:1], leaf[:2]]) for leaf in batches(0)))
     step = jax.jit(make_train_step(model, optimizer, micro_batches=2))
     (_, _), (_, h_BH) = step(state, batch)[0].carry
@@ -258,7 +258,7 @@ def test_each_micro_batch_draws_its_own_dropout_masks(batches):
 
 def test_a_users_own_loss_is_minimised(batches):
     model, optimizer = small_model(dropout_rate=0.0), optax.sgd(0.5)
-    state, batch = first_state(model, optimizer), batches(batches.steps_per_epoch - 1)
+    state, batch = initial_state(model, optimizer), batches(batches.steps_per_epoch - 1)
 
     def squared(logits_BTV, batch):
         one_hot_BTV = jax.nn.one_hot(batch.targets_BT, V)
@@ -278,7 +278,7 @@ def test_a_users_own_loss_is_minimised(batches):
 
 def test_weights_that_sum_to_less_than_one_give_a_mean_too(batches):
     model, optimizer = small_model(dropout_rate=0.0), optax.sgd(0.5)
-    state, batch = first_state(model, optimizer), batches(0)
+    state, batch = initial_state(model, optimizer), batches(0)
     light = batch._replace(weights_BT=batch.weights_BT * np.float32(1e-3))
     step = compiled_step(model, optimizer)
     found, wanted = step(state, light)[1], step(state, batch)[1]
@@ -291,7 +291,7 @@ def test_weights_that_sum_to_less_than_one_give_a_mean_too(batches):
 
 def test_training_goes_on_from_parameters_of_ones_own(batches):
     model, optimizer = small_model(), optax.adam(1e-2)
-    trained, _ = run_steps(first_state(model, optimizer), batches, 2, model, optimizer)
+    trained, _ = run_steps(initial_state(model, optimizer), batches, 2, model, optimizer)
     state = init_state(model, optimizer, jax.random.key(1), B, params=trained.params)
     assert_trees_close(state.params, trained.params, 0, 0)
     jax.jit(make_train_step(model, optimizer), donate_argnums=0)(state, batches(0))
@@ -301,7 +301,7 @@ def test_training_goes_on_from_parameters_of_ones_own(batches):
 
 def test_a_users_own_loss_can_be_differentiated_through_the_eval_step(batches):
     model = small_model()
-    state = first_state(model, optax.sgd(0.1))
+    state = initial_state(model, optax.sgd(0.1))
     eval_step = make_eval_step(model)
 
     @jax.jit
@@ -324,7 +324,7 @@ def test_a_users_own_loss_can_be_differentiated_through_the_eval_step(batches):
 def test_evaluation_counts_every_character_once_without_dropout():
     model = small_model(dropout_rate=0.5)
     ids_M = random_ids(203, seed=5)
-    params = first_state(model, optax.sgd(0.1)).params
+    params = initial_state(model, optax.sgd(0.1)).params
     logits_1MV, _ = jax.jit(model.apply)({"params": params}, ids_M[None, :-1], zero_carry(model, 1))
     log_probs_MV = np.asarray(jax.nn.log_softmax(logits_1MV[0]))
     nats = -log_probs_MV[np.arange(202), ids_M[1:]].mean()
@@ -340,7 +340,7 @@ def test_evaluation_counts_every_character_once_without_dropout():
 def test_streams_with_context_give_nearly_the_figure_of_one_stream():
     model = small_model()
     ids_M = random_ids(2003, seed=6)
-    params = first_state(model, optax.sgd(0.1)).params
+    params = initial_state(model, optax.sgd(0.1)).params
     params = jax.tree.map(lambda leaf: 4 * leaf, params)  # so that what was read matters
     eval_step = jax.jit(make_eval_step(model))
 

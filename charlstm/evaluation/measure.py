@@ -27,7 +27,7 @@ from charlstm.evaluation.scoring import (
 from charlstm.model import CharLSTM, zero_carry
 from charlstm.runs.folder import Run
 from charlstm.steps import make_score_step
-from charlstm.training.setup import open_own
+from charlstm.training.setup import open_run_text
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +74,14 @@ def open_held_out(
     if not path and not data.val_fraction:
         raise UserError(f"{run.workdir}: this run has no validation part; give --text=FILE")
     if not path:
-        own = open_own(run, remedy)
+        own = open_run_text(run, remedy)
         train_M, ids_M = split(own.ids_M, data.val_fraction, data.max_val_chars)
         name = f"the last {len(ids_M):,} characters of {own.source}"
         return HeldOut(ids_M, name, _bytes_of(run, own), train_M)
     text = open_corpus(data, path, vocab=run.vocab, unknown=unknown, remedy=remedy)
     held_out = HeldOut(text.ids_M, path, _bytes_of(run, text), None)
     try:
-        own = open_own(run, remedy, may_fetch=False)
+        own = open_run_text(run, remedy, may_fetch=False)
     except UserError as error:
         if with_training_part:
             problem = str(error).split(";")[0]

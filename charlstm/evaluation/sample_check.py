@@ -16,7 +16,7 @@ from charlstm.evaluation.memorization import (
     words,
 )
 from charlstm.runs.folder import Run
-from charlstm.training.setup import open_own
+from charlstm.training.setup import open_run_text
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def open_training_part(run: Run) -> np.ndarray:
       UserError: if its text can't be had, or has changed.
     """
     data = run.config.data
-    text = open_own(run, "bring it back, or leave out --check")
+    text = open_run_text(run, "bring it back, or leave out --check")
     return split(text.ids_M, data.val_fraction, data.max_val_chars)[0]
 
 

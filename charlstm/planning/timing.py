@@ -23,7 +23,7 @@ from charlstm.runs.checkpoints import Checkpoints
 from charlstm.runs.folder import write_run
 from charlstm.runs.metrics import RunLog
 from charlstm.steps import TrainState, make_train_step
-from charlstm.training.loop import compile_train_steps, first_state, placed_shapes, read_batches
+from charlstm.training.loop import abstract_state, compile_train_steps, initial_state, read_batches
 from charlstm.training.progress import CALL_SECONDS, Notes
 from charlstm.training.setup import Job
 from charlstm.training.validation import make_validation, write_sample
@@ -96,7 +96,7 @@ def measure_parts(job: Job, folder: epath.Path, seconds: float) -> Parts:
 def _measure_parts(job: Job, folder: epath.Path, seconds: float) -> Parts:
     lap = make_clock()
     folder.mkdir()
-    like = placed_shapes(job.run.config, job)
+    like = abstract_state(job.run.config, job)
     write_run(job.run._replace(workdir=folder))
     with closing(Checkpoints(folder)) as checkpoints, closing(RunLog(folder, 0, "")) as log:
         state, train_steps = begin(job)
@@ -141,9 +141,9 @@ def time_process() -> float:
 
 def begin(job: Job) -> tuple[TrainState, Any]:
     """Return the state before the first step, and train_steps compiled, as train.py makes them."""
-    like = placed_shapes(job.run.config, job)
+    like = abstract_state(job.run.config, job)
     schedule = make_schedule(job.run.config, job.num_steps)
-    state, train_steps = first_state(job, like), compile_train_steps(job, like, schedule)
+    state, train_steps = initial_state(job, like), compile_train_steps(job, like, schedule)
     # A call of no steps compiles for any number of them.
     state, _ = train_steps(state, read_batches(job, 0, 1), 0)
     return jax.block_until_ready(state), train_steps
@@ -168,7 +168,9 @@ def time_steps(
             calls.append((lap(), before[1]))
         before, step = (metrics, count), step + count
         if calls:
-            count = max(1, min(int(CALL_SECONDS * calls[-1][1] / calls[-1][0]), job.max_count))
+            count = max(
+                1, min(int(CALL_SECONDS * calls[-1][1] / calls[-1][0]), job.max_steps_per_call)
+            )
     # But for the first one, which has waited for threads to wake.
     spent, steps = (sum(column) for column in zip(*calls[1:], strict=True))
     return jax.block_until_ready(state), spent / steps
@@ -233,7 +235,7 @@ def step_bytes(job: Job, batch_size: int) -> int:
     batch = Batch(ids, ids, weights, reset)
     with_rows = config.copy_and_resolve_references()
     with_rows.batch_size = batch_size
-    used = train_step.lower(placed_shapes(with_rows, job), batch).compile().memory_analysis()
+    used = train_step.lower(abstract_state(with_rows, job), batch).compile().memory_analysis()
     if used is None:
         return cost.device_bytes(config, job.model.vocab_size, job.mesh.size)
     new = used.output_size_in_bytes - used.alias_size_in_bytes

@@ -31,15 +31,15 @@ from charlstm.runs.folder import has_run, write_run
 from charlstm.runs.machine import check_backend, check_memory, this_machine, traced_once
 from charlstm.steps import TrainState, init_state, make_train_step, make_train_steps
 from charlstm.system.paths import given_path
-from charlstm.training.progress import MAX_STREAK, DivergedError, Journal, Notes
+from charlstm.training.progress import MAX_NONFINITE_STEPS, DivergedError, Notes, Progress
 from charlstm.training.setup import Job, prepare, report, steps_ahead
 from charlstm.training.validation import ShouldStop, StoppedError, make_evaluation, stop_if
 
 logger = logging.getLogger(__name__)
 
-# A run whose loss is no longer finite goes back so often, each time with so much of the rate.
-MAX_RETREATS = 3
-RETREAT_SCALE = 0.5
+# Rollbacks after nonfinite losses, each of which multiplies the learning rate.
+MAX_ROLLBACKS = 3
+ROLLBACK_RATE_SCALE = 0.5
 
 
 @jax.transfer_guard("allow")  # batches and settings come from the host at every step
@@ -49,25 +49,24 @@ def train(
     should_stop: ShouldStop = lambda: False,
     profile: bool = False,
 ) -> bool:
-    """Train, or go on training, the run in `workdir`; return whether it is finished.
+    """Train or resume the run in `workdir`; return whether it is finished.
 
     Args:
-      config: the settings; those of a run that is there already must be the same, but for its
-        length, how often it logs and saves, its samples, and where the text lies.
-      workdir: the run folder, made if need be.
-      should_stop: asked several times a second, or after every step if it takes longer; once true,
-        all is saved and the function returns.
+      config: the settings. An existing run must have the same, except for its length, the
+        intervals of logs and checkpoints, the samples and the path of the text.
+      workdir: the run folder, created if it does not exist.
+      should_stop: called several times per second, or after every step if a step takes longer.
+        Once it returns true, the state is saved and the function returns.
       profile: write a trace of one call of the compiled steps to profile/ in the run folder.
 
     Raises:
-      UserError: for a senseless setting, a text that can't be used, a folder of another run or in
-        use by another process.
-      RunError: if the run cannot go on or be saved: a full disk, a loss that stays not finite.
+      UserError: for an invalid setting or text, or a folder of another run or process.
+      RunError: if the run cannot be saved or its loss stays nonfinite.
     """
     should_stop = processes.agree(should_stop)
     workdir = epath.Path(given_path(os.fspath(workdir)))
-    job, like = processes.together(partial(make_ready, config, workdir))
-    processes.check_same(what_must_agree(job))
+    job, like = processes.together(partial(set_up, config, workdir))
+    processes.check_same(shared_settings(job))
     with ExitStack() as stack, failing_writes_reported(workdir):
         processes.together(partial(open_folder, job, stack))
         processes.together(partial(check_shared, workdir))
@@ -75,38 +74,38 @@ def train(
             retreats = 0
             while True:
                 try:
-                    return go_on(job, checkpoints, like, retreats, should_stop, profile)
+                    return resume(job, checkpoints, like, retreats, should_stop, profile)
                 except DivergedError as error:
                     retreats = error.retreats + 1
-                    if retreats > MAX_RETREATS:
+                    if retreats > MAX_ROLLBACKS:
                         kept = "no checkpoint was saved"
                         if (latest := checkpoints.latest_step()) is not None:
                             kept = f"the checkpoint of step {latest} is kept"
                         raise RunError(
-                            f"{error}, also after going back {MAX_RETREATS} times; {kept}; train "
+                            f"{error}, also after going back {MAX_ROLLBACKS} times; {kept}; train "
                             "in another --workdir with a lower config.optimizer.learning_rate"
                         ) from error
-                    logger.warning("%s, as in the %d steps before", error, MAX_STREAK - 1)
+                    logger.warning("%s, as in the %d steps before", error, MAX_NONFINITE_STEPS - 1)
 
 
-def make_ready(config: ConfigDict, workdir: epath.Path) -> tuple[Job, TrainState]:
-    """Return the job, and the tree, shapes and shardings of its state; nothing is written."""
+def set_up(config: ConfigDict, workdir: epath.Path) -> tuple[Job, TrainState]:
+    """Return the job and the shapes and shardings of its state; write nothing."""
     validate(config)
     check_backend(config)
     job = prepare(config, workdir)
-    like = placed_shapes(config, job)
+    like = abstract_state(config, job)
     check_memory(config, job.model.vocab_size, job.mesh)
     return job, like
 
 
-def placed_shapes(config: ConfigDict, job: Job) -> TrainState:
+def abstract_state(config: ConfigDict, job: Job) -> TrainState:
     """Return the tree, shapes and shardings of the state of `job` with the B of `config`."""
     like = state_shapes(config, job.model, job.run.prng_impl)
     places = state_shardings(like, job.mesh)
     return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), like, places)
 
 
-def go_on(
+def resume(
     job: Job,
     checkpoints: Checkpoints,
     like: TrainState,
@@ -114,13 +113,13 @@ def go_on(
     should_stop: ShouldStop,
     profile: bool,
 ) -> bool:
-    """Train from the newest checkpoint on; return whether the run is finished.
+    """Train from the newest checkpoint; return whether the run is finished.
 
     Args:
       job, checkpoints: the run.
       like: the tree, the shapes and the shardings of its state.
-      retreats: how often it has gone back in this process; if ever, only a checkpoint will do at
-        which loss and gradient were finite.
+      retreats: rollbacks in this process. After a rollback only checkpoints with a finite loss
+        and gradient are restored.
       should_stop, profile: as in train.
     """
     config = job.run.config
@@ -128,7 +127,7 @@ def go_on(
     if found := checkpoints.restore_newest(like, is_wanted):
         state, notes = found[0], Notes.from_json(found[1])
     else:
-        state, notes = first_state(job, like), Notes()
+        state, notes = initial_state(job, like), Notes()
     notes.retreats = max(notes.retreats, retreats)
     if retreats:
         logger.warning(
@@ -136,20 +135,20 @@ def go_on(
             f"the checkpoint of step {int(state.step)}"
             if found
             else "step 0: no checkpoint is sound",
-            RETREAT_SCALE**notes.retreats,
+            ROLLBACK_RATE_SCALE**notes.retreats,
         )
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     report(job, int(state.step), num_params)
     if state.step >= job.num_steps and not notes.has_unscored_steps:
         logger.info("finished already, at step %d: nothing to do", state.step)
         return True
-    schedule = make_schedule(config, job.num_steps, RETREAT_SCALE**notes.retreats)
+    schedule = make_schedule(config, job.num_steps, ROLLBACK_RATE_SCALE**notes.retreats)
     train_steps = compile_train_steps(job, like, schedule)
     if profile:
         train_steps = traced_once(train_steps, job.run.workdir / "profile")
-    with Journal(job, checkpoints, int(state.step), notes) as journal:
-        is_finished = run_steps(job, train_steps, schedule, state, journal, should_stop)
-    # An exit code of success means that the state is there and can be read.
+    with Progress(job, checkpoints, int(state.step), notes) as progress:
+        is_finished = run_steps(job, train_steps, schedule, state, progress, should_stop)
+    # Success means that the final checkpoint can be read.
     latest = checkpoints.latest_step()
     if latest is not None:
         checkpoints.restore(latest, like)
@@ -161,44 +160,44 @@ def run_steps(
     train_steps: Callable[..., Any],
     schedule: Callable[[Any], Any],
     state: TrainState,
-    journal: Journal,
+    progress: Progress,
     should_stop: ShouldStop,
 ) -> bool:
-    """Take the steps that are left, and whatever is due between them; return whether all are."""
+    """Take the remaining steps with their evaluations; return whether the run is finished."""
     first = step = int(state.step)
     evaluate_state = make_evaluation(job, should_stop)
 
     def evaluate(state: TrainState, step: int) -> None:
-        with journal.evaluating():
+        with progress.evaluating():
             params = averaged_params(state.params, state.opt_state)
-            journal.log_evaluation(state, evaluate_state(params, step))
+            progress.log_evaluation(state, evaluate_state(params, step))
 
     try:
-        # Left over from a stop amid an evaluation.
-        if job.is_evaluated(step) and journal.notes.has_unscored_steps:
+        # A stop during an evaluation leaves it to the next start.
+        if job.is_evaluated(step) and progress.notes.has_unscored_steps:
             evaluate(state, step)
         while step < job.num_steps:
             stop_if(should_stop)
-            count = min(journal.fitting_count, job.max_count, steps_ahead(job, step))
+            count = min(progress.steps_per_call, job.max_steps_per_call, steps_ahead(job, step))
             state, metrics = train_steps(state, read_batches(job, step, count), count)
             step += count
-            journal.push(step, count, metrics)
+            progress.push(step, count, metrics)
             if step == job.num_steps or step % job.log_every == 0:
-                journal.log_training(step, schedule)
+                progress.log_training(step, schedule)
             if job.is_evaluated(step):
                 evaluate(state, step)
             elif step % job.save_every == 0:
-                journal.save(state)
+                progress.save(state)
     except StoppedError:
         if step > first:
-            journal.save(state)
+            progress.save(state)
         logger.info("stopped and saved at step %d; the same command goes on", step)
         return False
-    journal.report_end()
+    progress.report_end()
     return True
 
 
-def first_state(job: Job, like: TrainState) -> TrainState:
+def initial_state(job: Job, like: TrainState) -> TrainState:
     """Return the state before the first step, placed as `like` is."""
     config = job.run.config
     optimizer = make_optimizer(config, make_schedule(config, job.num_steps))
@@ -210,7 +209,7 @@ def first_state(job: Job, like: TrainState) -> TrainState:
 def compile_train_steps(
     job: Job, like: TrainState, schedule: Callable[[Any], Any]
 ) -> Callable[..., Any]:
-    """Return train_steps(state, batches, count) of states placed as `like`, given away."""
+    """Return train_steps(state, batches, count) that donates states sharded as `like`."""
     train_step = make_train_step(job.model, make_optimizer(job.run.config, schedule))
     outputs = jax.tree.map(lambda leaf: leaf.sharding, like), replicated(job.mesh)
     return jax.jit(make_train_steps(train_step), donate_argnums=0, out_shardings=outputs)
@@ -220,30 +219,29 @@ def read_batches(job: Job, step: int, count: int) -> Batch:
     """Return the batches of `count` steps from `step` on, on the job's devices."""
     batch_size = job.batches.batch_size
     rows = local_rows(by_rows(job.mesh, batch_size), batch_size)
-    batches = read_steps(job.batches, step, count, job.max_count, rows)
+    batches = read_steps(job.batches, step, count, job.max_steps_per_call, rows)
     forget_pages(job.batches.ids_M)
     # Behind the axis of steps.
     return put_batch(batches, by_rows(job.mesh, batch_size, axis=1), batch_size)
 
 
-def what_must_agree(job: Job) -> dict[str, Any]:
-    """Return what all processes of a run must have alike; the text may lie in different places."""
+def shared_settings(job: Job) -> dict[str, Any]:
+    """Return what must be equal on all processes; the path of the text may differ."""
     settings = {f"config.{name}": value for name, value in flatten(job.run.config).items()}
     del settings["config.data.path"]
-    # Of this process; job.run.machine has those that the run began with.
     settings["the kind of random keys"] = job.run.prng_impl
     return settings | {"the text": job.run.text["sha256"], **this_machine()["versions"]}
 
 
 def open_folder(job: Job, stack: ExitStack) -> None:
-    """Lock the run folder until the end of `stack` and write what identifies the run: one does."""
+    """Lock the run folder until the end of `stack` and write config.json, on process 0."""
     if processes.is_first():
         stack.enter_context(sole_writer(job.run.workdir))
         write_run(job.run)
 
 
 def check_shared(workdir: epath.Path) -> None:
-    """Raise UserError if this process does not see the run folder that the first one has made."""
+    """Raise UserError if this process does not see the run folder of process 0."""
     if not has_run(workdir):
         raise UserError(
             f"{workdir}: process 0 has made it, and this process does not see it; give a --workdir "
@@ -253,7 +251,7 @@ def check_shared(workdir: epath.Path) -> None:
 
 @contextmanager
 def failing_writes_reported(workdir: epath.Path) -> Iterator[None]:
-    """Turn a write that fails within the block into one line."""
+    """Turn an OSError within the block into a RunError of one line."""
     try:
         yield
     except OSError as error:

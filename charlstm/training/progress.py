@@ -1,4 +1,4 @@
-"""The records of a run while it trains: means, seconds, metrics, checkpoints, the console."""
+"""Progress of a run: running means, metrics, checkpoints, console."""
 
 import logging
 import math
@@ -21,11 +21,11 @@ from charlstm.training.setup import Job
 
 logger = logging.getLogger(__name__)
 
-# So many steps in a row without a finite loss and gradient are no accident.
-MAX_STREAK = 5
-# Long beside what a call costs, short beside what a person at Ctrl-C waits gladly.
+# Consecutive nonfinite steps that cause a rollback.
+MAX_NONFINITE_STEPS = 5
+# Target duration of a compiled call: amortizes dispatch, and keeps Ctrl-C responsive.
 CALL_SECONDS = 0.25
-CLOCK_TICK = time.get_clock_info("monotonic").resolution  # two looks may give the same time
+CLOCK_TICK = time.get_clock_info("monotonic").resolution  # two readings may be equal
 
 
 @dataclass
@@ -48,15 +48,15 @@ class Mean:
 
 @dataclass
 class Notes:
-    """What a run has counted so far; saved with each checkpoint, so that a resume is exact."""
+    """Counters of a run, saved with each checkpoint so that a resume is exact."""
 
     seconds: float = 0.0
     since_log: Mean = field(default_factory=Mean)
     since_eval: Mean = field(default_factory=Mean)
     grad_norm: float | None = None  # of the last step that was not skipped
-    skipped: int = 0  # steps whose loss, gradient or new parameters were not finite
-    streak: int = 0  # those in a row up to now
-    retreats: int = 0  # how often the run has gone back for want of a finite loss
+    skipped: int = 0  # nonfinite steps: loss, gradient or new parameters
+    streak: int = 0  # consecutive nonfinite steps up to now
+    retreats: int = 0  # rollbacks
 
     @property
     def has_unscored_steps(self) -> bool:
@@ -88,7 +88,7 @@ class Notes:
 
 @dataclass
 class Lap:
-    """Characters of training since a moment, which moves on while the run does something else."""
+    """Characters trained since a start time that excludes other work."""
 
     start: float
     chars: float = 0.0
@@ -99,22 +99,22 @@ class Lap:
 
 
 class DivergedError(Exception):
-    """MAX_STREAK steps in a row had no finite loss and gradient; the message is about the last."""
+    """MAX_NONFINITE_STEPS consecutive steps were nonfinite; the message names the last."""
 
     def __init__(self, message: str, retreats: int):
         super().__init__(message)
         self.retreats = retreats
-        """How often the run had gone back before."""
+        """Rollbacks before."""
 
 
-class Journal:
+class Progress:
     """The record of one run, which stands at a step. Of several processes the first writes it.
 
     Metrics are read one call late, so that the device never waits for the host.
     """
 
     def __init__(self, job: Job, checkpoints: Checkpoints, step: int, notes: Notes):
-        """Open the journal of a run that stands at `step`, with the notes of its checkpoint."""
+        """Open the progress of a run that stands at `step`, with the notes of its checkpoint."""
         self._job = job
         self._checkpoints = checkpoints
         title, is_first = job.run.workdir.name, processes.is_first()
@@ -128,7 +128,7 @@ class Journal:
         self._log_lap, self._eval_lap, self._eval_rate = Lap(now), Lap(now), 0.0
         self._start = now - notes.seconds
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "Progress":
         self._bar.start()
         return self
 
@@ -149,7 +149,7 @@ class Journal:
         self._bar.advance(count)
 
     @property
-    def fitting_count(self) -> int:
+    def steps_per_call(self) -> int:
         """How many steps one call should take, short enough to wait for."""
         return processes.least(max(1, int(CALL_SECONDS / max(self._seconds_per_step, CLOCK_TICK))))
 
@@ -264,7 +264,7 @@ class Journal:
         problem = f"step {step}: the loss is {loss} and the gradient's norm {grad_norm}"
         if math.isfinite(loss) and math.isfinite(grad_norm):
             problem += ", but the new parameters are not finite"
-        if self.notes.streak == MAX_STREAK:
+        if self.notes.streak == MAX_NONFINITE_STEPS:
             raise DivergedError(problem, self.notes.retreats)
         logger.warning("%s: step skipped", problem)
 

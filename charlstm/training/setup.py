@@ -56,7 +56,7 @@ class Job(NamedTuple):
         return step > 0 and (step >= self.num_steps or step % self.eval_every == 0)
 
     @property
-    def max_count(self) -> int:
+    def max_steps_per_call(self) -> int:
         """How many steps one compiled call may take, whose batches wait in memory together."""
         config = self.run.config
         in_memory = MAX_CALL_CHARS // (config.batch_size * config.seq_len)
@@ -109,7 +109,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
     return Job(run, mesh, model, batches, val_batches, num_steps)
 
 
-def open_own(run: Run, remedy: str, may_fetch: bool = True) -> Corpus:
+def open_run_text(run: Run, remedy: str, may_fetch: bool = True) -> Corpus:
     """Return the text that `run` was trained on.
 
     Args:

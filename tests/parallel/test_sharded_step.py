@@ -23,7 +23,7 @@ def make_model(**fields) -> CharLSTM:
     return CharLSTM(V, H, num_layers=2, **fields)
 
 
-def first_state(model):
+def initial_state(model):
     make = partial(init_state, model, OPTIMIZER, batch_size=B)
     state = jax.jit(make)(jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -72,7 +72,7 @@ def assert_close(found, wanted):
 )
 def test_two_devices_with_unequal_weights_equal_one(check_vma, fields):
     model, batch = make_model(**fields), unequal_batch()
-    state = first_state(model)
+    state = initial_state(model)
     wanted, wanted_metrics = jax.jit(make_train_step(model, OPTIMIZER))(state, batch)
     step = make_train_step(model, OPTIMIZER, axis_name="data")
     found, metrics = on_two_devices(step, check_vma)(state, batch)
@@ -85,7 +85,7 @@ def test_two_devices_with_unequal_weights_equal_one(check_vma, fields):
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_each_device_draws_its_own_dropout_masks(micro_batches):
     model, batch = make_model(dropout_rate=0.5, recurrent_dropout=0.3), unequal_batch()
-    state = first_state(model)
+    state = initial_state(model)
     options = {"micro_batches": micro_batches, "axis_name": "data"}
     step = make_train_step(model, OPTIMIZER, **options)
     found, metrics = on_two_devices(step)(state, batch)
@@ -120,7 +120,7 @@ def test_each_device_draws_its_own_dropout_masks(micro_batches):
 def test_masks_differ_from_device_to_device():
     # Both devices read the same rows from the same carry: only their masks can differ.
     model = make_model(dropout_rate=0.5)
-    state = first_state(model)
+    state = initial_state(model)
     state = state._replace(carry=zero_carry(model, B))
     half = unequal_batch()
     twice = Batch(*(np.concatenate([leaf[:2], leaf[:2]]) for leaf in half))
@@ -134,7 +134,7 @@ def test_masks_differ_from_device_to_device():
 @pytest.mark.parametrize("recurrence", ["fused", "flax"])
 def test_a_users_own_gradient_and_an_empty_carry_pass_the_check_of_varying_axes(recurrence):
     model, ids_BT = make_model(recurrence=recurrence), unequal_batch().inputs_BT
-    params = first_state(model).params
+    params = initial_state(model).params
 
     def loss(params, ids_BT):
         logits_BTV, _ = predict(model, params, ids_BT, zero_carry(model, len(ids_BT)))
@@ -149,7 +149,7 @@ def test_a_users_own_gradient_and_an_empty_carry_pass_the_check_of_varying_axes(
 @pytest.mark.parametrize("method", ["carry", "window"])
 def test_a_sampler_under_shard_map_continues_each_row_by_its_prompt(method):
     model, prompt_BP = make_model(), unequal_batch().inputs_BT
-    params = first_state(model).params
+    params = initial_state(model).params
     sampler = make_sampler(model, 5, method=method, seq_len=3)
     options = {"key": jax.random.key(0), "temperature": 0.0}
     mapped = jax.shard_map(

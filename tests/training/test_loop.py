@@ -356,7 +356,7 @@ def test_after_several_in_a_row_the_run_goes_back_with_a_lower_rate(
 def test_a_run_that_never_finds_a_finite_loss_ends_with_a_clear_line(
     cheaply, book_path, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(train_module, "MAX_RETREATS", 1)  # each takes a compilation
+    monkeypatch.setattr(train_module, "MAX_ROLLBACKS", 1)  # each takes a compilation
     poison(monkeypatch, lambda step: True)
     with pytest.raises(
         RunError,

@@ -11,10 +11,10 @@ from charlstm.runs.checkpoints import Checkpoints
 from charlstm.runs.metrics import read_records
 from charlstm.steps import evaluate
 from charlstm.training.progress import (
-    MAX_STREAK,
+    MAX_NONFINITE_STEPS,
     DivergedError,
-    Journal,
     Notes,
+    Progress,
     describe_evaluation,
 )
 from charlstm.training.setup import prepare
@@ -44,11 +44,11 @@ def test_training_metrics_are_read_one_call_late(book_path, tmp_path):
     job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
     reads = []
     checkpoints = Checkpoints(job.run.workdir)
-    with Journal(job, checkpoints, 0, Notes()) as journal:
+    with Progress(job, checkpoints, 0, Notes()) as progress:
         for step in (2, 4, 6):
-            journal.push(step, 2, metrics_on_device(step, reads))
+            progress.push(step, 2, metrics_on_device(step, reads))
             assert set(reads) == set(range(2, step, 2))
-        journal.log_training(6, lambda step: 0.1)
+        progress.log_training(6, lambda step: 0.1)
         assert set(reads) == {2, 4, 6}
     checkpoints.close()
 
@@ -59,13 +59,13 @@ def test_a_call_takes_as_many_steps_as_fit_into_a_quarter_of_a_second(
     job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
     checkpoints = Checkpoints(job.run.workdir)
     fitting = []
-    with Journal(job, checkpoints, 0, Notes()) as journal:
+    with Progress(job, checkpoints, 0, Notes()) as progress:
         clock = SimpleNamespace(monotonic=iter([50, 50.1, 50.35]).__next__)
         monkeypatch.setattr("charlstm.training.progress.time", clock)
         metrics = metrics_on_device("all", [])
         for step, count in ((1, 1), (6, 5), (7, 1)):
-            journal.push(step, count, metrics)
-            fitting.append(journal.fitting_count)
+            progress.push(step, count, metrics)
+            fitting.append(progress.steps_per_call)
     checkpoints.close()
     # Nothing known; then 0.1 s for the first step; then 0.25 s for the five after it.
     assert fitting == [1, 2, 5]
@@ -76,11 +76,11 @@ def test_a_clock_may_stand_still(book_path, tmp_path, monkeypatch):
     clock = SimpleNamespace(monotonic=lambda: 100.0, time=lambda: 0.0)
     monkeypatch.setattr("charlstm.training.progress.time", clock)
     checkpoints = Checkpoints(job.run.workdir)
-    with Journal(job, checkpoints, 0, Notes()) as journal:
+    with Progress(job, checkpoints, 0, Notes()) as progress:
         for step in (1, 2, 3):
-            journal.push(step, 1, metrics_on_device("all", []))
-            assert 1 <= journal.fitting_count < 2**32
-        journal.log_training(3, lambda step: 0.1)
+            progress.push(step, 1, metrics_on_device("all", []))
+            assert 1 <= progress.steps_per_call < 2**32
+        progress.log_training(3, lambda step: 0.1)
     checkpoints.close()
     [record] = read_records(job.run.workdir / "metrics.jsonl")
     assert math.isfinite(record["chars_per_second"])
@@ -95,18 +95,18 @@ def test_characters_a_second_leave_out_compilation_evaluation_and_an_earlier_pro
     before = Notes()
     before.since_log.add(1.0, 1000)
     checkpoints = Checkpoints(job.run.workdir)
-    with Journal(job, checkpoints, 0, before) as journal:
+    with Progress(job, checkpoints, 0, before) as progress:
         clock.now += 30  # the first call compiles
-        journal.push(1, 1, metrics_on_device("a", []))  # of one character
+        progress.push(1, 1, metrics_on_device("a", []))  # of one character
         clock.now += 2
-        with journal.evaluating():
+        with progress.evaluating():
             clock.now += 50
-        journal.push(4, 3, metrics_on_device("b", []))
+        progress.push(4, 3, metrics_on_device("b", []))
         clock.now += 6
-        journal.log_training(4, lambda step: 0.1)
-        journal.push(5, 1, metrics_on_device("c", []))
+        progress.log_training(4, lambda step: 0.1)
+        progress.push(5, 1, metrics_on_device("c", []))
         clock.now += 4
-        journal.log_training(5, lambda step: 0.1)
+        progress.log_training(5, lambda step: 0.1)
     checkpoints.close()
     records = read_records(job.run.workdir / "metrics.jsonl")
     assert [record["chars_per_second"] for record in records] == [4 / 8, 1 / 4]
@@ -143,8 +143,8 @@ def test_steps_in_a_row_whose_new_parameters_are_not_finite_are_a_divergence(boo
     job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
     checkpoints = Checkpoints(job.run.workdir)
     metrics = metrics_on_device("all", []) | {"skipped": OnDevice("all", [], 1)}
-    with Journal(job, checkpoints, 0, Notes()) as journal:
-        journal.push(MAX_STREAK, MAX_STREAK, metrics)
+    with Progress(job, checkpoints, 0, Notes()) as progress:
+        progress.push(MAX_NONFINITE_STEPS, MAX_NONFINITE_STEPS, metrics)
         with pytest.raises(DivergedError, match=r"loss is 1.*the new parameters are not finite"):
-            journal.log_training(MAX_STREAK, lambda step: 0.1)
+            progress.log_training(MAX_NONFINITE_STEPS, lambda step: 0.1)
     checkpoints.close()
