@@ -20,7 +20,7 @@ class OccupiedError(UserError):
 
 
 class RunError(UserError):
-    """A run that cannot go on through nobody's typing mistake, such as a full disk."""
+    """A failure that is not the user's mistake, such as a full disk."""
 
     exit_code = 1
 

@@ -66,7 +66,7 @@ class GrowingFile:
             is_as_left = os.fstat(file.fileno()).st_size == self._size
             if is_as_left:
                 file.write(raw)
-        if not is_as_left:  # somebody has changed it, or a write before this one has failed
+        if not is_as_left:  # it was changed, or an earlier write failed
             write_file(self._path, self._whole())
         self._size += len(raw)
 
@@ -217,7 +217,7 @@ def sole_writer(folder: epath.Path, remedy: str = "choose another --workdir") ->
     bucket there is none.
 
     Raises:
-      UserError: if another process writes there, or nobody can.
+      UserError: if another process writes there, or the folder cannot be written.
     """
     if not is_local(folder):
         yield

@@ -169,7 +169,7 @@ def main() -> None:
     sections = parse_sections()
     settings, peers = parse_settings(), parse_peers()
     out = folders.make_out(OUT.value, "bench.json", {"cpu", "settings"})
-    # Whoever reads the tables in a file or through a pipe has no width to tell.
+    # A file or a pipe has no width.
     is_terminal = sys.stdout.isatty()  # whatever FORCE_COLOR says
     width = shutil.get_terminal_size().columns if is_terminal else 110
     console = Console(force_terminal=is_terminal, width=width, highlight=False, markup=False)

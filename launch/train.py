@@ -1,12 +1,12 @@
-"""Train a character model, or go on with a run.
+"""Train a character model, or resume a run.
 
   python launch/train.py [--config=NAME or FILE] [--workdir=DIR] [--config.KEY=VALUE ...]
 
 Without flags: configs/default.py on Dracula, in runs/default-pg345. The settings and their meaning
-are in charlstm/config.py. The same command again goes on where it stopped.
+are in charlstm/config.py. The same command again resumes it.
 
 Several processes train one run where JAX finds a cluster (Cloud TPU, Slurm, Open MPI, Kubernetes),
-or where each is told:
+or where flags name one:
 
   python launch/train.py --coordinator=HOST:PORT --num_processes=N --process_id=0 to N-1
 """
@@ -73,7 +73,7 @@ def main() -> int:
         from charlstm.training.loop import train
 
         if not processes.is_first():
-            logging.getLogger("charlstm").setLevel(logging.ERROR)  # the first tells it all
+            logging.getLogger("charlstm").setLevel(logging.ERROR)  # process 0 logs for all
         workdir = WORKDIR.value or folders.default_workdir(
             options.config_name(CONFIG), config.data.path
         )

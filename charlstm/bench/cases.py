@@ -77,7 +77,7 @@ def describe_sample(num_windows: int) -> str:
 
 
 def most_memory(usage: Any) -> int:
-    """Return the bytes of ru_maxrss in what getrusage and wait4 tell."""
+    """Return the bytes of ru_maxrss in a result of getrusage or wait4."""
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -130,7 +130,7 @@ def _torch_evaluate(case: Case, model: Any) -> Made:
                 logits_TBV.flatten(0, 1), targets_TB.flatten().long(), reduction="none"
             )
             nats += (nats_M * weights_TB.flatten()).sum().item()
-            # Asked for by nobody here, but ours counts it as well.
+            # Unused, but ours computes it as well.
             correct += ((logits_TBV.argmax(-1) == targets_TB) * weights_TB).sum().item()
             count += weights_TB.sum().item()
         return nats / count

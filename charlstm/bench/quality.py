@@ -99,7 +99,7 @@ def train_and_keep(flags: Sequence[str], folder: Path, seconds: float) -> list[K
     workdir = folder / "run"
     command = [sys.executable, f"{streams.LAUNCH}/train.py", f"--workdir={workdir}"]
     command += [f"--config.checkpoint_every_steps={SAVE_EVERY}", *flags]
-    # As for somebody who has never trained before.
+    # Without a compilation cache, as at a first start.
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     with open(folder / "train.log", "w+") as log:
         start = time.time()

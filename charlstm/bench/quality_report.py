@@ -1,4 +1,4 @@
-"""From the points of bench.py's quality to what it tells: figures, a table and a picture."""
+"""Summarize, tabulate and plot the points of bench.py's quality section."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any

@@ -58,7 +58,7 @@ class Worker:
         try:
             print(json.dumps({"do": what} | arguments), file=self._process.stdin, flush=True)
         except BrokenPipeError:
-            pass  # that it has died, and of what, is told where the answer is missing
+            pass  # the missing answer is reported with the reason
 
     def answer(self) -> dict[str, Any]:
         """Wait for the answer to what was sent."""
@@ -111,7 +111,7 @@ def race(
     for _ in range(repeats):
         for name in order:
             seconds[name].append(contenders[name].ask("time")["seconds"])
-        # Whoever went last goes first, so that nobody always follows the same one.
+        # The last contender goes first, so that none always follows the same one.
         order.reverse()
     return {
         name: Timing(
@@ -172,7 +172,7 @@ def run_training(flags: Sequence[str], folder: Path, cache: str, to_the_end: boo
                 if not to_the_end:
                     process.kill()
             time.sleep(0.002 if math.isnan(first_line_seconds) else 0.02)
-            # Unlike Popen's methods, it tells the memory of this one process.
+            # Unlike Popen's methods, wait4 returns the memory of this process.
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -1,4 +1,4 @@
-"""From timings to what bench.py tells: figures, tables and the picture."""
+"""Summarize, tabulate and plot the timings of bench.py."""
 
 import statistics
 from collections.abc import Mapping, Sequence

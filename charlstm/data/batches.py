@@ -105,7 +105,7 @@ class Streams:
     def _chance(self, step: int | np.ndarray) -> np.ndarray:
         """Return which rows begin anew by chance, a function of seed, step and row alone."""
         place_SB = np.asarray(step)[..., None] * self.batch_size + np.arange(self.batch_size)
-        # An array, since of scalars NumPy tells that they overflow.
+        # An array, because NumPy warns about overflowing scalars.
         key_1 = _mix(np.array([self.seed], np.uint64))
         return _mix(_mix(place_SB.astype(np.uint64)) ^ key_1) < np.uint64(self.reset_rate * 2.0**64)
 

@@ -14,7 +14,7 @@ MAX_TRAINING_CHARS = 4_000_000
 MAX_HELD_OUT_CHARS = 2_000_000
 # 5 is what the field quotes; on a novel 7 is the best, and longer ones gain nothing.
 ORDERS = (5, 7)
-# Of a shorter text, by which a compressed size changes as if by chance, a compressor tells nothing.
+# The compressed size of a shorter text is too noisy.
 MIN_COMPRESSED_CHARS = 500
 # Each looks back only so far: gzip 32 KiB, bz2 its block of 900 kB, xz all of what it gets here.
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {

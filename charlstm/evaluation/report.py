@@ -108,7 +108,7 @@ def table(figures: dict[str, Any], train_size: int, held_out_size: int) -> Itera
             f"{held_out_size:,}."
         )
     if found["held_out_characters"] < baselines.MIN_COMPRESSED_CHARS:
-        yield "No compressors: a text so short tells nothing of them."
+        yield "No compressors: the text is too short."
     yield verdict(figures["bits_per_char"], found["bits_per_char"])
 
 

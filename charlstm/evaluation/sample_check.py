@@ -1,4 +1,4 @@
-"""What sample.py --check tells: whether a text consists of words, and how much of it is copied."""
+"""Report known words and verbatim copies in generated text."""
 
 import logging
 from collections import Counter
@@ -45,7 +45,7 @@ def log_report(texts: Sequence[np.ndarray], train_M: np.ndarray, vocab: Vocab, l
 def report(
     texts: Sequence[np.ndarray], train_M: np.ndarray, vocab: Vocab, listed: Set[str]
 ) -> Iterator[str]:
-    """Yield lines that tell of words and copies.
+    """Yield the lines of a report on words and copies.
 
     Args:
       texts: ids_L of each text that was made.

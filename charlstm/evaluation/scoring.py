@@ -17,7 +17,7 @@ MAX_BLOCKS = 30
 MAX_EXPONENT = 700  # above 709 the exponential is no float64
 MIN_BLOCK_CHARS = 100  # less than a paragraph is not independent of the next one
 
-# From half to twice, in steps of 9 %, between which a parabola tells more.
+# 0.5 to 2 in steps of 9 %; a parabola interpolates.
 TEMPERATURES_R = 2.0 ** (np.arange(-8, 9) / 8)
 
 # (params, state, batch) -> (state, (nats_BT, correct_BT)): the state is a carry, or has one in it.

@@ -49,7 +49,7 @@ def fused_lstm(
     scale the hidden state, and four where sums are normalised. Under jax.checkpoint it keeps them
     during the backward pass only, which for a single layer saves nothing.
 
-    Where the rows lie on several devices, `num_shards` tells on how many. The gradient of the
+    `num_shards` is the number of devices that share the rows. The gradient of the
     weights is then summed over time for the rows of each apart, and once over all. Otherwise XLA
     would let the devices add theirs up at every chunk of time steps.
     """

@@ -105,7 +105,7 @@ def joined(
         try:
             yield
         except Exception as error:
-            # Of the runtime's types, where another process has gone amid a sum of all.
+            # The runtime raises its own types if another process dies during an all-reduce.
             cause = error.__cause__ if isinstance(error, UserError) else error
             if isinstance(cause, ValueError | RuntimeError):
                 watch.await_verdict()

@@ -2,7 +2,7 @@
 
 Parameters and optimizer state are on every device, whole; batch and carry are cut by rows. The
 step is the same pure function as on one device: given inputs that lie so, XLA adds up the gradients
-of all devices (an all-reduce), and that sum is all that they tell one another.
+of all devices (an all-reduce), and they exchange nothing else.
 """
 
 from typing import Any

@@ -52,7 +52,7 @@ class Chip(NamedTuple):
     axes: int  # of the torus; 1 where a switch joins all
     pod_size: int  # chips that the links join
     network_bandwidth: float  # beyond the pod
-    loop_seconds: float  # of a turn of the loop over time; assumed, measured by nobody here
+    loop_seconds: float  # overhead of one loop iteration over time; assumed, not measured
     source: str
 
 

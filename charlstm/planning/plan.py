@@ -1,4 +1,4 @@
-"""What plan.py tells: a config counted on paper and timed on this machine, or settings proposed."""
+"""Estimate what a config costs, or propose settings for a time."""
 
 import logging
 import math

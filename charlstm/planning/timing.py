@@ -117,7 +117,7 @@ def _measure_parts(job: Job, folder: epath.Path, seconds: float) -> Parts:
 
 
 def make_clock() -> Any:
-    """Return a function that tells the seconds since it was asked before."""
+    """Return a function that returns the seconds since its last call."""
     then = time.perf_counter()
 
     def lap() -> float:
@@ -220,7 +220,7 @@ def _seconds_of(call: Callable[[], Any]) -> float:
 
 
 def step_bytes(job: Job, batch_size: int) -> int:
-    """Return what a device holds in a step of `batch_size` rows, by XLA if it tells, or on paper.
+    """Return the bytes of a device in a step of `batch_size` rows, by XLA or estimated.
 
     The step is compiled and not run.
     """

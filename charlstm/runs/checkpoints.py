@@ -66,7 +66,7 @@ class Checkpoints:
             )
         else:
             # Synchronous, since a failed asynchronous last save would end a run with success; with
-            # a folder to move to before deletion, since a kill amid one leaves half a step.
+            # a folder to move to before deletion, as a kill would leave half a step.
             options = ocp.CheckpointManagerOptions(
                 enable_async_checkpointing=False,
                 todelete_subdir="trash",

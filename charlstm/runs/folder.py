@@ -5,7 +5,7 @@ vocab.json     the characters, id by id
 prompts.json   windows of the training text, for samples without a prompt
 metrics.jsonl, samples.txt, curves.png, TensorBoard events: see log.py
 checkpoints/   the two latest states and the best one: see checkpoint.py
-.lock          who writes there, while somebody does
+.lock          the process that writes there
 """
 
 import hashlib
@@ -83,7 +83,7 @@ def write_run(run: Run) -> None:
     """Write what identifies a run, or what has changed of it; config.json comes last.
 
     Raises:
-      UserError: if the folder cannot be written, or holds another run or somebody else's files.
+      UserError: if the folder cannot be written, or holds another run or foreign files.
     """
     files = {
         "vocab.json": run.vocab.to_json() + "\n",
@@ -131,7 +131,7 @@ def has_run(workdir: epath.Path) -> bool:
 
 
 def check_free(workdir: epath.Path) -> None:
-    """Raise OccupiedError if a new run in `workdir` could replace files of somebody else.
+    """Raise OccupiedError if a new run in `workdir` could replace foreign files.
 
     The folder may hold what a start leaves that was killed before it wrote config.json, and an
     empty folder `checkpoints`, perhaps a link to another disk.

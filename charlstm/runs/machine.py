@@ -62,7 +62,7 @@ def memory_bytes() -> float:
         return stats["bytes_limit"]
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):  # not every system tells
+    except (AttributeError, ValueError):  # not available on every system
         return float("inf")
 
 

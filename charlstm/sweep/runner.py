@@ -226,7 +226,7 @@ def run_folder(out: Path, trial: Trial) -> Path:
 
 
 def log_path(out: Path, trial: Trial) -> Path:
-    """Return where a trial's train.py tells what it does."""
+    """Return the log file of a trial's train.py."""
     return out / "runs" / f"{trial.name}.log"
 
 

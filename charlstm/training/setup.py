@@ -74,7 +74,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
 
     Raises:
       UserError: for a text that can't be used or devices that can't share a batch.
-      OccupiedError: for a folder of another run or of somebody else.
+      OccupiedError: for a folder of another run or with foreign files.
     """
     mesh = make_mesh(config)
     run = load_run(workdir) if has_run(workdir) else None

@@ -1,4 +1,4 @@
-"""What an evaluation tells, and how it is broken off."""
+"""Evaluation during training: validation loss and a sample, which a signal may interrupt."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -20,22 +20,22 @@ from charlstm.training.setup import Job
 Item = TypeVar("Item")
 ShouldStop = Callable[[], bool]
 
-# Characters of a sample between two looks at should_stop.
+# Characters of a sample between two calls of should_stop.
 SAMPLE_CHUNK = 128
 
 
 class StoppedError(Exception):
-    """Somebody has asked to stop."""
+    """A stop was requested."""
 
 
 def stop_if(should_stop: ShouldStop) -> None:
-    """Raise StoppedError if somebody has asked to stop."""
+    """Raise StoppedError if a stop was requested."""
     if should_stop():
         raise StoppedError
 
 
 def until(should_stop: ShouldStop, items: Iterable[Item]) -> Iterator[Item]:
-    """Yield `items`; raise StoppedError between two of them once somebody has asked to stop."""
+    """Yield `items`; raise StoppedError between two of them once a stop is requested."""
     for item in items:
         stop_if(should_stop)
         yield item
@@ -44,11 +44,11 @@ def until(should_stop: ShouldStop, items: Iterable[Item]) -> Iterator[Item]:
 def make_evaluation(job: Job, should_stop: ShouldStop) -> Callable[[Any, int], dict[str, Any]]:
     """Return evaluate_state(params, step) -> validation metrics and a sample.
 
-    The devices share the evaluation; the first process writes the sample. It raises StoppedError
-    amid its work, once `should_stop` is true.
+    The devices share the evaluation; the first process writes the sample. It raises
+    StoppedError once `should_stop` returns true.
     """
     validate = make_validation(job, should_stop)
-    # The first process alone cannot ask the others whether to stop.
+    # Only process 0 samples, so it cannot agree with the others on stopping.
     while_writing = (lambda: False) if processes.is_shared() else should_stop
 
     def evaluate_state(params: Any, step: int) -> dict[str, Any]:

@@ -311,7 +311,7 @@ def test_the_table_says_where_baselines_have_seen_less():
     figures["cold"] = row | {"window": 8}
     whole = list(report.table(figures, 10, 5))
     cut = list(report.table(figures, 1000, 5))
-    assert "No compressors: a text so short tells nothing of them." in whole
+    assert "No compressors: the text is too short." in whole
     assert [line for line in cut if line not in whole] == [
         "The baselines learn from the last 10 characters of 1,000, and predict the first 5 of 5."
     ]
