@@ -358,7 +358,7 @@ READING = [
         "--workdir=runs/full --num_samples=9999999 --length=9999999",
         "--num_samples=9999999 --length=9999999: |GiB of memory|give less",
     ),
-    ("sample", "--workdir=runs/full --length=2147483647", "--length=2147483647: so much text"),
+    ("sample", "--workdir=runs/full --length=2147483647", "--length=2147483647: takes at least"),
     ("sample", "--workdir=runs/full --prompt=so --method=window", "at least 32 characters|carry"),
     ("evaluate", "--workdir=nowhere", "nowhere: no run there"),
     ("evaluate", "--workdir=runs/full --text=none.txt", "none.txt: no such file; give --text=FILE"),
@@ -386,7 +386,7 @@ READING = [
     (
         "sample",
         "--workdir=runs/full --adapt_to=letter.txt",
-        "letter.txt: one character is nothing to learn from",
+        "letter.txt: has one character",
     ),
     ("evaluate", "--workdir=runs/whole", "runs/whole: this run has no validation part|--text"),
 ]
