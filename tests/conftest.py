@@ -4,6 +4,7 @@ import atexit
 import os
 import random
 import shutil
+import signal
 import tempfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -24,6 +25,9 @@ from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+# nohup starts a session that ignores SIGHUP, and so would the processes that the tests start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Eight virtual devices for the tests' own process; launched processes keep what they find.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -58,33 +62,34 @@ def pytest_collection_modifyitems(config, items):
 @contextmanager
 def little_optimization():
     """Compile with little optimization within the block, also in processes that it starts."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    before = _has_little_optimization.get_global()
+    _set_little_optimization(True)
     try:
         with patch.dict(os.environ, {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}):
             yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+        _set_little_optimization(before)
 
 
-@contextmanager
-def _cheap_programs():
-    # Functions that are compiled once a process must not be shared with exact tests.
-    jax.clear_caches()
-    with little_optimization():
-        yield
-    jax.clear_caches()
+# The flag is not part of the keys of JAX's caches in memory; this context is.
+_has_little_optimization = jax.make_user_context(False)
+
+
+def _set_little_optimization(value):
+    jax.config.update("jax_disable_most_optimizations", value)
+    _has_little_optimization.set_global(value)
 
 
 @pytest.fixture
 def cheaply():
     """Compile with little optimization in one test, whose numbers do not matter."""
-    with _cheap_programs():
+    with little_optimization():
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compile_cheaply(request):
-    with _cheap_programs() if request.path.stem in CHEAP else nullcontext():
+    with little_optimization() if request.path.stem in CHEAP else nullcontext():
         yield
 
 

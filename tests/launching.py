@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -55,9 +56,31 @@ class WarmLauncher:
         self.process = subprocess.Popen(command, **pipes, **options)
 
     def __call__(self, launcher, *flags, cwd) -> Answer:
+        """Run a launcher to its end."""
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            started = self.start(launcher, *flags, cwd=cwd, out=out, err=err)
+            return Answer(started.wait(), out.read_text(), err.read_text())
+
+    def start(self, launcher, *flags, cwd, out, err=None, env=None):
+        """Start a launcher that writes to the files `out` and `err`, by default the same file.
+
+        It is the leader of a process group, and `env` is added to its environment.
+        """
         _, script, *words = command_of(launcher, *flags)
-        print(json.dumps([str(cwd), script, *words]), file=self.process.stdin, flush=True)
-        return Answer(*json.loads(self.process.stdout.readline()))
+        self._send("start", [str(cwd), str(out), str(err or out), env or {}, script, *words])
+        return Started(self, self._receive())
+
+    def _send(self, *request):
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+
+    def _receive(self):
+        return json.loads(self.process.stdout.readline())
+
+    def exit_code(self, pid, options=0):
+        """Return the exit code of a process, None if it has not ended, which needs os.WNOHANG."""
+        self._send("wait", [pid, options])
+        return self._receive()
 
     def close(self):
         self.process.stdin.close()
@@ -65,38 +88,75 @@ class WarmLauncher:
         self.process.stdout.close()
 
 
+class Started:
+    """A process that a WarmLauncher has started, with methods of subprocess.Popen."""
+
+    def __init__(self, launcher, pid):
+        self.launcher, self.pid, self.returncode = launcher, pid, None
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = self.launcher.exit_code(self.pid, os.WNOHANG)
+        return self.returncode
+
+    def wait(self, timeout=120):
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("launcher", timeout)
+            time.sleep(0.02)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
 def serve():
-    """Answer each line [cwd, script, flag, ...] of stdin with one of [code, stdout, stderr]."""
+    """Start processes, and return their exit codes, as WarmLauncher requests on stdin."""
     for module in sys.argv[1:]:
         import_module(module)
     for line in sys.stdin:
-        cwd, script, *words = json.loads(line)
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            child = os.fork()  # before its first array JAX has no threads
-            if child == 0:
-                code = 1
-                signal.alarm(120)  # as long as run_command waits
-                try:
-                    os.chdir(cwd)
-                    for file, number in ((open(os.devnull), 0), (out, 1), (err, 2)):
-                        os.dup2(file.fileno(), number)
-                    sys.argv = [script, *words]
-                    sys.path[0] = str(Path(script).parent)
-                    runpy.run_path(script, run_name="__main__")
-                    code = 0
-                except SystemExit as end:
-                    code = end.code if isinstance(end.code, int) else int(end.code is not None)
-                except BaseException:
-                    traceback.print_exc()
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-            _, status = os.waitpid(child, 0)
-            texts = []
-            for file in (out, err):
-                file.seek(0)
-                texts.append(file.read().decode())
-        print(json.dumps([os.waitstatus_to_exitcode(status), *texts]), flush=True)
+        request, values = json.loads(line)
+        if request == "start":
+            answer = os.fork()  # before its first array JAX has no threads
+            if answer == 0:
+                run_script(*values)
+        else:
+            pid, status = os.waitpid(*values)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        print(json.dumps(answer), flush=True)
+
+
+def run_script(cwd, out, err, env, script, *words):
+    """Run a launcher as the main program of this process, and exit."""
+    code = 1
+    signal.alarm(300)  # in case that the tests have ended
+    os.setsid()
+    try:
+        os.chdir(cwd)
+        os.environ.update(env)
+        append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        for number, (path, mode) in enumerate(
+            [(os.devnull, os.O_RDONLY), (out, append), (err, append)]
+        ):
+            descriptor = os.open(path, mode)
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        sys.argv = [script, *words]
+        sys.path[0] = str(Path(script).parent)
+        runpy.run_path(script, run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """Several processes as one run, for real: two on this machine, over loopback, with Gloo."""
 
 import logging
-import os
 import re
 import signal
 import socket
-import subprocess
+import tempfile
 import time
+from contextlib import closing
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
-from launching import NOISE, command_of, train_on
+from launching import NOISE, WarmLauncher
 
 from charlstm.parallel import processes
 from charlstm.runs.checkpoints import load_model, steps_in
@@ -55,22 +56,28 @@ def by_open_mpi(port, size, index):
 class Processes:
     """The processes of one run of launch/train.py."""
 
-    def __init__(self, folder, flags, size=2, num_devices=1, flags_of_last=(), place=by_flags):
-        """Start them; place(port, size, index) tells one by flags or environment where it is."""
+    def __init__(
+        self, launch, folder, flags, size=2, num_devices=1, flags_of_last=(), place=by_flags
+    ):
+        """Start them; place(port, size, index) returns flags and environment of one of them."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         count = f"--xla_force_host_platform_device_count={num_devices}"
-        environment = os.environ | {"XLA_FLAGS": count}
-        self.errors = [folder / f"stderr-{index}" for index in range(size)]
+        self.errors = [Path(tempfile.mkdtemp(dir=folder), "out") for _ in range(size)]
         self.processes = []
         for index, path in enumerate(self.errors):
             own = flags_of_last if index == size - 1 else []
             where, surroundings = place(port, size, index)
-            command = command_of("train", *flags, *where, *own)
-            options = {"cwd": folder, "env": environment | surroundings}
-            with open(path, "w") as out:
-                process = subprocess.Popen(command, stdout=out, stderr=out, **options)
-            self.processes.append(process)
+            started = launch.start(
+                "train",
+                *flags,
+                *where,
+                *own,
+                cwd=folder,
+                out=path,
+                env={"XLA_FLAGS": count} | surroundings,
+            )
+            self.processes.append(started)
 
     def wait(self, seconds=120):
         """Wait for all to end; return their exit codes."""
@@ -92,7 +99,7 @@ class Processes:
             time.sleep(0.05)
 
     def said(self, index):
-        """Return what one process has printed once it has met the others."""
+        """Return what one process has printed after it has met the others."""
         lines = self.errors[index].read_text().splitlines(keepends=True)
         return "".join(line for line in lines if "processes to meet\n" not in line)
 
@@ -160,16 +167,25 @@ def test_a_jax_that_hides_its_client_is_told_of(monkeypatch, caplog):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory, book):
+def launch():
+    """Return a WarmLauncher of launch/train.py."""
+    with closing(WarmLauncher("charlstm.training.loop", "charlstm.system.console")) as launch:
+        yield launch
+
+
+@pytest.fixture(scope="module")
+def reference(launch, tmp_path_factory, book):
     """Return the folder of a run of one process; its text lies beside it."""
     folder = tmp_path_factory.mktemp("cluster")
-    train_on(book, folder, *FLAGS, "--workdir=reference")
+    (folder / "book.txt").write_text(book, encoding="utf-8")
+    answer = launch("train", *FLAGS, "--workdir=reference", cwd=folder)
+    assert answer.returncode == 0, answer.stderr
     return folder / "reference"
 
 
-def test_two_processes_with_four_devices_each_train_as_one_with_one(reference):
+def test_two_processes_with_four_devices_each_train_as_one_with_one(launch, reference):
     folder, workdir = reference.parent, reference.parent / "two"
-    run = Processes(folder, [*FLAGS, "--workdir=two"], num_devices=4)
+    run = Processes(launch, folder, [*FLAGS, "--workdir=two"], num_devices=4)
     assert run.wait() == [0, 0], run.said(0) + run.said(1)
     assert_same_run(workdir, reference)
     assert {p.name for p in workdir.iterdir()} == {
@@ -184,11 +200,11 @@ def test_two_processes_with_four_devices_each_train_as_one_with_one(reference):
     assert run.said(1) == ""
 
 
-def test_a_signal_to_one_and_the_death_of_either_lose_nothing(reference):
+def test_a_signal_to_one_and_the_death_of_either_lose_nothing(launch, reference):
     folder, flags = reference.parent, [*FLAGS, "--workdir=tried"]
     workdir = folder / "tried"
 
-    run = Processes(folder, flags)
+    run = Processes(launch, folder, flags)
     run.wait_for_step(workdir, 5)
     run.processes[1].send_signal(signal.SIGTERM)
     assert run.wait() == [128 + signal.SIGTERM] * 2, run.said(0) + run.said(1)
@@ -197,7 +213,7 @@ def test_a_signal_to_one_and_the_death_of_either_lose_nothing(reference):
     assert not [noise for noise in NOISE if noise in run.said(0) + run.said(1)]
 
     for victim in (1, 0):
-        run = Processes(folder, [*flags, "--config.checkpoint_every_steps=1"])
+        run = Processes(launch, folder, [*flags, "--config.checkpoint_every_steps=1"])
         run.wait_for_step(workdir, int(saved) + 5 * (2 - victim))
         begin = time.monotonic()
         run.processes[victim].kill()
@@ -208,26 +224,27 @@ def test_a_signal_to_one_and_the_death_of_either_lose_nothing(reference):
         assert last.startswith(f"error: process {victim} of 2 has gone"), run.said(1 - victim)
         assert "Traceback" not in run.said(1 - victim)
 
-    train_on((folder / "book.txt").read_text(), folder, *flags)  # one process goes on
+    answer = launch("train", *flags, cwd=folder)  # one process resumes
+    assert answer.returncode == 0, answer.stderr
     assert_same_run(workdir, reference)
 
 
 @pytest.mark.parametrize("place", [by_slurm, by_open_mpi])
-def test_a_cluster_is_found_by_its_surroundings(place, reference):
+def test_a_cluster_is_found_by_its_surroundings(place, launch, reference):
     # They have met if they find that they were told different things.
     flags = {"flags_of_last": ["--config.seed=1"], "place": place}
-    run = Processes(reference.parent, [*FLAGS, "--workdir=found"], **flags)
+    run = Processes(launch, reference.parent, [*FLAGS, "--workdir=found"], **flags)
     assert run.wait() == [2, 2], run.said(0)
     assert "config.seed: not the same on process 0 and on 1" in run.said(0)
 
 
-def test_a_process_can_stay_alone_in_a_cluster(reference):
+def test_a_process_can_stay_alone_in_a_cluster(launch, reference):
     def alone(port, size, index):
         return ["--num_processes=1"], by_slurm(port, size + 1, index)[1]
 
     # It has not waited for the other if it finds that there is no text.
     flags = [*FLAGS, "--join_timeout=3", "--config.data.path=none.txt"]
-    run = Processes(reference.parent, flags, size=1, place=alone)
+    run = Processes(launch, reference.parent, flags, size=1, place=alone)
     assert run.wait() == [2]
     assert "none.txt: no such file" in run.said(0)
 
@@ -240,10 +257,12 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("flags", "code", "message", "on_both"), MISTAKES)
-def test_processes_that_do_not_fit_together_are_refused(flags, code, message, on_both, reference):
+def test_processes_that_do_not_fit_together_are_refused(
+    flags, code, message, on_both, launch, reference
+):
     folder = reference.parent
     (folder / "other.txt").write_text((folder / "book.txt").read_text() + "More.\n")
-    run = Processes(folder, [*FLAGS, "--workdir=refused"], flags_of_last=flags)
+    run = Processes(launch, folder, [*FLAGS, "--workdir=refused"], flags_of_last=flags)
     assert run.wait() == [code, code]
     for index in (0, 1):
         assert len(run.said(index).splitlines()) == 1, run.said(index)
@@ -251,8 +270,8 @@ def test_processes_that_do_not_fit_together_are_refused(flags, code, message, on
     assert not (folder / "refused").exists()
 
 
-def test_processes_that_are_too_few_wait_no_longer_than_they_are_told(reference):
-    run = Processes(reference.parent, [*FLAGS, "--workdir=few", "--join_timeout=3"], size=3)
+def test_processes_that_are_too_few_wait_no_longer_than_they_are_told(launch, reference):
+    run = Processes(launch, reference.parent, [*FLAGS, "--workdir=few", "--join_timeout=3"], size=3)
     run.processes[1].kill()
     codes = run.wait()
     assert codes[0] == codes[2] == 1
@@ -265,12 +284,12 @@ def test_processes_that_are_too_few_wait_no_longer_than_they_are_told(reference)
     assert not (reference.parent / "few").exists()
 
 
-def test_a_second_run_of_the_same_folder_is_refused_on_all(reference):
+def test_a_second_run_of_the_same_folder_is_refused_on_all(launch, reference):
     # The reference is finished: only its lock is in question.
     from charlstm.files import sole_writer
 
     with sole_writer(epath.Path(reference)):
-        run = Processes(reference.parent, [*FLAGS, "--workdir=reference"])
+        run = Processes(launch, reference.parent, [*FLAGS, "--workdir=reference"])
         assert run.wait() == [2, 2]
     assert "in use by process" in run.said(0)
     assert "process 0 of 2 could not go on" in run.said(1)
