@@ -26,8 +26,9 @@ from hypothesis import settings
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-# nohup starts a session that ignores SIGHUP, and so would the processes that the tests start.
+# A session in the background ignores these, and the processes that the tests start would, too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Eight virtual devices for the tests' own process; launched processes keep what they find.
 jax.config.update("jax_num_cpu_devices", 8)
