@@ -100,7 +100,7 @@ def check_setting(key: str, value: Any) -> None:
 
 
 def validate(config: ConfigDict) -> None:
-    """Raise UserError, naming key, value and what is allowed, at the first senseless setting."""
+    """Raise UserError with key, value and what is allowed, for the first invalid setting."""
     settings, defaults = flatten(config), flatten(base_config())
     for key, value in settings.items():
         check_key(key)

@@ -44,14 +44,14 @@ class CharLSTM(nn.Module):
       vocab_size: V.
       hidden_size: H, the units of each layer.
       num_layers: N.
-      dropout_rate: the share of each layer's outputs that training drops.
-      dropout_mask: 'step', drawn anew at each time step, or 'window', one for all of a call (Gal
+      dropout_rate: dropout of each layer's output.
+      dropout_mask: 'step', a new mask per time step, or 'window', one mask per call (Gal
         and Ghahramani 2016, arXiv 1512.05287).
       recurrent_dropout: the share of each layer's hidden state that its own gates do not see while
         training, one mask a row for all of a call, as in hidden_mask.
       scale_hidden: let what each layer reads scale the hidden state that its gates see, as in
         charlstm.lstm.reference.
-      rms_norm: divide what the gates get from the hidden state by its root mean square, likewise.
+      rms_norm: divide the recurrent product of the gates by its root mean square.
       norm_epsilon: what `rms_norm` adds to the mean square.
       input: 'one_hot', 'embed' (a learnt vector), or 'scaled' (the id divided by V).
       embed_size: E, where input is 'embed'.

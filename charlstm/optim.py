@@ -121,7 +121,7 @@ def average_params(share: float) -> optax.GradientTransformation:
     """
 
     def init(params: Any) -> AverageState:
-        # A copy, since who gives the state away gives each array once.
+        # A copy, because a donated state must not contain an array twice.
         return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
 
     def update(updates: Any, state: AverageState, params: Any) -> tuple[Any, AverageState]:

@@ -14,8 +14,8 @@ from charlstm.checks import check_choice, check_count, check_ids
 from charlstm.lstm.reference import vary_alike
 from charlstm.model import Carry, CharLSTM, predict, zero_carry
 
-PAD_ID = -1  # the id of the places before a prompt begins
-# The places of one compiled call of `stream`. A call prepares the weights anew, which takes as
+PAD_ID = -1  # padding before a prompt
+# Characters of one compiled call of `stream`. A call prepares the weights, which takes as
 # long as 25 characters of one text: with 512 places that is 5 %.
 CHUNK_LEN = 512
 
@@ -136,7 +136,7 @@ READERS: dict[str, Callable[..., Any]] = {"carry": step_carry, "window": step_wi
 
 
 def check_prompts(method: str, seq_len: int, lengths: Sequence[Any], width: Any) -> None:
-    """Raise ValueError for a method that there is not, or prompts too short for it or too long."""
+    """Raise ValueError for an unknown method, or prompts too short for it or too long."""
     check_choice("method", method, READERS)
     check_count("seq_len", seq_len)
     needed = seq_len if method == "window" else 1
@@ -205,7 +205,7 @@ def make_sampler(
 
     It continues B prompts by L = `length` characters each. Character n is drawn as sample_step
     does with fold_in(key, n). A row depends on the key, its number, its own prompt and settings,
-    and on nothing else: not on the other rows, nor on L.
+    but not on the other rows or on L.
 
     Args:
       model: the language model.
@@ -261,7 +261,7 @@ def make_sampler(
 
 
 def align(prompt_BP: Any, lengths_B: Any) -> jax.Array:
-    """Return prompts, of which each is the beginning of its row, moved to the ends of the rows."""
+    """Return left-aligned prompts moved to the right ends of the rows, with padding before them."""
     width = prompt_BP.shape[1]
     sources_BP = jnp.arange(width)[None] - width + column(lengths_B)
     moved_BP = jnp.take_along_axis(jnp.asarray(prompt_BP), jnp.maximum(sources_BP, 0), axis=1)
@@ -279,7 +279,7 @@ def until_end(pieces: Iterable[np.ndarray], end_id: int | None) -> Iterator[np.n
 
 
 def before_end(ids_T: np.ndarray, end_id: int | None) -> np.ndarray:
-    """Return what stands before the first `end_id`: all where there is none."""
+    """Return the ids before the first `end_id`, or all ids without one."""
     [ends] = np.nonzero(ids_T == end_id)
     return ids_T[: ends[0]] if len(ends) else ids_T
 
@@ -300,7 +300,7 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Yield the ids_BL that make_sampler's sampler gives for the same key, in pieces ids_BT.
 
-    It is compiled once for a model, a method and B, whatever the other arguments are.
+    It compiles once per model, method and B.
 
     Args:
       model, params: the language model.

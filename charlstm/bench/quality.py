@@ -28,9 +28,9 @@ NEVER = 2**31 - 1  # the largest period that a config can have
 FOLDER_FILES = ("config.json", "vocab.json", "prompts.json")
 DEFAULT = "default, lower-cased"
 KERAS = "keras"
-# The tutorial reads no capitals: only the default that reads none either has the same characters.
-# Since the tutorial trains on all of its text, and evaluates by a window for each character, it is
-# told to leave out what the others do, and not to evaluate.
+# The tutorial converts to lower case, so only the lower-cased default reads the same characters.
+# The tutorial trains on all of its text and evaluates one window per character; here it leaves out
+# what the others hold out, and does not evaluate.
 OURS = {
     DEFAULT: ("--config=default", "--config.data.lowercase"),
     "default": ("--config=default",),

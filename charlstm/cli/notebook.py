@@ -1,4 +1,4 @@
-"""A launcher in a notebook, by %run: the next cell goes on in the same process."""
+"""A command in a notebook, by %run: the process survives it."""
 
 import sys
 import warnings

@@ -1,4 +1,4 @@
-"""What a launcher sets, and checks, of JAX and of the machine before it works."""
+"""Set up JAX, its compilation cache and the memory allocator for a command."""
 
 import ctypes
 import glob
@@ -39,7 +39,7 @@ def prepare() -> None:
 
 
 def problem_of_jax(error: Exception) -> str:
-    """Return what is wrong with JAX's variables or devices if that raised `error`, '' otherwise."""
+    """Return the problem of JAX's variables or devices behind `error`, '' if there is none."""
     for name, value in os.environ.items():
         # JAX checks some values when it is imported.
         if name.startswith("JAX_") and name.lower() in str(error).lower():

@@ -27,7 +27,7 @@ def leave(number: int) -> None:
 
 
 class SignalWatch:
-    """A thread that acts on SIGINT, SIGTERM and SIGHUP, whatever the main thread does.
+    """A thread that acts on SIGINT, SIGTERM and SIGHUP while the main thread is busy.
 
     Python's own handlers wait for the main thread, which may compile for a minute. Its
     KeyboardInterrupt gets lost in C extensions and in JAX's callbacks, and an ordinary end of the

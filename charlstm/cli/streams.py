@@ -12,7 +12,7 @@ LAUNCH = os.path.join(REPOSITORY, "launch")
 
 
 def open_descriptors() -> None:
-    """Open what is closed of the descriptors 0, 1, 2, which the next file would get otherwise."""
+    """Open the descriptors 0, 1, 2 that are closed, so that no other file gets them."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -36,7 +36,7 @@ class Descriptor(io.FileIO):
 
 
 def replace_stdout() -> None:
-    """Write stdout in UTF-8 whatever the locale, line by line; a notebook's stays as it is."""
+    """Write stdout in UTF-8 in any locale, line by line; leave a notebook's unchanged."""
     if hasattr(sys.stdout, "reconfigure"):
         stream = io.BufferedWriter(Descriptor(1, "w", closefd=False))
         sys.stdout = io.TextIOWrapper(

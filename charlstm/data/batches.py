@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     inputs_BT: Any  # int32 ids, 0 to V - 1 in all places
     targets_BT: Any  # int32 ids of the characters that follow
     weights_BT: Any  # float32, 0 where a position does not count
-    reset_B: Any  # bool, where the carry begins anew
+    reset_B: Any  # bool, where the carry is reset
 
 
 @dataclass(frozen=True, eq=False)

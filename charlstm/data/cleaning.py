@@ -17,7 +17,7 @@ END = "\x03"  # Unicode's END OF TEXT: the end of a document, where there are do
 UNKNOWN = "\ufffd"  # REPLACEMENT CHARACTER: what characters too rare to be learnt fold into
 NUM_CODES = 0x110000
 
-MAX_WORD_CHARS = 2**17  # of which one may be held back
+MAX_WORD_CHARS = 2**17  # one word may be held back
 
 
 class Cleaning(NamedTuple):

@@ -39,7 +39,7 @@ from charlstm.system.paths import cache_folder
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # raised whenever the same text would give other ids
-# Up to so many characters a text is numbered in memory at each start: a second at most.
+# Texts of at most this many characters are encoded in memory at each start, in a second.
 SMALL_CHARS = 2**24
 SMALL_BYTES = 2**24  # on disk; above it the passes are worth a progress bar
 

@@ -44,8 +44,8 @@ def find_files(path: str, remedy: str) -> Found:
     folders are not followed, and a file with several names is taken once.
 
     Args:
-      path: a file, a folder (of which the files with one of ENDINGS are taken), or a pattern with
-        *, **, ? or [ (of which all files are taken).
+      path: a file, a folder (its files with one of ENDINGS), or a pattern with
+        *, **, ? or [ (all files that match).
       remedy: what to do, for errors.
 
     Raises:

@@ -157,7 +157,7 @@ DECOMPRESSORS: dict[str, Callable[[], Any]] = {
 
 
 def _decompress(pieces: Iterable[bytes], ending: str) -> Iterator[bytes]:
-    """Yield the content of compressed files that may stand one behind the other."""
+    """Yield the content of concatenated compressed files."""
     # Not by the libraries' own readers: some take half a file for a whole one, or ignore its end.
     make = DECOMPRESSORS[ending]
     decompressor, is_first = make(), True

@@ -1,4 +1,4 @@
-"""Dynamic evaluation: a model that goes on learning from the text it reads.
+"""Dynamic evaluation: a model that learns from the text while it reads.
 
 Krause, Kahembwe, Murray and Renals 2018, 'Dynamic evaluation of neural sequence models' (arXiv
 1709.07432). Each window is predicted first and learnt from afterwards, so that the figure is as

@@ -16,7 +16,7 @@ CHUNK = 2**20  # places of a training text that are followed at once: they take 
 def words(text: str) -> list[str]:
     """Return the words of a text in order, case-folded.
 
-    A word is a maximal run of letters; apostrophes, straight ones or U+2019, may stand inside.
+    A word is a maximal run of letters with apostrophes (straight or U+2019) inside.
     """
     return [match.group().casefold() for match in _WORD.finditer(_straight(text))]
 
@@ -41,7 +41,7 @@ def known_words(chunks: Iterable[str]) -> set[str]:
 def match_lengths(
     texts: Sequence[np.ndarray], ids_M: np.ndarray, vocab_size: int
 ) -> list[np.ndarray]:
-    """Return for each place of each text how many characters from there stand verbatim in another.
+    """Return the length of the longest match in another text for each position of each text.
 
     This is exact. For each million characters of the other text it takes half a second where
     10,000 were made, a second where 80,000 were. Copies of thousands of characters take longer, a
@@ -64,7 +64,7 @@ def match_lengths(
 
 
 def share_found(text_L: np.ndarray, ids_M: np.ndarray) -> float:
-    """Return which share of a text stands verbatim in another, by an estimate.
+    """Estimate the share of a text that occurs verbatim in another.
 
     Of NUM_PIECES pieces of PIECE_CHARS characters, evenly spread over the text, those are counted
     that stand there. It takes at most 0.1 s for each million characters of the other text.
@@ -83,7 +83,7 @@ def share_found(text_L: np.ndarray, ids_M: np.ndarray) -> float:
 
 
 def verbatim_runs(lengths_L: np.ndarray, min_length: int) -> np.ndarray:
-    """Return starts_R, where the maximal verbatim runs of at least `min_length` > 0 begin.
+    """Return starts_R, the starts of the maximal copied spans of at least `min_length` > 0.
 
     Maximal: neither with the character before nor with the one after does it stand in the other
     text. Two of them may overlap.

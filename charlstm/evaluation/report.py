@@ -53,7 +53,7 @@ def refuse_not_finite(figures: dict[str, Any], text: str) -> None:
 
 
 def verdict(bits: float, baseline_bits: dict[str, float]) -> str:
-    """Return in words how a model with so many bits per character stands."""
+    """Return a sentence that compares a model with the baselines."""
     worse = [name for name, value in baseline_bits.items() if value > bits]
     others = [name for name in baseline_bits if name not in worse]
     if not worse:
@@ -78,7 +78,7 @@ def table(figures: dict[str, Any], train_size: int, held_out_size: int) -> Itera
 
     Args:
       figures: what was measured.
-      train_size, held_out_size: the characters that there were for the baselines.
+      train_size, held_out_size: the characters available to the baselines.
     """
     yield f"text           {figures['text']}"
     yield f"characters     {figures['characters']}"

@@ -29,7 +29,7 @@ def open_training_part(run: Run) -> np.ndarray:
     """Return ids_M, what `run` has learnt from.
 
     Raises:
-      UserError: if its text can't be had, or has changed.
+      UserError: if its text cannot be read or has changed.
     """
     data = run.config.data
     text = open_run_text(run, "bring it back, or leave out --check")
@@ -82,7 +82,7 @@ def format_words(texts: Sequence[str], known: Set[str], listed: Set[str]) -> Ite
 
 
 def format_copies(texts: Sequence[str], lengths: Sequence[np.ndarray]) -> Iterator[str]:
-    """Yield what is copied of texts that stand verbatim in another as match_lengths says."""
+    """Yield lines on copied spans, given match_lengths."""
     index = max(range(len(texts)), key=lambda index: lengths[index].max(initial=0))
     text, lengths_L = texts[index], lengths[index]
     longest = int(lengths_L.max(initial=0))

@@ -1,4 +1,4 @@
-"""How well a model predicts a held-out text: bits and their error, by what stands before."""
+"""Bits per character of a held-out text, with standard errors."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -100,7 +100,7 @@ def standard_error(means_K: np.ndarray) -> float | None:
 
 
 def figures(reading: Reading) -> dict[str, Any]:
-    """Return what is reported of a reading.
+    """Return the metrics of a reading.
 
     `standard_error` is that of the bits per character, None for a single block. `bits_per_byte` is
     None where the bytes are not known.

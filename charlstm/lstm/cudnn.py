@@ -64,7 +64,7 @@ def cudnn_lstm(
 def pack_cudnn(params: Params) -> jax.Array:
     """Return the parameters as cuDNN takes them: one vector of kernels, transposed, then biases.
 
-    cuDNN adds two biases, of which Flax's cell has the second.
+    cuDNN adds two biases; Flax's cell has the second only.
     """
     kernels = [params[f"{side}{gate}"]["kernel"].T.ravel() for side in "ih" for gate in GATES]
     biases = [params[f"h{gate}"]["bias"] for gate in GATES]

@@ -102,7 +102,7 @@ def flax_lstm(
       params: of a Flax LSTM cell with H hidden units, and perhaps `scale` and `norm`.
       carry: (c_BH, h_BH).
       inputs: inputs_TBE, or integers ids_TB that stand for one-hot vectors.
-      keep_TB: bool, False where a time step begins from an empty carry; None is True everywhere.
+      keep_TB: bool, False where a time step starts from a zero carry; None means True everywhere.
       mask_BH: what the hidden state is multiplied by before the gates see it, such as a mask of
         dropout, the same at all time steps; no gradient flows to it. None is 1 everywhere.
       norm_epsilon: added to the mean square, where `norm` normalises.
@@ -229,12 +229,12 @@ def are_integers(inputs: jax.Array) -> bool:
 
 
 def kept_rows(leaf_BH: jax.Array, keep_B: jax.Array | None) -> jax.Array:
-    """Return `leaf_BH` with zeros in the rows that begin anew."""
+    """Return `leaf_BH` with zeros in the rows that are reset."""
     return leaf_BH if keep_B is None else jnp.where(keep_B[..., None], leaf_BH, 0)
 
 
 def as_one_hot(params: Params, inputs: jax.Array, dtype: Any) -> jax.Array:
-    """Return inputs_TBE, for ids the one-hot vectors that they stand for."""
+    """Return inputs_TBE; ids become one-hot vectors."""
     if not are_integers(inputs):
         return inputs
     return jax.nn.one_hot(inputs, params["ii"]["kernel"].shape[0], dtype=dtype)

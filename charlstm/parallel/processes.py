@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 # A process that has been silent for so long is taken for dead.
 HEARTBEAT_SECONDS = 20
-# How often each asks who is there.
+# Seconds between queries of the coordination service.
 WATCH_SECONDS = 3.0
 # How long a process waits for the others when it is done, and when it has failed: with them, or
 # alone, in which case they wait for it.
@@ -255,7 +255,7 @@ def client() -> Any:
 
 
 class Watch:
-    """A thread that ends this process, with one line, when another one has gone.
+    """A thread that exits this process with one line when another one is dead.
 
     Without it a process would wait for ever in a sum to which another no longer adds.
     """
@@ -275,11 +275,11 @@ class Watch:
         threading.Thread(target=self._run, daemon=True).start()
 
     def leave(self, seconds: float) -> None:
-        """Part from the others once all have come here, or not all have in so many seconds."""
+        """Disconnect once all processes have arrived, or after a timeout."""
         self._is_over.set()
         with suppress(Exception):  # of types that are not documented
             client().wait_at_barrier("leave", int(seconds * 1000))
-            # The first one holds the line of the others, who would abort without it.
+            # Process 0 hosts the service; without it the others would abort.
             while is_first() and len(client().get_live_nodes(self._everybody)) > 1:
                 time.sleep(0.1)
         jax.distributed.shutdown()
@@ -302,7 +302,7 @@ class Watch:
         while not self._is_over.wait(WATCH_SECONDS):
             try:
                 there = client().get_live_nodes(self._everybody)
-                # One that was started anew has another number, and knows nothing of this run.
+                # A restarted process has another incarnation and does not know this run.
                 gone = [index for index in self._everybody if there.get(index) != met.get(index)]
             except Exception:  # of types that are not documented
                 gone = [0]  # which holds the line

@@ -23,7 +23,7 @@ def make_mesh(config: ConfigDict) -> Mesh:
     """Return the mesh of `config.mesh.data` devices, those of each process side by side.
 
     Raises:
-      UserError: if there are not so many devices, or they cannot share a batch evenly.
+      UserError: if there are fewer devices, or they cannot share a batch evenly.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     size = len(devices) if config.mesh.data == -1 else config.mesh.data

@@ -96,7 +96,7 @@ def propose(
 
 
 def _seconds_left(seconds: float, fixed: float) -> float:
-    """Return what is left for steps of the time that is asked for.
+    """Return the seconds that remain for steps.
 
     Raises:
       UserError: if it is nothing.
@@ -159,7 +159,7 @@ def _measure_parts(job: Job, seconds: float) -> Parts:
 
 
 def _count(job: Job) -> dict[str, Any]:
-    """Return what is known without measuring."""
+    """Return what is computed without measuring."""
     config, vocab_size, text = job.run.config, job.model.vocab_size, job.run.text
     forward = cost.flops_per_char(config, vocab_size)
     return {

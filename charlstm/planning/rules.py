@@ -142,7 +142,7 @@ def choose_evaluations(seconds: float, evaluation_seconds: float) -> int:
 
 
 def with_length(config: ConfigDict, num_steps: int, num_evaluations: int) -> ConfigDict:
-    """Return a copy of `config` for so many steps, with its last evaluation at the end."""
+    """Return a copy of `config` for `num_steps` steps, with its last evaluation at the end."""
     config = config.copy_and_resolve_references()
     config.num_steps = num_steps
     config.eval_every_steps = math.ceil(num_steps / num_evaluations)

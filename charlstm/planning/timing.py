@@ -59,7 +59,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(job: Job, parts: Parts, loading: float) -> Estimate:
-    """Return what the whole command takes, of which `loading` comes before all parts."""
+    """Return the seconds of the whole command; `loading` are those before all parts."""
     num_evaluations = -(-job.num_steps // job.eval_every)
     num_saves = num_evaluations + (job.num_steps - 1) // job.save_every
     each = evaluation_seconds(job, parts)
@@ -86,7 +86,7 @@ def measure_parts(job: Job, folder: epath.Path, seconds: float) -> Parts:
     cold = _measure_parts(job, folder / "cold", 0.0)
     jax.clear_caches()
     warm = _measure_parts(job, folder / "warm", seconds)
-    # Not all that is slow the first time is compilation: Matplotlib and Orbax begin slowly.
+    # The first time is slow also because Matplotlib and Orbax load.
     late = sum(
         max(0.0, getattr(cold, name) - getattr(warm, name)) for name in ("draw", "save", "end")
     )
@@ -155,7 +155,7 @@ def time_steps(
     """Return the state after about `seconds` of steps, and the mean seconds of a step.
 
     In calls such as train.py makes, and like it reading what a call gave while the next one runs.
-    The mean and no median, since a run, too, meets whatever slows the machine now and then.
+    The mean, not the median, because a run is also slowed by other processes at times.
     """
     calls: list[tuple[float, int]] = []
     before: tuple[Any, int] | None = None

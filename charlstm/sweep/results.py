@@ -79,7 +79,7 @@ def append(path: Path, columns: Sequence[str], row: dict[str, Any]) -> None:
 
 
 def rank(rows: Sequence[dict[str, str]], keys: Sequence[str]) -> list[Score]:
-    """Return the combinations of which all trials have finished, the best first, then the others.
+    """Return the combinations: finished ones ranked by bits per character, then the others.
 
     Another mean would be over other texts and seeds.
     """

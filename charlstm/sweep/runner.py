@@ -36,7 +36,7 @@ STOPPED = [code for number in SIGNALS for code in (-number, 128 + number)]
 
 
 class Text(NamedTuple):
-    """A text of which the first part is for trials."""
+    """A text whose first part is used by trials."""
 
     name: str  # with some of its hash: another content is another text
     source: Source
@@ -53,7 +53,7 @@ class Trial(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The same whatever order settings are given in."""
+        """A name that does not depend on the order of the settings."""
         about = json.dumps([self.text, self.seed, sorted(self.settings.items())])
         return f"{self.text}-{hashlib.sha256(about.encode()).hexdigest()[:10]}"
 
@@ -72,7 +72,7 @@ class Running(NamedTuple):
     trial: Trial
     process: subprocess.Popen[bytes]
     cores: set[int]
-    begin: float | None  # None where its time would say nothing
+    begin: float | None  # None if its time is not meaningful
 
     def ended(self) -> Ended:
         """Return how it has ended just now."""
@@ -84,7 +84,7 @@ def open_text(path: str, cleaning: Cleaning) -> Text:
     """Return the text that `path` means, read once.
 
     Raises:
-      UserError: if it can't be had.
+      UserError: if it cannot be read.
     """
     remedy = "give UTF-8 text in --texts"
     source = find_source(path, remedy=remedy)
@@ -181,7 +181,7 @@ def run_trials(
 
 
 def start(trial: Trial, out: Path, cores: set[int], is_alone: bool) -> Running:
-    """Start train.py for a trial, or let it go on."""
+    """Start or resume train.py for a trial."""
     workdir = run_folder(out, trial)
     workdir.parent.mkdir(exist_ok=True)
     is_timed = is_alone and not workdir.exists()

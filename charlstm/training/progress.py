@@ -108,13 +108,13 @@ class DivergedError(Exception):
 
 
 class Progress:
-    """The record of one run, which stands at a step. Of several processes the first writes it.
+    """The progress of one run. Process 0 writes it.
 
     Metrics are read one call late, so that the device never waits for the host.
     """
 
     def __init__(self, job: Job, checkpoints: Checkpoints, step: int, notes: Notes):
-        """Open the progress of a run that stands at `step`, with the notes of its checkpoint."""
+        """Start at `step`, with the counters of its checkpoint."""
         self._job = job
         self._checkpoints = checkpoints
         title, is_first = job.run.workdir.name, processes.is_first()

@@ -118,7 +118,7 @@ def open_run_text(run: Run, remedy: str, may_fetch: bool = True) -> Corpus:
       may_fetch: whether Dracula, if that is the text, may be downloaded again.
 
     Raises:
-      UserError: if it can't be had, or has changed.
+      UserError: if it cannot be read or has changed.
     """
     # An absolute path, but for Python's manual.
     source, data = run.text["source"], run.config.data
@@ -130,7 +130,7 @@ def open_run_text(run: Run, remedy: str, may_fetch: bool = True) -> Corpus:
 
 
 def log_changes(run: Run, changes: list[str], here: dict[str, Any]) -> None:
-    """Tell what is not as it was when `run` began, though it may go on."""
+    """Log what differs from the start of the run but does not prevent a resume."""
     for change in changes:
         logger.info("the run goes on with a setting changed: %s", change)
     began = run.machine["versions"]
@@ -162,7 +162,7 @@ def describe_text(text: Corpus, train_ids: np.ndarray, val_ids: np.ndarray) -> d
 
 
 def report(job: Job, step: int, num_params: int) -> None:
-    """Tell what was read, and what is trained on what."""
+    """Log the text, the model and the devices."""
     run, text = job.run, job.run.text
     lines = {
         "run folder": run.workdir,
