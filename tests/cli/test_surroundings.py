@@ -124,7 +124,7 @@ def test_closed_descriptors_do_not_matter(tmp_path):
 
 def test_a_full_disk_behind_stdout_is_one_line(trained):
     # More than a buffer holds.
-    flags = "--workdir=run --prompt=so --length=20000"
+    flags = "--workdir=run --prompt=so --length=10000"
     code, _, [line] = in_shell(f"$PYTHON $LAUNCH/sample.py {flags} > /dev/full", trained)
     assert code == 1
     assert "stdout: cannot be written (No space left on device)" in line
