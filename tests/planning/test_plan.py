@@ -235,8 +235,8 @@ def test_the_last_evaluation_is_at_the_end():
 
 def test_settings_told_are_the_rules_own_and_what_else_has_changed():
     given = base_config()
-    told = rules.settings_of(rules.with_streams(given), given)
-    assert told.keys() == rules.ALWAYS
+    proposed = rules.settings_of(rules.with_streams(given), given)
+    assert proposed.keys() == rules.ALWAYS
     given.data.order, given.data.loss_on = "windows", "last"
-    told = rules.settings_of(rules.with_streams(given), given)
-    assert told["data.order"] == "streams"
+    proposed = rules.settings_of(rules.with_streams(given), given)
+    assert proposed["data.order"] == "streams"

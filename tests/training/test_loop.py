@@ -130,7 +130,7 @@ def test_a_run_stopped_wherever_it_looks_ends_as_one_that_was_not(finished, tmp_
     # In the run to compare with, a compiled call takes several steps.
     config, workdir = finished
     monkeypatch.setattr(progress, "CALL_SECONDS", 0)
-    # Before the first step, between steps, at the sample of step 10, amid the validation of 20.
+    # Before the first step, between steps, at the sample of step 10, during the validation of 20.
     for num_looks, steps in ((1, []), (7, [6]), (15, [6, 10]), (24, [10, 20])):
         assert not train(config, tmp_path / "run", should_stop=stop_after(num_looks))
         assert steps_in(tmp_path / "run" / "checkpoints") == steps
