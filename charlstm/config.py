@@ -51,7 +51,7 @@ def _data() -> ConfigDict:
     # streams: text in order, stateful; windows: all positions, shuffled, stateless.
     data.order = "streams"
     # Probability of resetting the state of a row in streams; trains the model for prompts.
-    data.reset_rate = 0.05
+    data.state_reset_prob = 0.05
     # all: a loss at every time step; last: at the last time step of a window.
     data.loss_on = "all"
     return data
@@ -67,15 +67,15 @@ def _model() -> ConfigDict:
     model.num_layers = 1
     # Dropout of the output of every layer; a single book overfits without it.
     model.dropout_rate = 0.25
-    # step: a new dropout mask per time step; window: one per window (Gal and Ghahramani 2016).
-    model.dropout_mask = "window"
+    # One dropout mask per window (Gal and Ghahramani 2016), not one per time step.
+    model.variational_dropout = True
     # Dropout of the hidden state that the gates read, one mask per row and window.
     # It helps when a text is read six times or more.
     model.recurrent_dropout = 0.0
     # Scale the hidden state by the input before the gates, as a multiplicative LSTM does.
-    model.scale_hidden = True
+    model.multiplicative = True
     # Divide the recurrent product of the four gates by its root mean square.
-    model.rms_norm = True
+    model.recurrent_rms_norm = True
     # Added to the mean square. Small values amplify rounding errors after an empty state.
     model.norm_epsilon = 0.1
     # one_hot: unit vectors; embed: learned vectors; scaled: id / V, as in the Keras tutorial.
@@ -99,7 +99,7 @@ def _optimizer() -> ConfigDict:
     # Decay after the warm-up: constant, cosine or linear.
     optimizer.schedule = "linear"
     # Final learning rate as a share of the peak. At 0 a text that is read often is overfit.
-    optimizer.final_share = 0.2
+    optimizer.end_lr_ratio = 0.2
     # Steps of linear warm-up, because Adam's first moments rest on few gradients.
     optimizer.warmup_steps = 100
     # Decoupled weight decay, for adamw and cautious_adamw.
@@ -110,7 +110,7 @@ def _optimizer() -> ConfigDict:
     optimizer.b2 = 0.99
     # Polyak average: evaluate and sample with the mean of the weights over about this share of
     # the steps so far; 0: use the last weights.
-    optimizer.average_share = 0.1
+    optimizer.average_window = 0.1
     # Adam's epsilon.
     optimizer.epsilon = 1e-8
     return optimizer

@@ -49,13 +49,12 @@ _RULES: dict[str, Rule] = {
     "data.val_fraction": _fraction(),
     "data.max_val_chars": _count(0),
     "data.order": _one_of("streams", "windows"),
-    "data.reset_rate": _fraction(),
+    "data.state_reset_prob": _fraction(),
     "data.loss_on": _one_of("all", "last"),
     "model.recurrence": _one_of("fused", "flax", "cudnn"),
     "model.hidden_size": _count(1),
     "model.num_layers": _count(1),
     "model.dropout_rate": _fraction(),
-    "model.dropout_mask": _one_of("step", "window"),
     "model.recurrent_dropout": _fraction(),
     "model.input": _one_of("one_hot", "embed", "scaled"),
     "model.embed_size": _count(1),
@@ -64,12 +63,12 @@ _RULES: dict[str, Rule] = {
     "optimizer.name": _one_of("adam", "adamw", "cautious_adamw", "keras_adam"),
     "optimizer.learning_rate": _above(0),
     "optimizer.schedule": _one_of("constant", "cosine", "linear"),
-    "optimizer.final_share": ((lambda v: 0 <= v <= 1), "from 0 to 1"),
+    "optimizer.end_lr_ratio": ((lambda v: 0 <= v <= 1), "from 0 to 1"),
     "optimizer.warmup_steps": _count(0),
     "optimizer.weight_decay": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
     "optimizer.b2": _fraction(),
-    "optimizer.average_share": _fraction(),
+    "optimizer.average_window": _fraction(),
     "optimizer.epsilon": _above(0),
     "mesh.data": ((lambda v: v == -1 or 1 <= v < 2**31), "-1 or a whole number from 1"),
     "sample.length": _count(1),
@@ -126,7 +125,11 @@ def validate(config: ConfigDict) -> None:
             "config.model.recurrence=cudnn: cannot begin a document within a sequence, as "
             "config.data.document_separator asks for; use fused"
         )
-    for part, none in (("scale_hidden", False), ("rms_norm", False), ("recurrent_dropout", 0.0)):
+    for part, none in (
+        ("multiplicative", False),
+        ("recurrent_rms_norm", False),
+        ("recurrent_dropout", 0.0),
+    ):
         if config.model.recurrence == "cudnn" and config.model[part]:
             raise UserError(
                 f"config.model.{part}={config.model[part]}: config.model.recurrence=cudnn has no "

@@ -30,8 +30,6 @@ RECURRENCES: dict[str, Callable[..., tuple[LayerCarry, jax.Array]]] = {
     "flax": flax_lstm,
     "cudnn": cudnn_lstm,
 }
-# The axes of layer_TBE along which a mask of dropout is the same.
-DROPOUT_MASKS: dict[str, tuple[int, ...]] = {"step": (), "window": (0,)}
 STATES = "intermediates"  # the collection of Flax that hidden_states asks for
 INPUTS = ("one_hot", "embed", "scaled")
 DTYPES = ("float32", "bfloat16")
@@ -45,14 +43,14 @@ class CharLSTM(nn.Module):
       hidden_size: H, the units of each layer.
       num_layers: N.
       dropout_rate: dropout of each layer's output.
-      dropout_mask: 'step', a new mask per time step, or 'window', one mask per call (Gal
-        and Ghahramani 2016, arXiv 1512.05287).
+      variational_dropout: use one dropout mask for all time steps of a call (Gal and Ghahramani
+        2016, arXiv 1512.05287) in place of a new mask per time step.
       recurrent_dropout: the share of each layer's hidden state that its own gates do not see while
         training, one mask a row for all of a call, as in hidden_mask.
-      scale_hidden: let what each layer reads scale the hidden state that its gates see, as in
+      multiplicative: let what each layer reads scale the hidden state that its gates see, as in
         charlstm.lstm.reference.
-      rms_norm: divide the recurrent product of the gates by its root mean square.
-      norm_epsilon: what `rms_norm` adds to the mean square.
+      recurrent_rms_norm: divide the recurrent product of the gates by its root mean square.
+      norm_epsilon: what `recurrent_rms_norm` adds to the mean square.
       input: 'one_hot', 'embed' (a learnt vector), or 'scaled' (the id divided by V).
       embed_size: E, where input is 'embed'.
       tie_embeddings: make the logits the product of a dense layer of size E with the vectors of
@@ -73,10 +71,10 @@ class CharLSTM(nn.Module):
     hidden_size: int = 256
     num_layers: int = 1
     dropout_rate: float = 0.0
-    dropout_mask: str = "step"
+    variational_dropout: bool = False
     recurrent_dropout: float = 0.0
-    scale_hidden: bool = False
-    rms_norm: bool = False
+    multiplicative: bool = False
+    recurrent_rms_norm: bool = False
     norm_epsilon: float = NORM_EPSILON
     input: str = "one_hot"
     embed_size: int = 64
@@ -93,7 +91,6 @@ class CharLSTM(nn.Module):
         for name in ("dropout_rate", "recurrent_dropout"):
             check_rate(name, getattr(self, name))
         choices = {
-            "dropout_mask": DROPOUT_MASKS,
             "input": INPUTS,
             "recurrence": RECURRENCES,
         }
@@ -137,10 +134,13 @@ class CharLSTM(nn.Module):
         layer, embed = self._embed_inputs(ids_BT.T)
         keep_TB = None if self.end_id is None else ids_BT.T != self.end_id
         input_size = self.vocab_size if self.input == "one_hot" else layer.shape[-1]
-        shared = DROPOUT_MASKS[self.dropout_mask]
+        shared = (0,) if self.variational_dropout else ()
         new_carry = []
         for index, layer_carry in enumerate(carry):
-            sizes, parts = (input_size, self.hidden_size), (self.scale_hidden, self.rms_norm)
+            sizes, parts = (
+                (input_size, self.hidden_size),
+                (self.multiplicative, self.recurrent_rms_norm),
+            )
             params = self.param(f"lstm_{index}", init_lstm, *sizes, *parts)
             mask_BH = None
             if train and self.recurrent_dropout:

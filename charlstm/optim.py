@@ -18,14 +18,14 @@ def make_schedule(config: ConfigDict, num_steps: int, rate_scale: float = 1.0) -
       rate_scale: multiplies all of it.
     """
     peak = config.optimizer.learning_rate * rate_scale
-    final_share = config.optimizer.final_share
+    end_lr_ratio = config.optimizer.end_lr_ratio
     # A run shorter than its warm-up would otherwise never train at its own rate.
     warmup_steps = min(config.optimizer.warmup_steps, num_steps // 2)
     rest = max(1, num_steps - warmup_steps)
     after = {
         "constant": optax.constant_schedule(peak),
-        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=final_share),
-        "linear": optax.linear_schedule(peak, peak * final_share, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=end_lr_ratio),
+        "linear": optax.linear_schedule(peak, peak * end_lr_ratio, rest),
     }[config.optimizer.schedule]
     if warmup_steps == 0:
         return after
@@ -37,7 +37,7 @@ def make_schedule(config: ConfigDict, num_steps: int, rate_scale: float = 1.0) -
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Return the optimizer that `config.optimizer` describes, with its `schedule`.
 
-    Its state has the same tree for any schedule. With config.optimizer.average_share it holds the
+    Its state has the same tree for any schedule. With config.optimizer.average_window it holds the
     average of the parameters, which averaged_params gives.
     """
     b2, epsilon = config.optimizer.b2, config.optimizer.epsilon
@@ -56,8 +56,8 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     rules = [rule]
     if config.optimizer.clip_norm:
         rules = [optax.clip_by_global_norm(config.optimizer.clip_norm), *rules]
-    if config.optimizer.average_share:
-        rules = [*rules, average_params(config.optimizer.average_share)]
+    if config.optimizer.average_window:
+        rules = [*rules, average_params(config.optimizer.average_window)]
     return optax.chain(*rules) if len(rules) > 1 else rule
 
 

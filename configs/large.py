@@ -21,5 +21,5 @@ def get_config() -> ConfigDict:
     # Permits more epochs before the model overfits.
     config.model.recurrent_dropout = 0.12
     config.optimizer.learning_rate = 1e-2
-    config.optimizer.final_share = 0.3
+    config.optimizer.end_lr_ratio = 0.3
     return config

@@ -22,5 +22,5 @@ def get_config() -> ConfigDict:
     config.model.recurrent_dropout = 0.08
     config.optimizer.learning_rate = 1e-2
     # With weight averaging the rate need not vanish, and the model overfits less.
-    config.optimizer.final_share = 0.4
+    config.optimizer.end_lr_ratio = 0.4
     return config

@@ -27,16 +27,16 @@ def get_config() -> ConfigDict:
     config.model.input = "scaled"
     config.model.hidden_size = 256
     config.model.dropout_rate = 0.2
-    config.model.dropout_mask = "step"
-    config.model.scale_hidden = False
-    config.model.rms_norm = False
+    config.model.variational_dropout = False
+    config.model.multiplicative = False
+    config.model.recurrent_rms_norm = False
 
     # Keras's defaults for Adam.
     config.optimizer.name = "keras_adam"
     config.optimizer.weight_decay = 0.0
     config.optimizer.learning_rate = 1e-3
     config.optimizer.b2 = 0.999
-    config.optimizer.average_share = 0.0
+    config.optimizer.average_window = 0.0
     config.optimizer.epsilon = 1e-7
     config.optimizer.schedule = "constant"
     config.optimizer.warmup_steps = 0

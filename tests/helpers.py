@@ -12,7 +12,7 @@ from charlstm.config import base_config
 from charlstm.model import model_from_config
 from charlstm.runs.checkpoints import Checkpoints, state_shapes
 from charlstm.runs.folder import write_run
-from charlstm.training.progress import Notes
+from charlstm.training.progress import Counters
 from charlstm.training.setup import prepare
 
 NUM_STEPS = 30
@@ -54,7 +54,7 @@ def untrained_run(config, workdir):
 
     state = jax.tree.map(make_up, shapes)
     with closing(Checkpoints(run.workdir)) as checkpoints:
-        checkpoints.save(state._replace(key=run.key(config.seed)), asdict(Notes()), 1.0)
+        checkpoints.save(state._replace(key=run.key(config.seed)), asdict(Counters()), 1.0)
     return run
 
 

@@ -68,13 +68,12 @@ SENSELESS = {
     "log_every_steps": [0, -1],
     "data.val_fraction": [1.0, 1.5, -0.1, NAN, INF],
     "data.order": ["", "stream", "Streams"],
-    "data.reset_rate": [-0.1, 1.0, NAN, INF],
+    "data.state_reset_prob": [-0.1, 1.0, NAN, INF],
     "data.loss_on": ["", "first", "ALL"],
     "model.recurrence": ["", "scan", "cuda"],
     "model.hidden_size": [0, -256],
     "model.num_layers": [0, -1],
     "model.dropout_rate": [1.0, 1.5, -0.1, NAN, INF],
-    "model.dropout_mask": ["", "row", "Window"],
     "model.recurrent_dropout": [1.0, -0.1, NAN, INF],
     "model.input": ["", "onehot"],
     "model.embed_size": [0, -1],
@@ -83,12 +82,12 @@ SENSELESS = {
     "optimizer.name": ["", "sgd", "Adam"],
     "optimizer.learning_rate": [0.0, -1e-3, NAN, INF, -INF],
     "optimizer.schedule": ["", "step", "Cosine"],
-    "optimizer.final_share": [-0.1, 1.5, NAN, INF],
+    "optimizer.end_lr_ratio": [-0.1, 1.5, NAN, INF],
     "optimizer.warmup_steps": [-1],
     "optimizer.weight_decay": [-0.1, NAN, INF],
     "optimizer.clip_norm": [-1.0, NAN, INF],
     "optimizer.b2": [-0.1, 1.0, NAN, INF],
-    "optimizer.average_share": [-0.1, 1.0, NAN, INF],
+    "optimizer.average_window": [-0.1, 1.0, NAN, INF],
     "optimizer.epsilon": [0.0, -1e-8, NAN, INF],
     "sample.length": [0, -1],
     "sample.temperature": [-0.1, NAN, INF],
@@ -119,7 +118,8 @@ def test_a_number_too_large_for_a_float_is_a_number_like_others():
 
 def test_every_setting_but_the_path_and_the_switches_has_senseless_values():
     free = {"data.path", "data.lowercase", "data.strip_punctuation", "data.document_separator"}
-    free |= {"model.tie_embeddings", "model.scale_hidden", "model.rms_norm"}
+    free |= {"model.variational_dropout", "model.multiplicative", "model.recurrent_rms_norm"}
+    free.add("model.tie_embeddings")
     assert SENSELESS.keys() | free == flatten(base_config()).keys()
 
 
@@ -260,7 +260,11 @@ def test_cudnn_takes_float32_only():
 
 def test_cudnn_has_the_plain_layer_only():
     config = config_with({"model.recurrence": "cudnn", "model.recurrent_dropout": 0.1})
-    for key, none in (("scale_hidden", False), ("rms_norm", False), ("recurrent_dropout", 0.0)):
+    for key, none in (
+        ("multiplicative", False),
+        ("recurrent_rms_norm", False),
+        ("recurrent_dropout", 0.0),
+    ):
         message = refusal_of(config)
         assert message.startswith(f"config.model.{key}={config.model[key]}: ")
         assert message.endswith(f"config.model.{key}={none}")

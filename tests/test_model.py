@@ -215,17 +215,17 @@ def test_dropout_is_off_unless_training_and_then_follows_the_key():
     assert np.abs(carry_1[1][0] - carry_2[1][0]).max() > 0.1
 
 
-def dropped_HT(dropout_mask):
+def dropped_HT(variational_dropout):
     """Return which outputs of one layer are dropped, by unit and time step, of one row."""
     # The logits are the layer's outputs themselves.
-    model = CharLSTM(V, V, dropout_rate=0.5, dropout_mask=dropout_mask)
+    model = CharLSTM(V, V, dropout_rate=0.5, variational_dropout=variational_dropout)
     params = draw_params(model) | {"dense": {"kernel": jnp.eye(V), "bias": jnp.zeros(V)}}
     logits_BTV, _ = predict(model, params, draw_ids(), zero_carry(model, B), jax.random.key(3))
     return np.asarray(logits_BTV[0].T == 0)
 
 
 def test_the_mask_of_a_window_drops_the_same_units_at_all_its_time_steps():
-    by_step_HT, by_window_HT = dropped_HT("step"), dropped_HT("window")
+    by_step_HT, by_window_HT = dropped_HT(False), dropped_HT(True)
     assert 0 < by_window_HT[:, 0].sum() < V
     np.testing.assert_array_equal(by_window_HT, by_window_HT[:, :1].repeat(T, axis=1))
     assert np.any(by_step_HT != by_step_HT[:, :1])
@@ -289,7 +289,6 @@ def test_a_carry_of_another_size_is_refused(batch_size, hidden_size, num_layers,
     [
         ("input", "other"),
         ("recurrence", "other"),
-        ("dropout_mask", "other"),
         ("dtype", "float16"),
         ("vocab_size", 0),
         ("hidden_size", 1.5),
@@ -369,8 +368,13 @@ def test_bfloat16_gives_logits_and_carry_in_float32_near_those_of_float32(input,
     "fields",
     [
         {"recurrence": "fused"},
-        {"recurrence": "flax", "input": "embed", "scale_hidden": True, "rms_norm": True},
-        {"input": "scaled", "end_id": END_ID, "rms_norm": True, "dropout_rate": 0.5},
+        {
+            "recurrence": "flax",
+            "input": "embed",
+            "multiplicative": True,
+            "recurrent_rms_norm": True,
+        },
+        {"input": "scaled", "end_id": END_ID, "recurrent_rms_norm": True, "dropout_rate": 0.5},
     ],
     ids=["plain", "all parts", "documents"],
 )

@@ -60,7 +60,7 @@ def test_any_optimizer_of_a_config_takes_the_same_path_with_and_without_average(
     config.optimizer.name, config.optimizer.clip_norm = name, clip_norm
     schedule = make_schedule(config, NUM_STEPS)
     averaging_S2, opt_state = descend(make_optimizer(config, schedule))
-    config.optimizer.average_share = 0.0
+    config.optimizer.average_window = 0.0
     plain_S2, plain_state = descend(make_optimizer(config, schedule))
     np.testing.assert_array_equal(averaging_S2, plain_S2)
     last = {"w": jnp.array(plain_S2[-1])}
@@ -74,7 +74,7 @@ def test_cautious_adam_is_that_of_the_formula_in_numpy():
     grads_SD = rng.normal(size=(NUM_STEPS, 50)).astype(np.float32)
     b1, b2, epsilon, rate, decay = 0.9, 0.95, 1e-8, 0.1, 0.02
     config = base_config()
-    config.optimizer.update(clip_norm=0.0, average_share=0.0, schedule="constant", warmup_steps=0)
+    config.optimizer.update(clip_norm=0.0, average_window=0.0, schedule="constant", warmup_steps=0)
     config.optimizer.update(b2=b2, epsilon=epsilon, learning_rate=rate, weight_decay=decay)
     optimizer = make_optimizer(config, make_schedule(config, NUM_STEPS))
     params_D = jnp.asarray(rng.normal(size=50), jnp.float32)

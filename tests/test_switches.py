@@ -41,9 +41,17 @@ def strict():
 
 SWITCHES = {"enable_x64": lambda: jax.enable_x64(True), "strict": strict}
 KINDS = [
-    CharLSTM(V, H, scale_hidden=True, rms_norm=True, dropout_rate=0.2, recurrent_dropout=0.1),
     CharLSTM(
-        V, H, recurrence="flax", input="embed", embed_size=4, scale_hidden=True, rms_norm=True
+        V, H, multiplicative=True, recurrent_rms_norm=True, dropout_rate=0.2, recurrent_dropout=0.1
+    ),
+    CharLSTM(
+        V,
+        H,
+        recurrence="flax",
+        input="embed",
+        embed_size=4,
+        multiplicative=True,
+        recurrent_rms_norm=True,
     ),
     CharLSTM(V, H, input="scaled"),
 ]

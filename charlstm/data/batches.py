@@ -42,7 +42,7 @@ class Streams:
       seq_len: T.
       context: how many characters, a multiple of T, each stream but the first reads uncounted
         before its own, so that it does not start cold; at most as many as a stream has.
-      reset_rate: the probability that a row of a window begins anew, less than 1.
+      state_reset_prob: the probability that a row of a window begins anew, less than 1.
       seed: decides which ones do.
 
     Raises:
@@ -53,7 +53,7 @@ class Streams:
     batch_size: int
     seq_len: int
     context: int = 0
-    reset_rate: float = 0.0
+    state_reset_prob: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class Streams:
         check_count("batch_size", self.batch_size)
         check_count("seq_len", self.seq_len)
         check_count("context", self.context, least=0)
-        check_rate("reset_rate", self.reset_rate)
+        check_rate("state_reset_prob", self.state_reset_prob)
         check_count("seed", self.seed, least=0)
         if self.batch_size >= len(self.ids_M):
             raise ValueError(
@@ -107,7 +107,9 @@ class Streams:
         place_SB = np.asarray(step)[..., None] * self.batch_size + np.arange(self.batch_size)
         # An array, because NumPy warns about overflowing scalars.
         key_1 = _mix(np.array([self.seed], np.uint64))
-        return _mix(_mix(place_SB.astype(np.uint64)) ^ key_1) < np.uint64(self.reset_rate * 2.0**64)
+        return _mix(_mix(place_SB.astype(np.uint64)) ^ key_1) < np.uint64(
+            self.state_reset_prob * 2.0**64
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,7 +269,9 @@ def training_batches(ids_M: np.ndarray, config: ConfigDict) -> Streams | Windows
     if config.data.order == "windows":
         last_only = config.data.loss_on == "last"
         return Windows(ids_M, batch_size, seq_len, last_only, seed=config.seed)
-    return Streams(ids_M, batch_size, seq_len, reset_rate=config.data.reset_rate, seed=config.seed)
+    return Streams(
+        ids_M, batch_size, seq_len, state_reset_prob=config.data.state_reset_prob, seed=config.seed
+    )
 
 
 def evaluation_batches(

@@ -53,16 +53,16 @@ def init_lstm(
     key: jax.Array,
     input_size: int,
     hidden_size: int,
-    scale_hidden: bool = False,
-    rms_norm: bool = False,
+    multiplicative: bool = False,
+    recurrent_rms_norm: bool = False,
 ) -> Params:
     """Return the initial parameters of one layer, drawn as Keras draws them.
 
     The four gates side by side make one input kernel, Glorot-uniform, and one recurrent kernel
     with orthonormal rows (Saxe et al. 2013, arXiv 1312.6120). The forget bias is 1, so that the
     cell remembers until it learns to forget (Jozefowicz et al. 2015); other biases are 0. So is
-    the kernel that `scale_hidden` asks for, which scales by 1 until it learns better. The gains of
-    `rms_norm` are 1.
+    the kernel of a `multiplicative` layer, whose scales are 1 at first. The gains of
+    `recurrent_rms_norm` are 1.
     """
     input_key, recurrent_key = jax.random.split(key)
     glorot, orthogonal = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
@@ -79,9 +79,9 @@ def init_lstm(
         params[f"i{gate}"] = {"kernel": kernel_EH}
         bias_H = jnp.full(hidden_size, gate == "f", dtype=jnp.float32)
         params[f"h{gate}"] = {"kernel": kernel_HH, "bias": bias_H}
-    if scale_hidden:
+    if multiplicative:
         params["scale"] = {"kernel": jnp.zeros((input_size, hidden_size), jnp.float32)}
-    if rms_norm:
+    if recurrent_rms_norm:
         params["norm"] = {"gain": jnp.ones(4 * hidden_size, jnp.float32)}
     return params
 

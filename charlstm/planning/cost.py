@@ -84,7 +84,7 @@ def count_params(config: ConfigDict, vocab_size: int) -> int:
     """Return P, the number of parameters."""
     model, hidden_size = config.model, config.model.hidden_size
     layers = sum(
-        hidden_size * (_kernels(config) * size + 4 * hidden_size + 4 + 4 * model.rms_norm)
+        hidden_size * (_kernels(config) * size + 4 * hidden_size + 4 + 4 * model.recurrent_rms_norm)
         for size in input_sizes(config, vocab_size)
     )
     embed = vocab_size * model.embed_size if model.input == "embed" else 0
@@ -118,7 +118,7 @@ def other_flops(config: ConfigDict, vocab_size: int) -> int:
 
 def _kernels(config: ConfigDict) -> int:
     """Return how many kernels [E, H] of a layer read its input: four gates' and perhaps scales'."""
-    return 4 + config.model.scale_hidden
+    return 4 + config.model.multiplicative
 
 
 def activation_bytes(config: ConfigDict, vocab_size: int, batch_size: int | None = None) -> int:
@@ -134,9 +134,9 @@ def activation_bytes(config: ConfigDict, vocab_size: int, batch_size: int | None
     """
     model = config.model
     num_of_vectors = model.num_layers - (model.input == "one_hot")
-    per_layer = 12 if model.dropout_rate and model.dropout_mask == "step" else 10
-    per_layer += 5 * model.rms_norm
-    from_vectors = 6 if model.scale_hidden else 4
+    per_layer = 12 if model.dropout_rate and not model.variational_dropout else 10
+    per_layer += 5 * model.recurrent_rms_norm
+    from_vectors = 6 if model.multiplicative else 4
     floats = model.hidden_size * (
         per_layer * model.num_layers + from_vectors * (num_of_vectors + (num_of_vectors > 0))
     )
@@ -147,10 +147,10 @@ def activation_bytes(config: ConfigDict, vocab_size: int, batch_size: int | None
 def state_bytes(config: ConfigDict, vocab_size: int) -> int:
     """Return the bytes of parameters, their average, Adam's two moments, carry, counters and key.
 
-    That is what a checkpoint holds, but for its notes and what Orbax writes about itself.
+    That is what a checkpoint holds, but for its metadata and what Orbax writes about itself.
     """
     carry = 2 * config.batch_size * config.model.hidden_size * config.model.num_layers
-    has_average = config.optimizer.average_share > 0
+    has_average = config.optimizer.average_window > 0
     counters = 2 + has_average + 1 + 2  # Adam's, the schedule's, the average's, the step, the key
     held = FLOAT * (count_params(config, vocab_size) + carry + counters)
     return held + optimizer_bytes(config, vocab_size)
@@ -158,7 +158,7 @@ def state_bytes(config: ConfigDict, vocab_size: int) -> int:
 
 def optimizer_bytes(config: ConfigDict, vocab_size: int) -> int:
     """Return the bytes of Adam's two moments, and of the parameters' average where there is one."""
-    copies = 2 + (config.optimizer.average_share > 0)
+    copies = 2 + (config.optimizer.average_window > 0)
     return FLOAT * copies * count_params(config, vocab_size)
 
 

@@ -15,7 +15,7 @@ from charlstm.parallel import sharding
 from charlstm.planning import cost, rules, timing
 from charlstm.planning.timing import Estimate, Parts
 from charlstm.runs.machine import check_backend, check_memory, memory_bytes
-from charlstm.training.setup import Job, prepare
+from charlstm.training.setup import Setup, prepare
 
 logger = logging.getLogger("charlstm.plan")
 
@@ -34,29 +34,29 @@ def scratch_folder() -> tempfile.TemporaryDirectory[str]:
     return folder
 
 
-def read(config: ConfigDict) -> Job:
-    """Return the job of `config` in a run folder that is not there."""
+def read(config: ConfigDict) -> Setup:
+    """Return the setup of `config` in a run folder that is not there."""
     with scratch_folder() as folder:
         return prepare(config, epath.Path(folder) / "run")
 
 
-def check(job: Job) -> None:
-    """Raise UserError if this machine cannot run `job`, as train.py does."""
-    config = job.run.config
+def check(setup: Setup) -> None:
+    """Raise UserError if this machine cannot run `setup`, as train.py does."""
+    config = setup.run.config
     check_backend(config)
-    check_memory(config, job.model.vocab_size, job.mesh)
+    check_memory(config, setup.model.vocab_size, setup.mesh)
 
 
 def describe(config: ConfigDict, seconds: float) -> dict[str, Any]:
     """Return what a run of `config` takes; steps are timed for `seconds`, nothing is if it is 0."""
     lap = timing.make_clock()
-    job = read(config)
+    setup = read(config)
     if not seconds:
-        return _count(job)
-    check(job)
+        return _count(setup)
+    check(setup)
     loading = lap() + timing.time_process()
-    parts = _measure_parts(job, seconds)
-    return _count(job) | _measured(job, parts, loading) | _memory(job)
+    parts = _measure_parts(setup, seconds)
+    return _count(setup) | _measured(setup, parts, loading) | _memory(setup)
 
 
 def propose(
@@ -73,26 +73,26 @@ def propose(
       UserError: if the time is too short for a command that trains at all.
     """
     lap = timing.make_clock()
-    job = _shaped(config, seconds)
-    check(job)
+    setup = _shaped(config, seconds)
+    check(setup)
     loading = lap() + timing.time_process()
-    job = _with_width(job, _seconds_left(seconds, loading))
-    parts = _measure_parts(job, timing_seconds)
-    evaluation = timing.evaluation_seconds(job, parts) + parts.save
+    setup = _with_width(setup, _seconds_left(seconds, loading))
+    parts = _measure_parts(setup, timing_seconds)
+    evaluation = timing.evaluation_seconds(setup, parts) + parts.save
     num_evaluations = rules.choose_evaluations(seconds, evaluation)
     fixed = loading + parts.start + parts.once + parts.end + num_evaluations * evaluation
     num_steps = max(1, int(_seconds_left(seconds, fixed) / parts.step))
-    most_steps = rules.MAX_EPOCHS * job.batches.steps_per_epoch
+    most_steps = rules.MAX_EPOCHS * setup.batches.steps_per_epoch
     if num_steps > most_steps:
         logger.info(
             "the text is short for so much time: by its end it would be read more than %d times",
             rules.MAX_EPOCHS,
         )
     num_steps = min(num_steps, most_steps)
-    job = with_config(job, rules.with_length(job.run.config, num_steps, num_evaluations))
-    timing.begin(job)  # so that train.py finds it compiled
-    about = _count(job) | _measured(job, parts, loading) | _memory(job)
-    return about, rules.settings_of(job.run.config, config)
+    setup = with_config(setup, rules.with_length(setup.run.config, num_steps, num_evaluations))
+    timing.begin(setup)  # so that train.py finds it compiled
+    about = _count(setup) | _measured(setup, parts, loading) | _memory(setup)
+    return about, rules.settings_of(setup.run.config, config)
 
 
 def _seconds_left(seconds: float, fixed: float) -> float:
@@ -110,8 +110,8 @@ def _seconds_left(seconds: float, fixed: float) -> float:
     )
 
 
-def _shaped(config: ConfigDict, seconds: float) -> Job:
-    """Return a job whose streams and window suit the text."""
+def _shaped(config: ConfigDict, seconds: float) -> Setup:
+    """Return a setup whose streams and window suit the text."""
     config = rules.with_streams(config)
     smallest = config.copy_and_resolve_references()
     smallest.batch_size, smallest.seq_len, smallest.mesh.data = 1, 1, 1
@@ -122,45 +122,45 @@ def _shaped(config: ConfigDict, seconds: float) -> Job:
     return read(rules.with_text(config, seconds, text))
 
 
-def _with_width(job: Job, seconds: float) -> Job:
-    """Return `job` with width, dropout and rate for `seconds`, timing a few widths."""
-    vocab_size, num_chars = job.model.vocab_size, job.run.text["training_characters"]
+def _with_width(setup: Setup, seconds: float) -> Setup:
+    """Return `setup` with width, dropout and rate for `seconds`, timing a few widths."""
+    vocab_size, num_chars = setup.model.vocab_size, setup.run.text["training_characters"]
     # No wider than the text is for.
-    most = rules.widest(job.run.config, vocab_size, num_chars, math.inf, 1.0)
+    most = rules.widest(setup.run.config, vocab_size, num_chars, math.inf, 1.0)
     width, tried = min(rules.FIRST_WIDTH, most), set()
     while width not in tried:
         tried.add(width)
-        config = rules.with_width(job.run.config, width)
-        job = with_config(job, config)
+        config = rules.with_width(setup.run.config, width)
+        setup = with_config(setup, config)
         logger.info("timing %d x %d units", config.model.num_layers, config.model.hidden_size)
-        _, step = timing.time_steps(job, *timing.begin(job), SHORT)
+        _, step = timing.time_steps(setup, *timing.begin(setup), SHORT)
         rate = config.batch_size * config.seq_len / step
         flops = rate * cost.flops_per_char(config, vocab_size)
         width = rules.widest(config, vocab_size, num_chars, seconds, flops)
     # The rate of a width that was not timed last differs little from that of its neighbour.
-    config = rules.with_width(job.run.config, width)
+    config = rules.with_width(setup.run.config, width)
     chars_read = seconds * flops / cost.flops_per_char(config, vocab_size)
     num_epochs = min(rules.MAX_EPOCHS, chars_read / num_chars)
-    return with_config(job, rules.with_rates(config, num_epochs))
+    return with_config(setup, rules.with_rates(config, num_epochs))
 
 
-def with_config(job: Job, config: ConfigDict) -> Job:
-    """Return `job` with another width, dropout or length, its text and batches as they are."""
+def with_config(setup: Setup, config: ConfigDict) -> Setup:
+    """Return `setup` with another width, dropout or length, its text and batches as they are."""
     names = ("hidden_size", "num_layers", "dropout_rate", "recurrent_dropout")
-    model = job.model.clone(**{name: config.model[name] for name in names})
-    num_steps = config.num_steps or job.num_steps
-    return job._replace(run=job.run._replace(config=config), model=model, num_steps=num_steps)
+    model = setup.model.clone(**{name: config.model[name] for name in names})
+    num_steps = config.num_steps or setup.num_steps
+    return setup._replace(run=setup.run._replace(config=config), model=model, num_steps=num_steps)
 
 
-def _measure_parts(job: Job, seconds: float) -> Parts:
+def _measure_parts(setup: Setup, seconds: float) -> Parts:
     logger.info("timing the parts of a run")
     with scratch_folder() as folder:
-        return timing.measure_parts(job, epath.Path(folder), seconds)
+        return timing.measure_parts(setup, epath.Path(folder), seconds)
 
 
-def _count(job: Job) -> dict[str, Any]:
+def _count(setup: Setup) -> dict[str, Any]:
     """Return what is computed without measuring."""
-    config, vocab_size, text = job.run.config, job.model.vocab_size, job.run.text
+    config, vocab_size, text = setup.run.config, setup.model.vocab_size, setup.run.text
     forward = cost.flops_per_char(config, vocab_size)
     return {
         "text": text["source"],
@@ -177,35 +177,35 @@ def _count(job: Job) -> dict[str, Any]:
         "gradient_bytes": cost.gradient_bytes(config, vocab_size),
         "optimizer_bytes": cost.optimizer_bytes(config, vocab_size),
         "checkpoint_bytes": cost.state_bytes(config, vocab_size),
-        "steps": job.num_steps,
-        "steps_per_epoch": job.batches.steps_per_epoch,
+        "steps": setup.num_steps,
+        "steps_per_epoch": setup.batches.steps_per_epoch,
     }
 
 
-def _measured(job: Job, parts: Parts, loading: float) -> dict[str, Any]:
+def _measured(setup: Setup, parts: Parts, loading: float) -> dict[str, Any]:
     """Return what was timed on this machine."""
-    config = job.run.config
-    estimate: Estimate = timing.estimate(job, parts, loading)
+    config = setup.run.config
+    estimate: Estimate = timing.estimate(setup, parts, loading)
     return {
-        "devices": sharding.describe(job.mesh),
+        "devices": sharding.describe(setup.mesh),
         "step_seconds": parts.step,
         "chars_per_second": config.batch_size * config.seq_len / parts.step,
-        "epoch_seconds": job.batches.steps_per_epoch * parts.step,
+        "epoch_seconds": setup.batches.steps_per_epoch * parts.step,
         "command_seconds": estimate._asdict() | {"total": estimate.total},
     }
 
 
-def _memory(job: Job) -> dict[str, Any]:
+def _memory(setup: Setup) -> dict[str, Any]:
     """Return what XLA says of memory, and the largest batch that fits."""
-    rows = job.run.config.batch_size
+    rows = setup.run.config.batch_size
     there = memory_bytes()
     if jax.default_backend() == "cpu":
-        there /= len(job.mesh.local_devices)  # which share the machine's
+        there /= len(setup.mesh.local_devices)  # which share the machine's
     usable = MEMORY_SHARE * there - PROCESS_BYTES
     # Near the answer, since XLA compiles few rows to another program than many: from 1024 on, where
     # fused_lstm takes the gradient of one time step at a time, to one that copies more.
-    many = max(FACTOR * rows, timing.rows_on_paper(job, usable))
-    small, large = ((n, timing.step_bytes(job, n)) for n in (rows, many))
+    many = max(FACTOR * rows, timing.rows_on_paper(setup, usable))
+    small, large = ((n, timing.step_bytes(setup, n)) for n in (rows, many))
     return {
         "compiled_step_bytes": small[1],
         "memory_bytes": there,

@@ -46,7 +46,7 @@ FIRST_WIDTH = (256, 1)  # to be timed
 PROVISIONAL_STEPS = 10_000  # until the time of one is known
 ALWAYS = {
     *("batch_size", "seq_len", "num_steps", "eval_every_steps", "optimizer.learning_rate"),
-    *("model.hidden_size", "model.num_layers", "model.dropout_rate", "optimizer.final_share"),
+    *("model.hidden_size", "model.num_layers", "model.dropout_rate", "optimizer.end_lr_ratio"),
     "model.recurrent_dropout",
 }
 
@@ -129,7 +129,7 @@ def with_rates(config: ConfigDict, num_epochs: float) -> ConfigDict:
     is_many = num_epochs >= MANY_EPOCHS
     config.model.dropout_rate = 0.0 if num_epochs < 1 else min(0.4, round(1.2 * num_epochs) / 20)
     config.model.recurrent_dropout = min(0.15, round(num_epochs) / 100) if is_many else 0.0
-    config.optimizer.final_share = 0.4 if is_many else 0.2
+    config.optimizer.end_lr_ratio = 0.4 if is_many else 0.2
     peak = 1.2e-2 * min(1.0, 448 / config.model.hidden_size)
     config.optimizer.learning_rate = float(f"{peak:.1e}")
     return config

@@ -24,8 +24,8 @@ from charlstm.runs.folder import write_run
 from charlstm.runs.metrics import RunLog
 from charlstm.steps import TrainState, make_train_step
 from charlstm.training.loop import abstract_state, compile_train_steps, initial_state, read_batches
-from charlstm.training.progress import CALL_SECONDS, Notes
-from charlstm.training.setup import Job
+from charlstm.training.progress import CALL_SECONDS, Counters
+from charlstm.training.setup import Setup
 from charlstm.training.validation import make_validation, write_sample
 
 MAX_BATCHES = 60  # of an evaluation: enough to time one
@@ -58,34 +58,34 @@ class Estimate(NamedTuple):
         return sum(self)
 
 
-def estimate(job: Job, parts: Parts, loading: float) -> Estimate:
+def estimate(setup: Setup, parts: Parts, loading: float) -> Estimate:
     """Return the seconds of the whole command; `loading` are those before all parts."""
-    num_evaluations = -(-job.num_steps // job.eval_every)
-    num_saves = num_evaluations + (job.num_steps - 1) // job.save_every
-    each = evaluation_seconds(job, parts)
+    num_evaluations = -(-setup.num_steps // setup.eval_every)
+    num_saves = num_evaluations + (setup.num_steps - 1) // setup.save_every
+    each = evaluation_seconds(setup, parts)
     return Estimate(
         start=loading + parts.start,
-        steps=job.num_steps * parts.step,
+        steps=setup.num_steps * parts.step,
         evaluations=parts.once + num_evaluations * each,
         checkpoints=num_saves * parts.save + parts.end,
     )
 
 
-def evaluation_seconds(job: Job, parts: Parts) -> float:
+def evaluation_seconds(setup: Setup, parts: Parts) -> float:
     """Return what an evaluation takes, its checkpoint not counted."""
-    num_batches = job.val_batches.steps_per_epoch if job.val_batches else 0
+    num_batches = setup.val_batches.steps_per_epoch if setup.val_batches else 0
     return num_batches * parts.batch + parts.sample + parts.draw
 
 
-def measure_parts(job: Job, folder: epath.Path, seconds: float) -> Parts:
-    """Return the parts of `job`, made in `folder`; the steps are timed for `seconds`.
+def measure_parts(setup: Setup, folder: epath.Path, seconds: float) -> Parts:
+    """Return the parts of `setup`, made in `folder`; the steps are timed for `seconds`.
 
     All is done twice: the first time leaves what is compiled in JAX's cache on disk, where the
     second time, and train.py after it, find it.
     """
-    cold = _measure_parts(job, folder / "cold", 0.0)
+    cold = _measure_parts(setup, folder / "cold", 0.0)
     jax.clear_caches()
-    warm = _measure_parts(job, folder / "warm", seconds)
+    warm = _measure_parts(setup, folder / "warm", seconds)
     # The first time is slow also because Matplotlib and Orbax load.
     late = sum(
         max(0.0, getattr(cold, name) - getattr(warm, name)) for name in ("draw", "save", "end")
@@ -93,22 +93,22 @@ def measure_parts(job: Job, folder: epath.Path, seconds: float) -> Parts:
     return warm._replace(once=warm.once + late)
 
 
-def _measure_parts(job: Job, folder: epath.Path, seconds: float) -> Parts:
+def _measure_parts(setup: Setup, folder: epath.Path, seconds: float) -> Parts:
     lap = make_clock()
     folder.mkdir()
-    like = abstract_state(job.run.config, job)
-    write_run(job.run._replace(workdir=folder))
+    like = abstract_state(setup.run.config, setup)
+    write_run(setup.run._replace(workdir=folder))
     with closing(Checkpoints(folder)) as checkpoints, closing(RunLog(folder, 0, "")) as log:
-        state, train_steps = begin(job)
+        state, train_steps = begin(setup)
         start = lap()
-        state, step = time_steps(job, state, train_steps, seconds)
-        batch, more_for_batch = _time_batch(job, state)
-        sample, more_for_sample = _time_sample(job, state)
+        state, step = time_steps(setup, state, train_steps, seconds)
+        batch, more_for_batch = _time_batch(setup, state)
+        sample, more_for_sample = _time_sample(setup, state)
         lap()
         log.write({"step": 0, "seconds": 0.0, "val/bits_per_char": 5.0, "sample": ""})
         log.draw()
         draw = lap()
-        checkpoints.save(state, asdict(Notes()), 1.0)
+        checkpoints.save(state, asdict(Counters()), 1.0)
         save = lap()
         checkpoints.restore(int(state.step), like)
         end = lap()
@@ -139,18 +139,18 @@ def time_process() -> float:
     return min(_seconds_of(run) for _ in range(2))
 
 
-def begin(job: Job) -> tuple[TrainState, Any]:
+def begin(setup: Setup) -> tuple[TrainState, Any]:
     """Return the state before the first step, and train_steps compiled, as train.py makes them."""
-    like = abstract_state(job.run.config, job)
-    schedule = make_schedule(job.run.config, job.num_steps)
-    state, train_steps = initial_state(job, like), compile_train_steps(job, like, schedule)
+    like = abstract_state(setup.run.config, setup)
+    schedule = make_schedule(setup.run.config, setup.num_steps)
+    state, train_steps = initial_state(setup, like), compile_train_steps(setup, like, schedule)
     # A call of no steps compiles for any number of them.
-    state, _ = train_steps(state, read_batches(job, 0, 1), 0)
+    state, _ = train_steps(state, read_batches(setup, 0, 1), 0)
     return jax.block_until_ready(state), train_steps
 
 
 def time_steps(
-    job: Job, state: TrainState, train_steps: Any, seconds: float
+    setup: Setup, state: TrainState, train_steps: Any, seconds: float
 ) -> tuple[TrainState, float]:
     """Return the state after about `seconds` of steps, and the mean seconds of a step.
 
@@ -162,14 +162,14 @@ def time_steps(
     step, count = 0, 1
     lap, end = make_clock(), time.perf_counter() + seconds
     while len(calls) < 2 or time.perf_counter() < end:
-        state, metrics = train_steps(state, read_batches(job, step, count), count)
+        state, metrics = train_steps(state, read_batches(setup, step, count), count)
         if before:
             before[0]["loss"].tolist()
             calls.append((lap(), before[1]))
         before, step = (metrics, count), step + count
         if calls:
             count = max(
-                1, min(int(CALL_SECONDS * calls[-1][1] / calls[-1][0]), job.max_steps_per_call)
+                1, min(int(CALL_SECONDS * calls[-1][1] / calls[-1][0]), setup.max_steps_per_call)
             )
     # But for the first one, which has waited for threads to wake.
     spent, steps = (sum(column) for column in zip(*calls[1:], strict=True))
@@ -193,22 +193,22 @@ class LastBatches:
         return self.batches(self.batches.steps_per_epoch - self.steps_per_epoch + step, rows)
 
 
-def _time_batch(job: Job, state: TrainState) -> tuple[float, float]:
+def _time_batch(setup: Setup, state: TrainState) -> tuple[float, float]:
     """Return the seconds of an evaluation's batch, and how many more all took at first."""
-    if job.val_batches is None:
+    if setup.val_batches is None:
         return 0.0, 0.0
-    few = LastBatches(job.val_batches, min(job.val_batches.steps_per_epoch, MAX_BATCHES))
-    few_job = job._replace(val_batches=few)  # type: ignore[arg-type]
+    few = LastBatches(setup.val_batches, min(setup.val_batches.steps_per_epoch, MAX_BATCHES))
+    few_job = setup._replace(val_batches=few)  # type: ignore[arg-type]
     validate = make_validation(few_job, should_stop=lambda: False)
     assert validate
     first, again = (_seconds_of(partial(validate, state.params)) for _ in range(2))
     return again / few.steps_per_epoch, first - again
 
 
-def _time_sample(job: Job, state: TrainState) -> tuple[float, float]:
+def _time_sample(setup: Setup, state: TrainState) -> tuple[float, float]:
     """Return the seconds of a sample, and how many more the first one took."""
     params = on_one_device(state.params)
-    write = partial(write_sample, job, params, 0, lambda: False)
+    write = partial(write_sample, setup, params, 0, lambda: False)
     first, again = (_seconds_of(write) for _ in range(2))
     return again, first - again
 
@@ -219,34 +219,34 @@ def _seconds_of(call: Callable[[], Any]) -> float:
     return lap()
 
 
-def step_bytes(job: Job, batch_size: int) -> int:
+def step_bytes(setup: Setup, batch_size: int) -> int:
     """Return the bytes of a device in a step of `batch_size` rows, by XLA or estimated.
 
     The step is compiled and not run.
     """
-    config = job.run.config
-    optimizer = make_optimizer(config, make_schedule(config, job.num_steps))
-    place = by_rows(job.mesh, batch_size)
+    config = setup.run.config
+    optimizer = make_optimizer(config, make_schedule(config, setup.num_steps))
+    place = by_rows(setup.mesh, batch_size)
     ids, weights, reset = (
         jax.ShapeDtypeStruct((batch_size, config.seq_len)[:rank], dtype, sharding=place)
         for rank, dtype in ((2, "int32"), (2, "float32"), (1, "bool"))
     )
-    train_step = jax.jit(make_train_step(job.model, optimizer), donate_argnums=0)
+    train_step = jax.jit(make_train_step(setup.model, optimizer), donate_argnums=0)
     batch = Batch(ids, ids, weights, reset)
     with_rows = config.copy_and_resolve_references()
     with_rows.batch_size = batch_size
-    used = train_step.lower(abstract_state(with_rows, job), batch).compile().memory_analysis()
+    used = train_step.lower(abstract_state(with_rows, setup), batch).compile().memory_analysis()
     if used is None:
-        return cost.device_bytes(config, job.model.vocab_size, job.mesh.size)
+        return cost.device_bytes(config, setup.model.vocab_size, setup.mesh.size)
     new = used.output_size_in_bytes - used.alias_size_in_bytes
     return used.argument_size_in_bytes + used.temp_size_in_bytes + new
 
 
-def rows_on_paper(job: Job, memory: float) -> int:
+def rows_on_paper(setup: Setup, memory: float) -> int:
     """Return how many rows fit into `memory` of each device by planning.cost, as many on each."""
-    config, vocab_size = job.run.config, job.model.vocab_size
+    config, vocab_size = setup.run.config, setup.model.vocab_size
     whole = cost.state_bytes(config, vocab_size) + cost.gradient_bytes(config, vocab_size)
-    return job.mesh.size * int((memory - whole) / cost.activation_bytes(config, vocab_size, 1))
+    return setup.mesh.size * int((memory - whole) / cost.activation_bytes(config, vocab_size, 1))
 
 
 def largest_batch(small: tuple[int, int], large: tuple[int, int], memory: float) -> int:

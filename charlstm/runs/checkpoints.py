@@ -23,10 +23,10 @@ from charlstm.parallel import processes
 from charlstm.runs.checksums import (
     by_name,
     check_types,
+    checksum_of,
     checksums,
     damaged,
-    read_notes,
-    seal,
+    read_metadata,
     type_of,
 )
 from charlstm.runs.folder import Run, load_run
@@ -56,7 +56,7 @@ class Checkpoints:
         self._stack = ExitStack()
         if read_only:
             for step in steps_in(self._folder):
-                read_notes(self._folder / str(step))
+                read_metadata(self._folder / str(step))
         else:
             processes.together(self._tidy_up)
         best = {"best_fn": _finite_loss, "best_mode": "min"}
@@ -99,8 +99,8 @@ class Checkpoints:
         """Return the step with the lowest finite loss, or the newest if none has one."""
         return self._manager.best_step()
 
-    def save(self, state: TrainState, notes: dict[str, Any], loss: float | None) -> None:
-        """Save a state, with `notes` (JSON) beside it; a `loss` makes it a candidate for best.
+    def save(self, state: TrainState, metadata: dict[str, Any], loss: float | None) -> None:
+        """Save a state, with `metadata` (JSON) beside it; a `loss` makes it a candidate for best.
 
         If the state is on disk already, it gives way to one with a `loss`, and to none without.
 
@@ -111,15 +111,15 @@ class Checkpoints:
         if loss is None and step in self._manager.all_steps():
             return
         loss = None if loss is None or not math.isfinite(loss) else float(loss)
-        sealed = {
-            "notes": notes,
+        record = {
+            "metadata": metadata,
             "loss": loss,
             "crc32": checksums(state),
             "types": by_name(type_of, state),
         }
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            notes=ocp.args.JsonSave(sealed | {"seal": seal(sealed)}),
+            metadata=ocp.args.JsonSave(record | {"checksum": checksum_of(record)}),
         )
 
         def replace() -> None:
@@ -137,7 +137,7 @@ class Checkpoints:
             ) from error
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Return the state and the notes of `step`; `like` gives tree, types and shardings.
+        """Return the state and the metadata of `step`; `like` gives tree, types and shardings.
 
         Without a sharding an array comes to the first device of this process. A leaf of `like` that
         is ocp.PLACEHOLDER stays one, and is not read.
@@ -148,8 +148,8 @@ class Checkpoints:
           RunError: if they cannot be read, for want of permission or memory.
         """
         folder = self._folder / str(step)
-        sealed = read_notes(folder)
-        check_types(folder, sealed, like)
+        record = read_metadata(folder)
+        check_types(folder, record, like)
         # Explicit devices, since the state may have been saved on others.
         default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -172,17 +172,17 @@ class Checkpoints:
         # Orbax itself restores other types, and flipped bits, without a word.
         if by_name(type_of, state) != by_name(type_of, like):
             raise damaged(folder / "state", "it has other types")
-        saved = sealed["crc32"]
+        saved = record["crc32"]
         found = checksums(state)
         if differing := [name for name in found if found[name] != saved.get(name)]:
             reason = f"the checksum of {', '.join(differing)} differs"
             raise damaged(folder / "state", reason)
-        return state, sealed["notes"]
+        return state, record["metadata"]
 
     def restore_newest(
-        self, like: TrainState, is_wanted: Callable[[dict[str, Any]], bool] = lambda notes: True
+        self, like: TrainState, is_wanted: Callable[[dict[str, Any]], bool] = lambda metadata: True
     ) -> tuple[TrainState, dict[str, Any]] | None:
-        """Return the newest state whose notes are wanted, or None; newer ones are deleted.
+        """Return the newest state whose metadata are wanted, or None; newer ones are deleted.
 
         Damaged ones are set aside, with a warning.
 
@@ -192,14 +192,14 @@ class Checkpoints:
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                state, notes = self.restore(step, like)
+                state, metadata = self.restore(step, like)
             except DamagedError as error:
                 processes.together(partial(self._set_aside, step, error))
                 self._manager.reload()
                 continue
-            if is_wanted(notes):
+            if is_wanted(metadata):
                 self._delete(low=step + 1)
-                return state, notes
+                return state, metadata
         if aside := set_aside_in(self._folder):
             raise UserError(
                 f"{self._folder}: no checkpoint is left that is not damaged; bring the files of "
@@ -225,7 +225,7 @@ class Checkpoints:
             return
         for step in steps_in(self._folder):
             try:
-                read_notes(self._folder / str(step))
+                read_metadata(self._folder / str(step))
             except DamagedError as error:
                 self._set_aside(step, error)
         self._empty_trash()

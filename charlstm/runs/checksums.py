@@ -1,4 +1,4 @@
-"""What is written beside a state: notes with a checksum, and the type and checksum of each leaf."""
+"""What is saved beside a state: metadata with a checksum, and type and checksum of each leaf."""
 
 import json
 import math
@@ -17,24 +17,24 @@ from charlstm.parallel.sharding import whole
 from charlstm.steps import TrainState
 
 
-def read_notes(folder: epath.Path) -> dict[str, Any]:
-    """Return `notes`, `loss` and `crc32` as they were saved with the checkpoint in `folder`.
+def read_metadata(folder: epath.Path) -> dict[str, Any]:
+    """Return `metadata`, `loss` and `crc32` as they were saved with the checkpoint in `folder`.
 
     Raises:
       DamagedError: if they are not as they were written.
     """
-    path, metrics_path = folder / "notes" / "metadata", folder / "metrics" / "metrics"
-    sealed, metrics = read_json(path), read_json(metrics_path)
-    if not isinstance(sealed, dict) or not isinstance(metrics, dict):
+    path, metrics_path = folder / "metadata" / "metadata", folder / "metrics" / "metrics"
+    record, metrics = read_json(path), read_json(metrics_path)
+    if not isinstance(record, dict) or not isinstance(metrics, dict):
         raise damaged(path, "not an object")
-    if sealed.pop("seal", None) != seal(sealed):
+    if record.pop("checksum", None) != checksum_of(record):
         raise damaged(path, "its checksum differs")
-    kinds = {"notes": dict, "loss": float | None, "crc32": dict, "types": dict}
-    if not all(isinstance(sealed.get(name), kind) for name, kind in kinds.items()):
-        raise damaged(path, "it is no note of a checkpoint")
-    if metrics.get("loss") != (math.inf if sealed["loss"] is None else sealed["loss"]):
+    kinds = {"metadata": dict, "loss": float | None, "crc32": dict, "types": dict}
+    if not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
+        raise damaged(path, "an entry is missing or has another type")
+    if metrics.get("loss") != (math.inf if record["loss"] is None else record["loss"]):
         raise damaged(metrics_path, f"it has another loss than {path}")
-    return sealed
+    return record
 
 
 def checksums(state: Any) -> dict[str, int]:
@@ -52,11 +52,11 @@ def by_name(function: Callable[[Any], Any], state: Any) -> dict[str, Any]:
     return {name_of(path): function(leaf) for path, leaf in leaves if leaf is not ocp.PLACEHOLDER}
 
 
-def check_types(folder: epath.Path, sealed: dict[str, Any], like: TrainState) -> None:
+def check_types(folder: epath.Path, record: dict[str, Any], like: TrainState) -> None:
     """Raise UserError if the checkpoint in `folder` was saved with other arrays than `like` has."""
     here = by_name(type_of, like)
     is_part = ocp.PLACEHOLDER in jax.tree.leaves(like)
-    there = sealed["types"]
+    there = record["types"]
     if is_part:
         there = {name: kind for name, kind in there.items() if name in here}
     differing = [
@@ -82,9 +82,9 @@ def _crc(leaf: Any) -> int:
     return zlib.crc32(whole(leaf).tobytes(), start)
 
 
-def seal(sealed: dict[str, Any]) -> int:
-    """Return a checksum of the notes of a checkpoint."""
-    return zlib.crc32(json.dumps(sealed, sort_keys=True).encode())
+def checksum_of(record: dict[str, Any]) -> int:
+    """Return a checksum of the metadata of a checkpoint."""
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def damaged(path: epath.Path, reason: str) -> DamagedError:

@@ -31,8 +31,8 @@ from charlstm.runs.folder import has_run, write_run
 from charlstm.runs.machine import check_backend, check_memory, this_machine, traced_once
 from charlstm.steps import TrainState, init_state, make_train_step, make_train_steps
 from charlstm.system.paths import given_path
-from charlstm.training.progress import MAX_NONFINITE_STEPS, DivergedError, Notes, Progress
-from charlstm.training.setup import Job, prepare, report, steps_ahead
+from charlstm.training.progress import MAX_NONFINITE_STEPS, Counters, DivergedError, Progress
+from charlstm.training.setup import Setup, prepare, report, steps_ahead
 from charlstm.training.validation import ShouldStop, StoppedError, make_evaluation, stop_if
 
 logger = logging.getLogger(__name__)
@@ -65,19 +65,19 @@ def train(
     """
     should_stop = processes.agree(should_stop)
     workdir = epath.Path(given_path(os.fspath(workdir)))
-    job, like = processes.together(partial(set_up, config, workdir))
-    processes.check_same(shared_settings(job))
+    setup, like = processes.together(partial(set_up, config, workdir))
+    processes.check_same(shared_settings(setup))
     with ExitStack() as stack, failing_writes_reported(workdir):
-        processes.together(partial(open_folder, job, stack))
+        processes.together(partial(open_folder, setup, stack))
         processes.together(partial(check_shared, workdir))
         with closing(Checkpoints(workdir)) as checkpoints:
-            retreats = 0
+            rollbacks = 0
             while True:
                 try:
-                    return resume(job, checkpoints, like, retreats, should_stop, profile)
+                    return resume(setup, checkpoints, like, rollbacks, should_stop, profile)
                 except DivergedError as error:
-                    retreats = error.retreats + 1
-                    if retreats > MAX_ROLLBACKS:
+                    rollbacks = error.rollbacks + 1
+                    if rollbacks > MAX_ROLLBACKS:
                         kept = "no checkpoint was saved"
                         if (latest := checkpoints.latest_step()) is not None:
                             kept = f"the checkpoint of step {latest} is kept"
@@ -88,66 +88,70 @@ def train(
                     logger.warning("%s, as in the %d steps before", error, MAX_NONFINITE_STEPS - 1)
 
 
-def set_up(config: ConfigDict, workdir: epath.Path) -> tuple[Job, TrainState]:
-    """Return the job and the shapes and shardings of its state; write nothing."""
+def set_up(config: ConfigDict, workdir: epath.Path) -> tuple[Setup, TrainState]:
+    """Return the setup and the shapes and shardings of its state; write nothing."""
     validate(config)
     check_backend(config)
-    job = prepare(config, workdir)
-    like = abstract_state(config, job)
-    check_memory(config, job.model.vocab_size, job.mesh)
-    return job, like
+    setup = prepare(config, workdir)
+    like = abstract_state(config, setup)
+    check_memory(config, setup.model.vocab_size, setup.mesh)
+    return setup, like
 
 
-def abstract_state(config: ConfigDict, job: Job) -> TrainState:
-    """Return the tree, shapes and shardings of the state of `job` with the B of `config`."""
-    like = state_shapes(config, job.model, job.run.prng_impl)
-    places = state_shardings(like, job.mesh)
+def abstract_state(config: ConfigDict, setup: Setup) -> TrainState:
+    """Return the tree, shapes and shardings of the state of `setup` with the B of `config`."""
+    like = state_shapes(config, setup.model, setup.run.prng_impl)
+    places = state_shardings(like, setup.mesh)
     return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), like, places)
 
 
 def resume(
-    job: Job,
+    setup: Setup,
     checkpoints: Checkpoints,
     like: TrainState,
-    retreats: int,
+    rollbacks: int,
     should_stop: ShouldStop,
     profile: bool,
 ) -> bool:
     """Train from the newest checkpoint; return whether the run is finished.
 
     Args:
-      job, checkpoints: the run.
+      setup, checkpoints: the run.
       like: the tree, the shapes and the shardings of its state.
-      retreats: rollbacks in this process. After a rollback only checkpoints with a finite loss
+      rollbacks: rollbacks in this process. After a rollback only checkpoints with a finite loss
         and gradient are restored.
       should_stop, profile: as in train.
     """
-    config = job.run.config
-    is_wanted = (lambda notes: not notes.get("streak")) if retreats else (lambda notes: True)
+    config = setup.run.config
+    is_wanted = (
+        (lambda counters: not counters.get("nonfinite_steps"))
+        if rollbacks
+        else (lambda counters: True)
+    )
     if found := checkpoints.restore_newest(like, is_wanted):
-        state, notes = found[0], Notes.from_json(found[1])
+        state, counters = found[0], Counters.from_json(found[1])
     else:
-        state, notes = initial_state(job, like), Notes()
-    notes.retreats = max(notes.retreats, retreats)
-    if retreats:
+        state, counters = initial_state(setup, like), Counters()
+    counters.rollbacks = max(counters.rollbacks, rollbacks)
+    if rollbacks:
         logger.warning(
             "going back to %s, with %g times the learning rate",
             f"the checkpoint of step {int(state.step)}"
             if found
             else "step 0: no checkpoint is sound",
-            ROLLBACK_RATE_SCALE**notes.retreats,
+            ROLLBACK_RATE_SCALE**counters.rollbacks,
         )
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    report(job, int(state.step), num_params)
-    if state.step >= job.num_steps and not notes.has_unscored_steps:
+    report(setup, int(state.step), num_params)
+    if state.step >= setup.num_steps and not counters.has_unscored_steps:
         logger.info("finished already, at step %d: nothing to do", state.step)
         return True
-    schedule = make_schedule(config, job.num_steps, ROLLBACK_RATE_SCALE**notes.retreats)
-    train_steps = compile_train_steps(job, like, schedule)
+    schedule = make_schedule(config, setup.num_steps, ROLLBACK_RATE_SCALE**counters.rollbacks)
+    train_steps = compile_train_steps(setup, like, schedule)
     if profile:
-        train_steps = traced_once(train_steps, job.run.workdir / "profile")
-    with Progress(job, checkpoints, int(state.step), notes) as progress:
-        is_finished = run_steps(job, train_steps, schedule, state, progress, should_stop)
+        train_steps = traced_once(train_steps, setup.run.workdir / "profile")
+    with Progress(setup, checkpoints, int(state.step), counters) as progress:
+        is_finished = run_steps(setup, train_steps, schedule, state, progress, should_stop)
     # Success means that the final checkpoint can be read.
     latest = checkpoints.latest_step()
     if latest is not None:
@@ -156,7 +160,7 @@ def resume(
 
 
 def run_steps(
-    job: Job,
+    setup: Setup,
     train_steps: Callable[..., Any],
     schedule: Callable[[Any], Any],
     state: TrainState,
@@ -165,7 +169,7 @@ def run_steps(
 ) -> bool:
     """Take the remaining steps with their evaluations; return whether the run is finished."""
     first = step = int(state.step)
-    evaluate_state = make_evaluation(job, should_stop)
+    evaluate_state = make_evaluation(setup, should_stop)
 
     def evaluate(state: TrainState, step: int) -> None:
         with progress.evaluating():
@@ -174,19 +178,19 @@ def run_steps(
 
     try:
         # A stop during an evaluation leaves it to the next start.
-        if job.is_evaluated(step) and progress.notes.has_unscored_steps:
+        if setup.is_evaluated(step) and progress.counters.has_unscored_steps:
             evaluate(state, step)
-        while step < job.num_steps:
+        while step < setup.num_steps:
             stop_if(should_stop)
-            count = min(progress.steps_per_call, job.max_steps_per_call, steps_ahead(job, step))
-            state, metrics = train_steps(state, read_batches(job, step, count), count)
+            count = min(progress.steps_per_call, setup.max_steps_per_call, steps_ahead(setup, step))
+            state, metrics = train_steps(state, read_batches(setup, step, count), count)
             step += count
             progress.push(step, count, metrics)
-            if step == job.num_steps or step % job.log_every == 0:
+            if step == setup.num_steps or step % setup.log_every == 0:
                 progress.log_training(step, schedule)
-            if job.is_evaluated(step):
+            if setup.is_evaluated(step):
                 evaluate(state, step)
-            elif step % job.save_every == 0:
+            elif step % setup.save_every == 0:
                 progress.save(state)
     except StoppedError:
         if step > first:
@@ -197,47 +201,47 @@ def run_steps(
     return True
 
 
-def initial_state(job: Job, like: TrainState) -> TrainState:
+def initial_state(setup: Setup, like: TrainState) -> TrainState:
     """Return the state before the first step, placed as `like` is."""
-    config = job.run.config
-    optimizer = make_optimizer(config, make_schedule(config, job.num_steps))
-    make_state = partial(init_state, job.model, optimizer, batch_size=config.batch_size)
+    config = setup.run.config
+    optimizer = make_optimizer(config, make_schedule(config, setup.num_steps))
+    make_state = partial(init_state, setup.model, optimizer, batch_size=config.batch_size)
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return jax.jit(make_state, out_shardings=places)(job.run.key(config.seed))
+    return jax.jit(make_state, out_shardings=places)(setup.run.key(config.seed))
 
 
 def compile_train_steps(
-    job: Job, like: TrainState, schedule: Callable[[Any], Any]
+    setup: Setup, like: TrainState, schedule: Callable[[Any], Any]
 ) -> Callable[..., Any]:
     """Return train_steps(state, batches, count) that donates states sharded as `like`."""
-    train_step = make_train_step(job.model, make_optimizer(job.run.config, schedule))
-    outputs = jax.tree.map(lambda leaf: leaf.sharding, like), replicated(job.mesh)
+    train_step = make_train_step(setup.model, make_optimizer(setup.run.config, schedule))
+    outputs = jax.tree.map(lambda leaf: leaf.sharding, like), replicated(setup.mesh)
     return jax.jit(make_train_steps(train_step), donate_argnums=0, out_shardings=outputs)
 
 
-def read_batches(job: Job, step: int, count: int) -> Batch:
-    """Return the batches of `count` steps from `step` on, on the job's devices."""
-    batch_size = job.batches.batch_size
-    rows = local_rows(by_rows(job.mesh, batch_size), batch_size)
-    batches = read_steps(job.batches, step, count, job.max_steps_per_call, rows)
-    forget_pages(job.batches.ids_M)
+def read_batches(setup: Setup, step: int, count: int) -> Batch:
+    """Return the batches of `count` steps from `step` on, on the setup's devices."""
+    batch_size = setup.batches.batch_size
+    rows = local_rows(by_rows(setup.mesh, batch_size), batch_size)
+    batches = read_steps(setup.batches, step, count, setup.max_steps_per_call, rows)
+    forget_pages(setup.batches.ids_M)
     # Behind the axis of steps.
-    return put_batch(batches, by_rows(job.mesh, batch_size, axis=1), batch_size)
+    return put_batch(batches, by_rows(setup.mesh, batch_size, axis=1), batch_size)
 
 
-def shared_settings(job: Job) -> dict[str, Any]:
+def shared_settings(setup: Setup) -> dict[str, Any]:
     """Return what must be equal on all processes; the path of the text may differ."""
-    settings = {f"config.{name}": value for name, value in flatten(job.run.config).items()}
+    settings = {f"config.{name}": value for name, value in flatten(setup.run.config).items()}
     del settings["config.data.path"]
-    settings["the kind of random keys"] = job.run.prng_impl
-    return settings | {"the text": job.run.text["sha256"], **this_machine()["versions"]}
+    settings["the kind of random keys"] = setup.run.prng_impl
+    return settings | {"the text": setup.run.text["sha256"], **this_machine()["versions"]}
 
 
-def open_folder(job: Job, stack: ExitStack) -> None:
+def open_folder(setup: Setup, stack: ExitStack) -> None:
     """Lock the run folder until the end of `stack` and write config.json, on process 0."""
     if processes.is_first():
-        stack.enter_context(sole_writer(job.run.workdir))
-        write_run(job.run)
+        stack.enter_context(sole_writer(setup.run.workdir))
+        write_run(setup.run)
 
 
 def check_shared(workdir: epath.Path) -> None:

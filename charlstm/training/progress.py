@@ -17,7 +17,7 @@ from charlstm.runs.checkpoints import Checkpoints
 from charlstm.runs.metrics import RunLog, bits, sample_after_prompt
 from charlstm.steps import Metrics, TrainState
 from charlstm.system.console import TrainingBar, launcher_command
-from charlstm.training.setup import Job
+from charlstm.training.setup import Setup
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Mean:
 
 
 @dataclass
-class Notes:
+class Counters:
     """Counters of a run, saved with each checkpoint so that a resume is exact."""
 
     seconds: float = 0.0
@@ -55,8 +55,8 @@ class Notes:
     since_eval: Mean = field(default_factory=Mean)
     grad_norm: float | None = None  # of the last step that was not skipped
     skipped: int = 0  # nonfinite steps: loss, gradient or new parameters
-    streak: int = 0  # consecutive nonfinite steps up to now
-    retreats: int = 0  # rollbacks
+    nonfinite_steps: int = 0  # consecutive nonfinite steps up to now
+    rollbacks: int = 0  # rollbacks
 
     @property
     def has_unscored_steps(self) -> bool:
@@ -64,26 +64,28 @@ class Notes:
         return self.since_eval.count > 0
 
     @classmethod
-    def from_json(cls, notes: dict[str, Any]) -> "Notes":
+    def from_json(cls, counters: dict[str, Any]) -> "Counters":
         """Return what asdict() gave.
 
         Raises:
-          DamagedError: if `notes` are something else.
+          DamagedError: if `counters` are something else.
         """
         try:
             since_log, since_eval = (
-                Mean(float(notes[name]["total"]), float(notes[name]["count"]))
+                Mean(float(counters[name]["total"]), float(counters[name]["count"]))
                 for name in ("since_log", "since_eval")
             )
-            norm = notes["grad_norm"]
+            norm = counters["grad_norm"]
             grad_norm = None if norm is None else float(norm)
-            skipped, streak, retreats = (
-                int(notes[name]) for name in ("skipped", "streak", "retreats")
+            skipped, nonfinite_steps, rollbacks = (
+                int(counters[name]) for name in ("skipped", "nonfinite_steps", "rollbacks")
             )
-            seconds = float(notes["seconds"])
-            return cls(seconds, since_log, since_eval, grad_norm, skipped, streak, retreats)
+            seconds = float(counters["seconds"])
+            return cls(
+                seconds, since_log, since_eval, grad_norm, skipped, nonfinite_steps, rollbacks
+            )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise DamagedError(f"the notes of a checkpoint are not ours: {error}") from error
+            raise DamagedError(f"the counters of a checkpoint are not ours: {error}") from error
 
 
 @dataclass
@@ -101,9 +103,9 @@ class Lap:
 class DivergedError(Exception):
     """MAX_NONFINITE_STEPS consecutive steps were nonfinite; the message names the last."""
 
-    def __init__(self, message: str, retreats: int):
+    def __init__(self, message: str, rollbacks: int):
         super().__init__(message)
-        self.retreats = retreats
+        self.rollbacks = rollbacks
         """Rollbacks before."""
 
 
@@ -113,20 +115,20 @@ class Progress:
     Metrics are read one call late, so that the device never waits for the host.
     """
 
-    def __init__(self, job: Job, checkpoints: Checkpoints, step: int, notes: Notes):
+    def __init__(self, setup: Setup, checkpoints: Checkpoints, step: int, counters: Counters):
         """Start at `step`, with the counters of its checkpoint."""
-        self._job = job
+        self._job = setup
         self._checkpoints = checkpoints
-        title, is_first = job.run.workdir.name, processes.is_first()
-        self._log = RunLog(job.run.workdir, step, title, read_only=not is_first)
-        self._bar = TrainingBar(job.num_steps, step, is_hidden=not is_first)
-        self.notes = notes
+        title, is_first = setup.run.workdir.name, processes.is_first()
+        self._log = RunLog(setup.run.workdir, step, title, read_only=not is_first)
+        self._bar = TrainingBar(setup.num_steps, step, is_hidden=not is_first)
+        self.counters = counters
         self._pending: tuple[int, int, Metrics] | None = None
         self._seconds_per_step = math.inf
         self._pushed: float | None = None
         now = time.monotonic()
         self._log_lap, self._eval_lap, self._eval_rate = Lap(now), Lap(now), 0.0
-        self._start = now - notes.seconds
+        self._start = now - counters.seconds
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -156,7 +158,7 @@ class Progress:
     def log_training(self, step: int, schedule: Callable[[int], Any]) -> None:
         """Write the means since the last such line, and show them."""
         self._read()
-        mean, self.notes.since_log = self.notes.since_log, Mean()
+        mean, self.counters.since_log = self.counters.since_log, Mean()
         rate = self._log_lap.rate(time.monotonic())
         with self._pausing():
             self._log_lap = Lap(time.monotonic())
@@ -168,14 +170,14 @@ class Progress:
         record = self._stamp(step) | {
             "chars_per_second": rate,
             # The optimizer does not count steps that were left out.
-            "learning_rate": float(schedule(step - 1 - self.notes.skipped)),
-            "skipped_steps": self.notes.skipped,
+            "learning_rate": float(schedule(step - 1 - self.counters.skipped)),
+            "skipped_steps": self.counters.skipped,
         }
         if mean.count:
             record |= {
                 "train/loss": mean.value,
                 "train/bits_per_char": bits(mean.value),
-                "grad_norm": self.notes.grad_norm,
+                "grad_norm": self.counters.grad_norm,
             }
         self._log.write(record)
         self._bar.show(record)
@@ -188,7 +190,7 @@ class Progress:
         """
         self._read()
         step = int(state.step)
-        mean, self.notes.since_eval = self.notes.since_eval, Mean()
+        mean, self.counters.since_eval = self.counters.since_eval, Mean()
         record = self._stamp(step) | {"train/mean_loss": mean.value} | figures
         loss = record.get("val/loss", mean.value)
         for name, value in record.items():
@@ -223,8 +225,8 @@ class Progress:
     def save(self, state: TrainState, loss: float | None = None) -> None:
         """Save a checkpoint, once the metrics of all its steps are known."""
         self._read()
-        self.notes.seconds = self._seconds()
-        self._checkpoints.save(state, asdict(self.notes), loss)
+        self.counters.seconds = self._seconds()
+        self._checkpoints.save(state, asdict(self.counters), loss)
 
     def report_end(self) -> None:
         """Tell the best figure, the time, and what to do next."""
@@ -250,22 +252,22 @@ class Progress:
             if is_skipped:
                 self._count_skipped(step, loss, grad_norm)
                 continue
-            self.notes.streak = 0
-            self.notes.grad_norm = grad_norm
-            self.notes.since_log.add(loss, num_chars)
-            self.notes.since_eval.add(loss, num_chars)
+            self.counters.nonfinite_steps = 0
+            self.counters.grad_norm = grad_norm
+            self.counters.since_log.add(loss, num_chars)
+            self.counters.since_eval.add(loss, num_chars)
             self._log_lap.chars += num_chars
             self._eval_lap.chars += num_chars
         return count
 
     def _count_skipped(self, step: int, loss: float, grad_norm: float) -> None:
-        self.notes.skipped += 1
-        self.notes.streak += 1
+        self.counters.skipped += 1
+        self.counters.nonfinite_steps += 1
         problem = f"step {step}: the loss is {loss} and the gradient's norm {grad_norm}"
         if math.isfinite(loss) and math.isfinite(grad_norm):
             problem += ", but the new parameters are not finite"
-        if self.notes.streak == MAX_NONFINITE_STEPS:
-            raise DivergedError(problem, self.notes.retreats)
+        if self.counters.nonfinite_steps == MAX_NONFINITE_STEPS:
+            raise DivergedError(problem, self.counters.rollbacks)
         logger.warning("%s: step skipped", problem)
 
     def _stamp(self, step: int) -> dict[str, Any]:

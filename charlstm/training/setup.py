@@ -1,4 +1,4 @@
-"""From a config and a folder to a job: the text read, the run folder opened or made."""
+"""Set up a run from a config and a folder: read the text, open the run, choose the devices."""
 
 import logging
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ MAX_CALL_CHARS = 2**22
 FEW_CHARS = 1000  # less than a page
 
 
-class Job(NamedTuple):
+class Setup(NamedTuple):
     """A run with its text read, its devices chosen and its length known."""
 
     run: Run
@@ -63,13 +63,13 @@ class Job(NamedTuple):
         return max(1, min(MAX_CALL_STEPS, in_memory, config.log_every_steps, self.num_steps))
 
 
-def steps_ahead(job: Job, step: int) -> int:
+def steps_ahead(setup: Setup, step: int) -> int:
     """Return how many steps after `step` something else is due: a line, an evaluation, the end."""
-    periods = (job.log_every, job.eval_every, job.save_every, job.num_steps)
+    periods = (setup.log_every, setup.eval_every, setup.save_every, setup.num_steps)
     return min(period - step % period for period in periods)
 
 
-def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
+def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
     """Read the text of `config`, and the run in `workdir` if there is one; write nothing.
 
     Raises:
@@ -106,7 +106,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Job:
         prompts = random_prompts(train_ids, text.vocab, config.seq_len, config.seed)
         run = Run(workdir, config, text.vocab, about, prompts, here, default_prng_impl())
     model = model_from_config(config, text.vocab).clone(num_shards=mesh.size)
-    return Job(run, mesh, model, batches, val_batches, num_steps)
+    return Setup(run, mesh, model, batches, val_batches, num_steps)
 
 
 def open_run_text(run: Run, remedy: str, may_fetch: bool = True) -> Corpus:
@@ -161,9 +161,9 @@ def describe_text(text: Corpus, train_ids: np.ndarray, val_ids: np.ndarray) -> d
     }
 
 
-def report(job: Job, step: int, num_params: int) -> None:
+def report(setup: Setup, step: int, num_params: int) -> None:
     """Log the text, the model and the devices."""
-    run, text = job.run, job.run.text
+    run, text = setup.run, setup.run.text
     lines = {
         "run folder": run.workdir,
         "text": text["source"],
@@ -173,15 +173,16 @@ def report(job: Job, step: int, num_params: int) -> None:
         "validating on": f"{text['validation_characters']:,} characters",
         "model": f"{run.config.model.num_layers} x {run.config.model.hidden_size} LSTM, "
         f"{num_params:,} parameters",
-        "devices": describe(job.mesh),
-        "steps": f"{step:,} of {job.num_steps:,} done, {job.batches.steps_per_epoch:,} an epoch",
+        "devices": describe(setup.mesh),
+        "steps": f"{step:,} of {setup.num_steps:,} done, "
+        f"{setup.batches.steps_per_epoch:,} per epoch",
     }
     if text["characters_cut"]:
         lines["total characters"] += (
             f" ({text['characters_cut']:,} of Project Gutenberg's headers and licences left out)"
         )
-    if isinstance(job.batches, Windows):
-        lines["total patterns"] = f"{job.batches.num_windows:,}"
+    if isinstance(setup.batches, Windows):
+        lines["total patterns"] = f"{setup.batches.num_windows:,}"
     for name, value in lines.items():
         logger.info("%s: %s", name, value)
     if 0 < text["validation_characters"] < FEW_CHARS:

@@ -15,7 +15,7 @@ from charlstm.parallel.sharding import by_rows, local_rows, on_one_device, put_b
 from charlstm.runs.metrics import bits
 from charlstm.sampling import stream
 from charlstm.steps import evaluate, make_eval_step
-from charlstm.training.setup import Job
+from charlstm.training.setup import Setup
 
 Item = TypeVar("Item")
 ShouldStop = Callable[[], bool]
@@ -41,35 +41,37 @@ def until(should_stop: ShouldStop, items: Iterable[Item]) -> Iterator[Item]:
         yield item
 
 
-def make_evaluation(job: Job, should_stop: ShouldStop) -> Callable[[Any, int], dict[str, Any]]:
+def make_evaluation(setup: Setup, should_stop: ShouldStop) -> Callable[[Any, int], dict[str, Any]]:
     """Return evaluate_state(params, step) -> validation metrics and a sample.
 
     The devices share the evaluation; the first process writes the sample. It raises
     StoppedError once `should_stop` returns true.
     """
-    validate = make_validation(job, should_stop)
+    validate = make_validation(setup, should_stop)
     # Only process 0 samples, so it cannot agree with the others on stopping.
     while_writing = (lambda: False) if processes.is_shared() else should_stop
 
     def evaluate_state(params: Any, step: int) -> dict[str, Any]:
         figures = validate(params) if validate else {}
         if processes.is_first():
-            figures |= write_sample(job, on_one_device(params), step, while_writing)
+            figures |= write_sample(setup, on_one_device(params), step, while_writing)
         return figures
 
     return evaluate_state
 
 
-def make_validation(job: Job, should_stop: ShouldStop) -> Callable[[Any], dict[str, Any]] | None:
+def make_validation(
+    setup: Setup, should_stop: ShouldStop
+) -> Callable[[Any], dict[str, Any]] | None:
     """Return a function of params that gives validation figures; None where there is no text."""
-    if not job.val_batches:
+    if not setup.val_batches:
         return None
-    batches, batch_size = job.val_batches, job.val_batches.batch_size
-    sharding = by_rows(job.mesh, batch_size)
+    batches, batch_size = setup.val_batches, setup.val_batches.batch_size
+    sharding = by_rows(setup.mesh, batch_size)
     rows = local_rows(sharding, batch_size)
-    outputs = sharding, replicated(job.mesh)
-    eval_step = jax.jit(make_eval_step(job.model), out_shardings=outputs)
-    empty = jax.jit(partial(zero_carry, job.model, batch_size), out_shardings=sharding)
+    outputs = sharding, replicated(setup.mesh)
+    eval_step = jax.jit(make_eval_step(setup.model), out_shardings=outputs)
+    empty = jax.jit(partial(zero_carry, setup.model, batch_size), out_shardings=sharding)
 
     def read(index: int) -> Batch:
         return put_batch(batches(index, rows), sharding, batch_size)
@@ -86,13 +88,13 @@ def make_validation(job: Job, should_stop: ShouldStop) -> Callable[[Any], dict[s
     return validation
 
 
-def write_sample(job: Job, params: Any, step: int, should_stop: ShouldStop) -> dict[str, str]:
+def write_sample(setup: Setup, params: Any, step: int, should_stop: ShouldStop) -> dict[str, str]:
     """Return a prompt from the training text, and the sample that continues it."""
-    config, run = job.run.config, job.run
+    config, run = setup.run.config, setup.run
     key = jax.random.fold_in(derive_key(run.key(config.seed), "sample"), step)
     place = np.random.default_rng(np.asarray(jax.random.key_data(key))).integers(len(run.prompts))
     prompt_L = run.vocab.encode(run.prompts[place])
     lengths = {"seq_len": config.seq_len, "chunk": SAMPLE_CHUNK}
-    pieces = stream(job.model, params, [prompt_L], key, **lengths, **config.sample.to_dict())
+    pieces = stream(setup.model, params, [prompt_L], key, **lengths, **config.sample.to_dict())
     ids_BL = np.concatenate(list(until(should_stop, pieces)), axis=1)
     return {"prompt": run.decode(prompt_L), "sample": run.decode(ids_BL[0])}

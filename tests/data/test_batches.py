@@ -163,7 +163,7 @@ def test_every_epoch_of_streams_is_the_same(batches, epoch):
 def test_by_chance_rows_begin_anew_as_seed_step_and_row_say_and_nothing_else_changes():
     text, rate, num_steps = text_of(5001), 0.25, 2000
     plain = Streams(text, 5, 10)
-    chancy = Streams(text, 5, 10, reset_rate=rate, seed=3)
+    chancy = Streams(text, 5, 10, state_reset_prob=rate, seed=3)
     steps_S = np.arange(num_steps)
     resets_SB = chancy(steps_S).reset_B
     assert_same_batches(
@@ -179,7 +179,7 @@ def test_by_chance_rows_begin_anew_as_seed_step_and_row_say_and_nothing_else_cha
     assert abs(drawn.mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / drawn.size)
     # Neither other rows, nor the same windows in other epochs, nor other seeds are drawn alike.
     per_epoch = chancy.steps_per_epoch
-    other = Streams(text, 5, 10, reset_rate=rate, seed=4)(steps_S).reset_B
+    other = Streams(text, 5, 10, state_reset_prob=rate, seed=4)(steps_S).reset_B
     pairs = [
         (resets_SB[:, 0], resets_SB[:, 1]),
         (resets_SB[:-per_epoch], resets_SB[per_epoch:]),
@@ -489,7 +489,7 @@ TEXT_M = np.arange(10)
         (Windows, {"seq_len": 10}, "seq_len=10: .* at most 9"),
         (Streams, {"context": 4}, "context=4: must be a multiple of seq_len=3"),
         (Streams, {"context": -3}, "context=-3: must be"),
-        (Streams, {"reset_rate": 1.0}, "reset_rate=1.0: must be"),
+        (Streams, {"state_reset_prob": 1.0}, "state_reset_prob=1.0: must be"),
         (Streams, {"seed": -1}, "seed=-1: must be"),
         (Windows, {"seed": None, "seq_len": -1}, "seq_len=-1: must be"),
     ],

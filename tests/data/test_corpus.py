@@ -647,10 +647,10 @@ def test_a_run_on_documents_writes_one_and_stops(tmp_path, launch):
     flags = ["--config=tiny", "--config.num_steps=100", "--config.data.path=stories"]
     flags += ["--config.data.document_separator=<|end|>", "--config.optimizer.learning_rate=0.02"]
     # What compiles fast and learns a story by heart.
-    flags += ["--config.model.scale_hidden=False", "--config.model.rms_norm=False"]
+    flags += ["--config.model.multiplicative=False", "--config.model.recurrent_rms_norm=False"]
     flags += ["--config.model.dropout_rate=0"]
     flags += ["--config.optimizer.name=adam", "--config.optimizer.weight_decay=0"]
-    flags += ["--config.optimizer.average_share=0", "--config.eval_every_steps=100"]
+    flags += ["--config.optimizer.average_window=0", "--config.eval_every_steps=100"]
     told, _ = launch("train", *flags)
     samples = (tmp_path / "runs/tiny-stories/samples.txt").read_text()
     assert "<|end|>" in samples

@@ -96,7 +96,7 @@ COMMAND_LINE = [
     (
         "train",
         "--config.model.recurrence=cudnn",
-        "config.model.scale_hidden=True: config.model.recurrence=cudnn has no|use fused",
+        "config.model.multiplicative=True: config.model.recurrence=cudnn has no|use fused",
     ),
     ("train", "--config.optimizer.name=adam", "use config.optimizer.name=adamw"),
     ("train", "--config.optimizer.clip_norm=inf", "must be a number of at least 0"),
@@ -296,8 +296,8 @@ TEXTS = [
     ("book.txt --config.batch_size=5000", "config.batch_size=5000: with config.seq_len=32|lower"),
     ("book.txt --config.data.val_fraction=0.0001", "too short to evaluate|val_fraction higher"),
     (
-        "book.txt --config.model.recurrence=cudnn --config.model.scale_hidden=False "
-        "--config.model.rms_norm=False",
+        "book.txt --config.model.recurrence=cudnn --config.model.multiplicative=False "
+        "--config.model.recurrent_rms_norm=False",
         "needs an NVIDIA GPU|cpu|use fused",
     ),
     ("book.txt --config.model.hidden_size=9999999", "hidden_size=9999999|GiB of memory|lower"),
@@ -473,13 +473,13 @@ DAMAGES = {
         lambda run: edited(run / "checkpoints" / "60" / "metrics" / "metrics", loss=0.1),
         "checkpoints/60/metrics/metrics: missing or damaged|another loss",
     ),
-    "a checkpoint's notes were edited": (
-        lambda run: edited(run / "checkpoints" / "60" / "notes" / "metadata", loss=0.1),
-        "checkpoints/60/notes/metadata: missing or damaged|checksum",
+    "a checkpoint's metadata were edited": (
+        lambda run: edited(run / "checkpoints" / "60" / "metadata" / "metadata", loss=0.1),
+        "checkpoints/60/metadata/metadata: missing or damaged|checksum",
     ),
     "a checkpoint is an empty folder": (
         lambda run: (run / "checkpoints" / "70").mkdir(),
-        "checkpoints/70/notes/metadata: missing or damaged",
+        "checkpoints/70/metadata/metadata: missing or damaged",
     ),
 }
 

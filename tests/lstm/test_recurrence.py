@@ -562,7 +562,7 @@ def test_initial_parameters_follow_the_key(initial):
 
 
 def test_initial_scales_are_1_so_that_the_layer_begins_as_a_plain_one(initial):
-    scaled = draw_initial(scale_hidden=True, rms_norm=True)
+    scaled = draw_initial(multiplicative=True, recurrent_rms_norm=True)
     np.testing.assert_array_equal(scaled.pop("scale")["kernel"], np.zeros((INITIAL_E, INITIAL_H)))
     np.testing.assert_array_equal(scaled.pop("norm")["gain"], np.ones(4 * INITIAL_H))
     jax.tree.map(np.testing.assert_array_equal, scaled, initial)

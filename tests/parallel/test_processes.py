@@ -30,8 +30,8 @@ FLAGS = [
     "--config.optimizer.learning_rate=2e-3",
     "--config.optimizer.name=adamw",
     "--config.optimizer.schedule=constant",
-    "--config.model.rms_norm=false",
-    "--config.model.scale_hidden=false",
+    "--config.model.recurrent_rms_norm=false",
+    "--config.model.multiplicative=false",
     "--config.data.path=book.txt",
 ]
 

@@ -66,7 +66,7 @@ def assert_close(found, wanted):
         (True, {}),
         (False, {}),
         (True, {"recurrence": "flax"}),
-        (True, {"input": "embed", "scale_hidden": True, "rms_norm": True, "end_id": 2}),
+        (True, {"input": "embed", "multiplicative": True, "recurrent_rms_norm": True, "end_id": 2}),
     ],
     ids=["fused", "fused without check_vma", "flax", "all parts of a layer"],
 )

@@ -97,7 +97,7 @@ def test_eight_devices_train_as_one_does(on_one, tmp_path):
 def test_eight_devices_begin_as_one_does_with_a_cautious_optimizer():
     config = config_of("", NUM_DEVICES, **{"optimizer.name": "cautious_adamw"})
     optimizer = make_optimizer(config, make_schedule(config, 6))
-    model = CharLSTM(vocab_size=20, hidden_size=8, rms_norm=True)
+    model = CharLSTM(vocab_size=20, hidden_size=8, recurrent_rms_norm=True)
     batches = Streams(np.random.default_rng(0).integers(0, 20, 1000), batch_size=16, seq_len=8)
     initial = init_state(model, optimizer, jax.random.key(0), 16)
     losses = []

@@ -23,8 +23,8 @@ MODELS = [
     for layers in (1, 3)
 ] + [{"input": "embed", "tie_embeddings": True}]
 KINDS = [
-    {"scale_hidden": False, "rms_norm": False, "dropout_mask": "step"},
-    {"scale_hidden": True, "rms_norm": True, "dropout_mask": "window"},
+    {"multiplicative": False, "recurrent_rms_norm": False, "variational_dropout": False},
+    {"multiplicative": True, "recurrent_rms_norm": True, "variational_dropout": True},
 ]
 by_kind = pytest.mark.parametrize("kind", KINDS, ids=["plain", "all"])
 
@@ -107,7 +107,7 @@ def test_training_takes_three_times_the_operations_of_the_forward_pass(kind):
     config.batch_size, config.seq_len = 256, 1
     counted = compiled_step(config, 96, optax.sgd(0.1)).cost_analysis()["flops"]
     expected = 3 * cost.flops_per_char(config, 96)
-    if not config.model.scale_hidden:
+    if not config.model.multiplicative:
         # Nobody wants the gradient of the carry before the first time step, here the only one; but
         # that of the scales comes from it.
         expected -= cost.scan_flops(config)

@@ -16,13 +16,13 @@ QUICK = ["--seconds=0.1", "--config.data.path=book.txt"]
 # A model and an optimizer that compile in less time than the default ones, and to the same program
 # for any number of steps.
 PLAIN = {
-    "model.scale_hidden": False,
-    "model.rms_norm": False,
+    "model.multiplicative": False,
+    "model.recurrent_rms_norm": False,
     "optimizer.name": "adam",
     "optimizer.weight_decay": 0.0,
     "optimizer.schedule": "constant",
     "optimizer.warmup_steps": 0,
-    "optimizer.average_share": 0.0,
+    "optimizer.average_window": 0.0,
 }
 PLAIN_FLAGS = [f"--config.{key}={value}" for key, value in PLAIN.items()]
 # What the rule chooses for a text that is read often: the widths are timed with the same program.
@@ -103,7 +103,7 @@ def test_a_time_in_which_nothing_can_be_trained_is_an_error(book_path, monkeypat
 
 
 @pytest.fixture
-def job(book_path):
+def setup(book_path):
     config = base_config()
     config.update_from_flattened_dict(PLAIN)
     config.update({"num_steps": 205, "batch_size": 8, "seq_len": 32, "eval_every_steps": 100})
@@ -116,23 +116,23 @@ def job(book_path):
 PARTS = Parts(start=1.0, step=0.1, batch=0.01, sample=0.5, draw=0.2, save=0.3, once=2.0, end=0.4)
 
 
-def test_an_estimate_counts_each_part_as_often_as_train_does_it(job):
-    spent = timing.estimate(job, PARTS, loading=5.0)
+def test_an_estimate_counts_each_part_as_often_as_train_does_it(setup):
+    spent = timing.estimate(setup, PARTS, loading=5.0)
     # Evaluations at 100, 200 and the end, each of which saves.
-    each = job.val_batches.steps_per_epoch * 0.01 + 0.7
+    each = setup.val_batches.steps_per_epoch * 0.01 + 0.7
     assert spent.start == 6.0
     assert spent.steps == pytest.approx(20.5)
     assert spent.evaluations == pytest.approx(2.0 + 3 * each)
     assert spent.checkpoints == pytest.approx(3 * 0.3 + 0.4)
 
 
-def test_a_plan_of_given_settings_has_counts_times_and_memory(job, monkeypatch):
+def test_a_plan_of_given_settings_has_counts_times_and_memory(setup, monkeypatch):
     monkeypatch.setattr(timing, "time_process", lambda: 5.0)
-    monkeypatch.setattr(timing, "measure_parts", lambda job, folder, seconds: PARTS)
+    monkeypatch.setattr(timing, "measure_parts", lambda setup, folder, seconds: PARTS)
     # 2 MiB a row and 20 MiB beside them.
-    monkeypatch.setattr(timing, "step_bytes", lambda job, rows: (20 + 2 * rows) * 2**20)
+    monkeypatch.setattr(timing, "step_bytes", lambda setup, rows: (20 + 2 * rows) * 2**20)
     monkeypatch.setattr(plan, "memory_bytes", lambda: 2**30)
-    about = plan.describe(job.run.config, 0.1)
+    about = plan.describe(setup.run.config, 0.1)
     assert about["steps"] == 205
     assert about["steps_per_epoch"] == math.ceil(5399 / 8 / 32)
     assert about["training_flops_per_char"] == 3 * about["forward_flops_per_char"]
@@ -146,13 +146,13 @@ def test_a_plan_of_given_settings_has_counts_times_and_memory(job, monkeypatch):
     assert "an epoch: 2.2 s" in plan.table(about)
 
 
-def test_the_largest_batch_is_the_last_one_that_fits(job):
+def test_the_largest_batch_is_the_last_one_that_fits(setup):
     memory = 200 * 2**20
-    on_paper = timing.rows_on_paper(job, memory)
-    small, large = ((rows, timing.step_bytes(job, rows)) for rows in (8, on_paper))
+    on_paper = timing.rows_on_paper(setup, memory)
+    small, large = ((rows, timing.step_bytes(setup, rows)) for rows in (8, on_paper))
     rows = timing.largest_batch(small, large, memory)
     assert 256 < rows < 10_000
-    assert 0.98 < timing.step_bytes(job, rows) / memory < 1.02
+    assert 0.98 < timing.step_bytes(setup, rows) / memory < 1.02
 
 
 def test_where_not_one_row_fits_the_largest_batch_is_none():

@@ -19,7 +19,7 @@ from charlstm.runs.checkpoints import Checkpoints, only_params, steps_in
 from charlstm.runs.checksums import checksums
 from charlstm.steps import TrainState
 
-NOTES = {"seconds": 1.5, "streak": 0}
+METADATA = {"seconds": 1.5, "nonfinite_steps": 0}
 
 
 def state_at(step):
@@ -37,7 +37,7 @@ def written(workdir, losses):
     """Save states 1, 2, ... with these losses."""
     with closing(Checkpoints(epath.Path(workdir))) as checkpoints:
         for step, loss in enumerate(losses, start=1):
-            checkpoints.save(state_at(step), NOTES | {"told": step}, loss)
+            checkpoints.save(state_at(step), METADATA | {"told": step}, loss)
 
 
 def assert_is(state, step):
@@ -63,9 +63,9 @@ def whole(tmp_path_factory):
 
 def test_what_is_saved_is_what_is_restored(tmp_path):
     written(tmp_path, [2.5])
-    state, notes = newest(tmp_path)
+    state, metadata = newest(tmp_path)
     assert_is(state, 1)
-    assert notes == NOTES | {"told": 1}
+    assert metadata == METADATA | {"told": 1}
 
 
 @pytest.mark.parametrize("name", ["[My] a*b?c\\d", "[[", "caf\udce9", "%41 {a}#'\n\""])
@@ -86,11 +86,11 @@ def test_any_name_of_a_folder_will_do(name, tmp_path):
 
 def test_a_state_that_is_there_gives_way_to_one_with_a_loss_only(tmp_path):
     with closing(Checkpoints(epath.Path(tmp_path))) as checkpoints:
-        checkpoints.save(state_at(1), NOTES, 1.0)
-        checkpoints.save(state_at(2), NOTES, None)
-        checkpoints.save(state_at(2), NOTES | {"told": "again"}, 0.5)
-        checkpoints.save(state_at(2), NOTES | {"told": "too late"}, None)
-        checkpoints.save(state_at(3), NOTES, None)
+        checkpoints.save(state_at(1), METADATA, 1.0)
+        checkpoints.save(state_at(2), METADATA, None)
+        checkpoints.save(state_at(2), METADATA | {"told": "again"}, 0.5)
+        checkpoints.save(state_at(2), METADATA | {"told": "too late"}, None)
+        checkpoints.save(state_at(3), METADATA, None)
         assert checkpoints.best_step() == 2
         assert checkpoints.restore(2, LIKE)[1]["told"] == "again"
 
@@ -103,10 +103,10 @@ def test_without_a_loss_that_is_finite_the_newest_is_the_best(tmp_path):
 
 def test_only_a_state_that_is_wanted_is_restored_and_newer_ones_go(tmp_path):
     written(tmp_path, [3.0, 2.0, 1.0])
-    state, _ = newest(tmp_path, is_wanted=lambda notes: notes["told"] < 3)
+    state, _ = newest(tmp_path, is_wanted=lambda metadata: metadata["told"] < 3)
     assert_is(state, 2)
     assert steps_in(epath.Path(tmp_path / "checkpoints")) == [2]
-    assert newest(tmp_path, is_wanted=lambda notes: False) is None
+    assert newest(tmp_path, is_wanted=lambda metadata: False) is None
     assert steps_in(epath.Path(tmp_path / "checkpoints")) == []
 
 
@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_that_is_aside_already_is_kept(tmp_path):
     for mark in ("first", "second"):
         written(tmp_path, [3.0, 2.0])
         (tmp_path / "checkpoints" / "2" / "mark").write_text(mark)
-        (tmp_path / "checkpoints" / "2" / "notes" / "metadata").unlink()
+        (tmp_path / "checkpoints" / "2" / "metadata" / "metadata").unlink()
         newest(tmp_path)
         shutil.rmtree(tmp_path / "checkpoints" / "1")
     marks = [path.read_text() for path in (tmp_path / "checkpoints").glob("damaged-2*/mark")]
@@ -170,7 +170,7 @@ def test_a_state_of_other_arrays_is_refused_by_their_names_and_not_renamed(
         assert_is(checkpoints.restore_newest(LIKE)[0], 2)
 
 
-@pytest.mark.parametrize("name", ["notes/metadata", "state/manifest.ocdbt", "state/_METADATA"])
+@pytest.mark.parametrize("name", ["metadata/metadata", "state/manifest.ocdbt", "state/_METADATA"])
 def test_a_file_that_cannot_be_read_is_not_damage(name, whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "checkpoints" / "2" / name
@@ -217,7 +217,7 @@ def test_the_parameters_are_read_without_what_only_training_needs(tmp_path):
         return TrainState(jnp.int32(1), params, (twice, average), (4 * params["w"],), ())
 
     with closing(Checkpoints(epath.Path(tmp_path))) as checkpoints:
-        checkpoints.save(make_state(), NOTES, 1.0)
+        checkpoints.save(make_state(), METADATA, 1.0)
     like, counts = jax.eval_shape(make_state), {}
     for name, wanted in (("all", like), ("params", only_params(like))):
         with closing(Checkpoints(epath.Path(tmp_path), read_only=True)) as checkpoints:
@@ -240,7 +240,7 @@ def test_reading_checkpoints_logs_nothing(tmp_path, caplog):
 FILES = [
     "_CHECKPOINT_METADATA",
     "metrics/metrics",
-    "notes/metadata",
+    "metadata/metadata",
     "state/_METADATA",
     "state/_sharding",
     "state/manifest.ocdbt",
@@ -268,16 +268,16 @@ def assert_damage_never_goes_unnoticed(workdir, caplog):
             refusal = str(error)
             assert "checkpoints/2" in refusal
     caplog.clear()
-    state, notes = newest(workdir)
+    state, metadata = newest(workdir)
     told = [record.message for record in caplog.records if record.name.startswith("charlstm")]
-    assert notes["told"] == int(state.step)
+    assert metadata["told"] == int(state.step)
     assert_is(state, int(state.step))
     assert (int(state.step) == 2) == (not told)
     assert int(state.step) == 2 or "set aside as damaged-2" in told[0]
 
 
 # Every damage to the files that each reader parses; to the others, two of the four in turn.
-PARSED = ["notes/metadata", "state/manifest.ocdbt", "state/ocdbt.process_0/d/*"]
+PARSED = ["metadata/metadata", "state/manifest.ocdbt", "state/ocdbt.process_0/d/*"]
 CASES = [
     (damage, name)
     for row, name in enumerate(FILES)

@@ -21,7 +21,7 @@ OWN_NAMES = [
     "samples.txt",
     "curves.png",
     ".lock",
-    "checkpoints/1000/notes",
+    "checkpoints/1000/metadata",
     "checkpoints/trash/thesis",
     "letters.txt",
 ]
@@ -52,9 +52,9 @@ def test_the_text_that_is_trained_on_is_not_replaced(book, tmp_path):
 
 
 def test_a_start_that_was_killed_before_its_config_was_written_starts_again(book_path, tmp_path):
-    job = prepare(small_config(book_path), epath.Path(tmp_path / "whole"))
+    setup = prepare(small_config(book_path), epath.Path(tmp_path / "whole"))
     (tmp_path / "whole").mkdir()
-    write_run(job.run)
+    write_run(setup.run)
     begun = {".lock": "", ".config.json.tmp": "{", ".vocab.json.tmp": ""}
     for names in ([], ["vocab.json"], ["vocab.json", "prompts.json"]):
         folder = tmp_path / str(len(names))

@@ -24,11 +24,11 @@ from charlstm.data.cleaning import Vocab
 from charlstm.data.corpus import open_corpus
 from charlstm.errors import DamagedError, UserError, one_line, printable
 from charlstm.runs.checkpoints import load_model
-from charlstm.runs.checksums import read_notes, seal
+from charlstm.runs.checksums import checksum_of, read_metadata
 from charlstm.runs.folder import _checksum, load_run
 from charlstm.runs.metrics import RunLog, read_records
 from charlstm.sampling import stream
-from charlstm.training.progress import Notes
+from charlstm.training.progress import Counters
 
 NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, -(2**63), 2**31, 1e308])
 JSON = st.recursive(
@@ -193,20 +193,29 @@ def test_any_part_of_a_config_that_its_author_has_sealed_is_a_clear_line_or_load
         path.write_bytes(whole)
 
 
-NAMES = ["notes", "loss", "crc32", "seconds", "since_log", "since_eval", "streak", "grad_norm"]
+NAMES = [
+    "metadata",
+    "loss",
+    "crc32",
+    "seconds",
+    "since_log",
+    "since_eval",
+    "nonfinite_steps",
+    "grad_norm",
+]
 
 
 @given(st.sampled_from(NAMES), JSON)
 def test_any_notes_that_their_author_has_sealed_are_a_clear_line_or_read(folder, name, value):
     checkpoint = epath.Path(folder / "run" / "checkpoints" / "0")
-    path = checkpoint / "notes" / "metadata"
+    path = checkpoint / "metadata" / "metadata"
     whole = path.read_bytes()
-    sealed = json.loads(whole)
-    del sealed["seal"]
-    (sealed if name in sealed else sealed["notes"])[name] = value
+    record = json.loads(whole)
+    del record["checksum"]
+    (record if name in record else record["metadata"])[name] = value
     try:
-        path.write_text(json.dumps(sealed | {"seal": seal(sealed)}))
-        Notes.from_json(read_notes(checkpoint)["notes"])
+        path.write_text(json.dumps(record | {"checksum": checksum_of(record)}))
+        Counters.from_json(read_metadata(checkpoint)["metadata"])
         load_model(folder / "run")
     except UserError as error:
         assert_clear(error)

@@ -20,7 +20,11 @@ SHORT = ["--config=tiny", "--config.num_steps=20", "--config.eval_every_steps=10
 # A model and an optimizer that compile in less time than the default ones.
 PLAIN = [
     f"--config.{setting}"
-    for setting in ("model.scale_hidden=0", "model.rms_norm=0", "optimizer.average_share=0")
+    for setting in (
+        "model.multiplicative=0",
+        "model.recurrent_rms_norm=0",
+        "optimizer.average_window=0",
+    )
 ]
 # Only train.py notices that the text is too short for a batch.
 SWEEP = [*SHORT, *PLAIN, "--texts=book.txt", "--set=batch_size=8,999"]

@@ -18,7 +18,7 @@ from charlstm.files import sole_writer
 from charlstm.model import model_from_config
 from charlstm.optim import make_schedule
 from charlstm.runs.checkpoints import Checkpoints, load_model, state_shapes, steps_in
-from charlstm.runs.checksums import read_notes
+from charlstm.runs.checksums import read_metadata
 from charlstm.runs.folder import SCHEMA, load_run, write_run
 from charlstm.runs.metrics import read_records
 from charlstm.steps import TrainState
@@ -38,12 +38,12 @@ SCHEDULED = {
 PLAIN = SCHEDULED | {
     "model.recurrence": "flax",
     "model.dropout_rate": 0.0,
-    "model.scale_hidden": False,
-    "model.rms_norm": False,
+    "model.multiplicative": False,
+    "model.recurrent_rms_norm": False,
     "optimizer.name": "adam",
     "optimizer.weight_decay": 0.0,
     "optimizer.clip_norm": 0.0,
-    "optimizer.average_share": 0.0,
+    "optimizer.average_window": 0.0,
 }
 
 
@@ -72,7 +72,7 @@ def best_and_latest(workdir):
     with closing(Checkpoints(epath.Path(workdir), read_only=True)) as checkpoints:
         steps = checkpoints.best_step(), checkpoints.latest_step()
     folder = epath.Path(workdir) / "checkpoints"
-    return [(step, read_notes(folder / str(step))["loss"]) for step in steps]
+    return [(step, read_metadata(folder / str(step))["loss"]) for step in steps]
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +291,7 @@ def poison(monkeypatch, is_poisoned):
 
 
 def states_of(workdir):
-    """Return (state, notes) of every checkpoint of a run by its step."""
+    """Return (state, metadata) of every checkpoint of a run by its step."""
     run = load_run(epath.Path(workdir))
     like = state_shapes(run.config, model_from_config(run.config, run.vocab), run.prng_impl)
     with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
@@ -315,7 +315,7 @@ def test_a_step_without_a_finite_loss_is_left_out_and_counted(
         patch.setattr(progress, "CALL_SECONDS", 0)  # a call for each step
         assert not train(finished[0], tmp_path / "run", should_stop=lambda: 12 in seen)
     assert "step 6: the loss is nan" in caplog.text
-    assert states_of(tmp_path / "run")[13][1]["streak"] == 1
+    assert states_of(tmp_path / "run")[13][1]["nonfinite_steps"] == 1
     assert train(finished[0], tmp_path / "run")
     records = timeless(tmp_path / "run")
     counts = {r["step"]: r["skipped_steps"] for r in records if "skipped_steps" in r}
@@ -326,7 +326,7 @@ def test_a_step_without_a_finite_loss_is_left_out_and_counted(
 def test_after_several_in_a_row_the_run_goes_back_with_a_lower_rate(
     cheaply, book_path, tmp_path, monkeypatch, caplog
 ):
-    # Poisoned until the learning rate is a quarter, so that two retreats are needed.
+    # Poisoned until the learning rate is a quarter, so that two rollbacks are needed.
     rates = []
     make = train_module.make_schedule
 
@@ -350,7 +350,7 @@ def test_after_several_in_a_row_the_run_goes_back_with_a_lower_rate(
     assert records[-1]["val/loss"] < 3.5
     assert_all_states_are_finite(tmp_path / "run")
     # A kill forgets nothing of it.
-    assert states_of(tmp_path / "run")[NUM_STEPS][1]["retreats"] == 2
+    assert states_of(tmp_path / "run")[NUM_STEPS][1]["rollbacks"] == 2
 
 
 def test_a_run_that_never_finds_a_finite_loss_ends_with_a_clear_line(
@@ -378,9 +378,9 @@ def test_latest_and_best_are_both_kept_and_nan_never_becomes_best(tmp_path):
     assert checkpoints.latest_step() == 6
     assert checkpoints.best_step() == 2
     for step in (2, 5, 6):
-        restored, notes = checkpoints.restore(step, state)
+        restored, metadata = checkpoints.restore(step, state)
         assert restored.params["w"][1] == step
-        assert notes["loss"] == str([3.0, 1.0, math.nan, 2.0, math.inf, None][step - 1])
+        assert metadata["loss"] == str([3.0, 1.0, math.nan, 2.0, math.inf, None][step - 1])
     checkpoints.close()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [
         "2",

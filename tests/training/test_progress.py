@@ -12,8 +12,8 @@ from charlstm.runs.metrics import read_records
 from charlstm.steps import evaluate
 from charlstm.training.progress import (
     MAX_NONFINITE_STEPS,
+    Counters,
     DivergedError,
-    Notes,
     Progress,
     describe_evaluation,
 )
@@ -41,10 +41,10 @@ def metrics_on_device(name, reads):
 
 
 def test_training_metrics_are_read_one_call_late(book_path, tmp_path):
-    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
+    setup = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
     reads = []
-    checkpoints = Checkpoints(job.run.workdir)
-    with Progress(job, checkpoints, 0, Notes()) as progress:
+    checkpoints = Checkpoints(setup.run.workdir)
+    with Progress(setup, checkpoints, 0, Counters()) as progress:
         for step in (2, 4, 6):
             progress.push(step, 2, metrics_on_device(step, reads))
             assert set(reads) == set(range(2, step, 2))
@@ -56,10 +56,10 @@ def test_training_metrics_are_read_one_call_late(book_path, tmp_path):
 def test_a_call_takes_as_many_steps_as_fit_into_a_quarter_of_a_second(
     book_path, tmp_path, monkeypatch
 ):
-    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
-    checkpoints = Checkpoints(job.run.workdir)
+    setup = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
+    checkpoints = Checkpoints(setup.run.workdir)
     fitting = []
-    with Progress(job, checkpoints, 0, Notes()) as progress:
+    with Progress(setup, checkpoints, 0, Counters()) as progress:
         clock = SimpleNamespace(monotonic=iter([50, 50.1, 50.35]).__next__)
         monkeypatch.setattr("charlstm.training.progress.time", clock)
         metrics = metrics_on_device("all", [])
@@ -72,30 +72,30 @@ def test_a_call_takes_as_many_steps_as_fit_into_a_quarter_of_a_second(
 
 
 def test_a_clock_may_stand_still(book_path, tmp_path, monkeypatch):
-    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
+    setup = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
     clock = SimpleNamespace(monotonic=lambda: 100.0, time=lambda: 0.0)
     monkeypatch.setattr("charlstm.training.progress.time", clock)
-    checkpoints = Checkpoints(job.run.workdir)
-    with Progress(job, checkpoints, 0, Notes()) as progress:
+    checkpoints = Checkpoints(setup.run.workdir)
+    with Progress(setup, checkpoints, 0, Counters()) as progress:
         for step in (1, 2, 3):
             progress.push(step, 1, metrics_on_device("all", []))
             assert 1 <= progress.steps_per_call < 2**32
         progress.log_training(3, lambda step: 0.1)
     checkpoints.close()
-    [record] = read_records(job.run.workdir / "metrics.jsonl")
+    [record] = read_records(setup.run.workdir / "metrics.jsonl")
     assert math.isfinite(record["chars_per_second"])
 
 
 def test_characters_a_second_leave_out_compilation_evaluation_and_an_earlier_process(
     book_path, tmp_path, monkeypatch
 ):
-    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
+    setup = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
     clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now, time=lambda: 0.0)
     monkeypatch.setattr("charlstm.training.progress.time", clock)
-    before = Notes()
+    before = Counters()
     before.since_log.add(1.0, 1000)
-    checkpoints = Checkpoints(job.run.workdir)
-    with Progress(job, checkpoints, 0, before) as progress:
+    checkpoints = Checkpoints(setup.run.workdir)
+    with Progress(setup, checkpoints, 0, before) as progress:
         clock.now += 30  # the first call compiles
         progress.push(1, 1, metrics_on_device("a", []))  # of one character
         clock.now += 2
@@ -108,7 +108,7 @@ def test_characters_a_second_leave_out_compilation_evaluation_and_an_earlier_pro
         clock.now += 4
         progress.log_training(5, lambda step: 0.1)
     checkpoints.close()
-    records = read_records(job.run.workdir / "metrics.jsonl")
+    records = read_records(setup.run.workdir / "metrics.jsonl")
     assert [record["chars_per_second"] for record in records] == [4 / 8, 1 / 4]
 
 
@@ -140,10 +140,10 @@ def test_an_evaluation_prints_its_figures_and_a_sample_behind_its_prompt():
 
 
 def test_steps_in_a_row_whose_new_parameters_are_not_finite_are_a_divergence(book_path, tmp_path):
-    job = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
-    checkpoints = Checkpoints(job.run.workdir)
+    setup = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
+    checkpoints = Checkpoints(setup.run.workdir)
     metrics = metrics_on_device("all", []) | {"skipped": OnDevice("all", [], 1)}
-    with Progress(job, checkpoints, 0, Notes()) as progress:
+    with Progress(setup, checkpoints, 0, Counters()) as progress:
         progress.push(MAX_NONFINITE_STEPS, MAX_NONFINITE_STEPS, metrics)
         with pytest.raises(DivergedError, match=r"loss is 1.*the new parameters are not finite"):
             progress.log_training(MAX_NONFINITE_STEPS, lambda step: 0.1)
