@@ -1,0 +1,49 @@
+"""Run every launcher command that README.md prints, shortened, on made-up texts in a new folder.
+
+usage: python .ci/commands.py
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--config.num_steps=4", "--config.eval_every_steps=4", "--config.model.hidden_size=8"]
+# Flags that shorten each command. They come last, so that they win.
+SHORTER = {
+    "train": [*TINY, "--config.sample.length=20"],
+    "sample": ["--length=20"],
+    "evaluate": [],
+    "plan": ["--minutes=0.5"],
+    "sweep": [*TINY, "--config.data.path=FILE"],
+    "bench": ["--quick", "--what=step", "--repeats=1", "--peers=none"],
+    "scaling": ["--devices=2", "--rows=8"],
+}
+TEXTS = "FILE", "FOLDER/one.txt", "FOLDER/two.txt", "books/1901.txt", "stories.txt", "chinese.txt"
+
+
+def main() -> None:
+    """Run the commands in README's order; exit with 1 at the first that fails."""
+    readme = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
+    folder = Path(tempfile.mkdtemp())
+    for number, name in enumerate(TEXTS):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        line = f"{number} men went to mow, went to mow a meadow.<|end|>\n"
+        path.write_text(line * 300, encoding="utf-8")
+    for command in re.findall(r"python launch/[^`&#\n]*", readme):
+        command = command.replace("KEY=VALUE,VALUE", "model.dropout_rate=0,0.1")
+        _, script, *flags = shlex.split(command)
+        flags += SHORTER[Path(script).stem]
+        start = time.monotonic()
+        code = subprocess.call([sys.executable, str(ROOT / script), *flags], cwd=folder)
+        print(f"{code}: {command.strip()} ({time.monotonic() - start:.0f} s)", flush=True)
+        if code:
+            sys.exit(1)
+
+
+main()
