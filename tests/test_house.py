@@ -19,7 +19,8 @@ TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 
 # The modules of the package from the core outwards. Each imports only what stands before it.
 ORDER = """
-    errors files system.paths system.console system.native_output config config_check checks keys
+    errors files system.paths system.tables system.console system.native_output
+    config config_check checks keys
     data.gutenberg data.encoding data.cleaning data.find data.sources data.corpus data.batches
     lstm.reference lstm.fused lstm.cudnn model optim steps sampling
     parallel.sharding parallel.processes
