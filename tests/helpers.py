@@ -1,4 +1,4 @@
-"""Configs of small runs, and what several test modules do to a run."""
+"""Comparisons with one tolerance policy, configs of small runs, and edits of a run."""
 
 from contextlib import closing
 from dataclasses import asdict
@@ -10,12 +10,56 @@ from ml_collections import ConfigDict
 
 from charlstm.config import base_config
 from charlstm.model import model_from_config
-from charlstm.runs.checkpoints import Checkpoints, state_shapes
+from charlstm.runs.checkpoints import Checkpoints, load_model, state_shapes
 from charlstm.runs.folder import write_run
+from charlstm.runs.metrics import read_records
 from charlstm.training.progress import Counters
 from charlstm.training.setup import prepare
 
 NUM_STEPS = 30
+
+# Tolerances of assert_close. What a guarantee calls equal is compared bit for bit, without one.
+SUM_ORDER = 1e-6  # float32, the same operations with sums in another order
+FLOAT32 = 1e-5  # float32 against another program or a float64 oracle
+FLOAT64 = 1e-10  # float64 against an oracle
+
+
+def assert_close(found, wanted, relative=FLOAT32):
+    """Compare two trees: each error is at most `relative` times the leaf's largest value."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    # Moved to NumPy first: JAX would compile each operation for each shape.
+    found, wanted = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (found, wanted))
+    for (path, leaf), other in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        assert leaf.shape == other.shape, name
+        error, largest = (np.max(np.abs(x), initial=0) for x in (leaf - other, other))
+        assert error <= relative * largest, f"{name}: off by {error}, largest value {largest}"
+
+
+def assert_equal(found, wanted):
+    """Compare two trees bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def records_of(workdir):
+    """Return the records of metrics.jsonl without what depends on the clock."""
+    clocked = ("seconds", "chars_per_second")
+    records = read_records(epath.Path(workdir) / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in clocked} for record in records]
+
+
+def series(workdir, name):
+    """Return (step, value) for each record of metrics.jsonl that has the metric `name`."""
+    return [(record["step"], record[name]) for record in records_of(workdir) if name in record]
+
+
+def assert_runs_close(workdir, reference):
+    """Compare two runs up to the order of sums: losses to 1e-6, parameters to 1e-5."""
+    for name in ("train/loss", "val/loss"):
+        assert_close(series(workdir, name), series(reference, name), SUM_ORDER)
+    assert_close(load_model(workdir, "latest")[2], load_model(reference, "latest")[2])
 
 
 def small_config(book_path, **changes):

@@ -9,15 +9,13 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 from etils import epath
+from helpers import assert_runs_close
 from launching import NOISE, WarmLauncher
 
 from charlstm.parallel import processes
-from charlstm.runs.checkpoints import load_model, steps_in
-from charlstm.runs.metrics import read_records
+from charlstm.runs.checkpoints import steps_in
 
 FLAGS = [
     "--config=tiny",
@@ -107,20 +105,6 @@ class Processes:
         return "".join(line for line in lines if "processes to meet\n" not in line)
 
 
-def series(workdir, name):
-    records = read_records(epath.Path(workdir) / "metrics.jsonl")
-    return [(record["step"], record[name]) for record in records if name in record]
-
-
-def assert_same_run(workdir, reference):
-    """Assert what the order of sums allows: losses to 1e-6 relative, parameters to 1e-5."""
-    for name in ("train/loss", "val/loss"):
-        ours, theirs = (np.array(series(folder, name)) for folder in (workdir, reference))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
-    ours, theirs = (load_model(folder, "latest")[2] for folder in (workdir, reference))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), ours, theirs)
-
-
 SLURM = by_slurm(1, 2, 0)[1]
 OPEN_MPI = by_open_mpi(1, 2, 0)[1]
 POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
@@ -202,7 +186,7 @@ def test_two_processes_of_four_devices_that_one_signal_stops_train_as_one_device
 
     run = Processes(launch, folder, [*FLAGS, "--workdir=two"], num_devices=4)
     assert run.wait() == [0, 0], run.said(0) + run.said(1)
-    assert_same_run(workdir, reference)
+    assert_runs_close(workdir, reference)
     names = [{p.name for p in where.iterdir()} for where in (workdir, reference)]
     ours, theirs = ({name for name in found if "tfevents" not in name} for found in names)
     assert ours == theirs
@@ -235,7 +219,7 @@ def test_the_death_of_either_process_ends_the_other_and_loses_nothing(launch, re
     assert saved < 24
     answer = launch("train", *flags, cwd=folder)  # one process resumes
     assert answer.returncode == 0, answer.stderr
-    assert_same_run(workdir, reference)
+    assert_runs_close(workdir, reference)
 
 
 @pytest.mark.parametrize("place", [by_slurm, by_open_mpi])

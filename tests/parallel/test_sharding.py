@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from etils import epath
+from helpers import SUM_ORDER, assert_close, assert_runs_close, series
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from charlstm.config import base_config
@@ -24,8 +24,6 @@ from charlstm.parallel.sharding import (
     replicated,
     state_shardings,
 )
-from charlstm.runs.checkpoints import load_model
-from charlstm.runs.metrics import read_records
 from charlstm.steps import init_state, make_train_step
 from charlstm.training.loop import train
 
@@ -62,21 +60,6 @@ def config_of(book_path, num_devices, **changes):
     return config
 
 
-def series(workdir, name):
-    """Return what metrics.jsonl says of `name`, record by record."""
-    records = read_records(epath.Path(workdir) / "metrics.jsonl")
-    return [record[name] for record in records if name in record]
-
-
-def assert_same(workdir, reference):
-    """Assert what the order of sums allows: losses to 1e-6 relative, parameters to 1e-5."""
-    for name, count in (("train/loss", 50), ("val/loss", 2)):
-        assert len(series(workdir, name)) == count
-        np.testing.assert_allclose(series(workdir, name), series(reference, name), rtol=1e-6)
-    ours, theirs = (load_model(folder, "latest")[2] for folder in (workdir, reference))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), ours, theirs)
-
-
 @pytest.fixture(scope="module")
 def on_one(tmp_path_factory, book):
     """Return the folder of a run on one device, and the path of its text."""
@@ -90,7 +73,7 @@ def on_one(tmp_path_factory, book):
 def test_eight_devices_train_as_one_does(on_one, tmp_path):
     reference, path = on_one
     assert train(config_of(path, NUM_DEVICES), tmp_path / "run")
-    assert_same(tmp_path / "run", reference)
+    assert_runs_close(tmp_path / "run", reference)
 
 
 @pytest.mark.usefixtures("cheaply")
@@ -109,7 +92,7 @@ def test_eight_devices_begin_as_one_does_with_a_cautious_optimizer():
         for index in range(6):
             state, metrics = step(state, put_batch(batches(index), by_rows(mesh, 16), 16))
             losses.append(float(metrics["loss"]))
-    np.testing.assert_allclose(losses[6:], losses[:6], rtol=1e-6)
+    assert_close(losses[6:], losses[:6], SUM_ORDER)
     assert losses[5] < losses[0]
 
 
@@ -125,7 +108,7 @@ def test_a_run_goes_on_with_other_devices(on_one, tmp_path):
     assert num_steps == sorted(set(num_steps))
     assert num_steps[-1] < 50
     assert train(config_of(path, 8), tmp_path / "run")
-    assert_same(tmp_path / "run", reference)
+    assert_runs_close(tmp_path / "run", reference)
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,13 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from helpers import assert_equal, records_of
 from launching import WarmLauncher, command_of, run_command
 
 from charlstm.files import sole_writer
 from charlstm.model import model_from_config
 from charlstm.runs.checkpoints import Checkpoints, load_model, state_shapes, steps_in
 from charlstm.runs.folder import load_run
-from charlstm.runs.metrics import read_records
 
 FLAGS = [
     "--config=tiny",
@@ -53,21 +53,11 @@ def best_weights(workdir):
     return jax.tree.leaves(load_model(workdir, "best")[2])
 
 
-CLOCKED = ("seconds", "chars_per_second")
-
-
-def metrics(workdir):
-    """Return the records of a run without what depends on the clock."""
-    records = read_records(epath.Path(workdir) / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if k not in CLOCKED} for record in records]
-
-
 def assert_same_run(workdir, reference):
     """Assert that two runs ended with the same bits, whatever happened on the way."""
     for leaves_of in (last_state, best_weights):
-        for ours, theirs in zip(leaves_of(workdir), leaves_of(reference), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
-    assert metrics(workdir) == metrics(reference)
+        assert_equal(leaves_of(workdir), leaves_of(reference))
+    assert records_of(workdir) == records_of(reference)
     # A kill right after a save leaves what that save would have deleted next.
     kept = steps_in(reference / "checkpoints")
     assert set(steps_in(workdir / "checkpoints")) >= set(kept)
@@ -128,7 +118,7 @@ def test_runs_killed_at_a_hundred_random_times_end_as_one_that_was_not(reference
         code = process.wait()
         assert code in (0, -signal.SIGKILL)
         if code == -signal.SIGKILL:
-            records = metrics(workdir)
+            records = records_of(workdir)
             steps = steps_in(workdir / "checkpoints")
             kills += 1
             resumes += bool(steps)
@@ -194,8 +184,8 @@ def test_a_signal_amid_an_evaluation_is_answered_before_its_end(launch, referenc
     process.send_signal(signal.SIGHUP)  # as a terminal that is closed
     assert process.wait(timeout=30) == 128 + signal.SIGHUP
     assert steps_in(tmp_path / "run" / "checkpoints") == [5]
-    assert [record["step"] for record in metrics(tmp_path / "run")] == [5]
-    assert "val/loss" not in metrics(tmp_path / "run")[0]
+    assert [record["step"] for record in records_of(tmp_path / "run")] == [5]
+    assert "val/loss" not in records_of(tmp_path / "run")[0]
 
 
 def test_a_full_disk_is_one_line_and_the_previous_checkpoint_is_kept(launch, reference, tmp_path):
@@ -205,7 +195,7 @@ def test_a_full_disk_is_one_line_and_the_previous_checkpoint_is_kept(launch, ref
     flags += ["--config.eval_every_steps=1000000", "--config.checkpoint_every_steps=10000"]
     err = tmp_path / "err"
     process = launch.start("train", *flags, cwd=reference.parent, out=os.devnull, err=err)
-    wait_for(lambda: metrics(tmp_path / "run")[-1]["step"] > 60)
+    wait_for(lambda: records_of(tmp_path / "run")[-1]["step"] > 60)
     # From now on no file can grow beyond this: metrics.jsonl can, a checkpoint can not.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
     process.send_signal(signal.SIGTERM)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from etils import epath
-from helpers import NUM_STEPS, small_config, stop_after, untrained_run
+from helpers import NUM_STEPS, assert_equal, records_of, small_config, stop_after, untrained_run
 
 import charlstm.training.loop as train_module
 from charlstm.data.batches import Streams
@@ -52,18 +52,10 @@ def latest_leaves(workdir):
     return jax.tree.leaves(load_model(workdir, "latest")[2])
 
 
-def timeless(workdir):
-    """Return the records of a run without what depends on the clock."""
-    clocked = ("seconds", "chars_per_second")
-    records = read_records(epath.Path(workdir) / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if k not in clocked} for record in records]
-
-
 def assert_same_run(workdir, reference):
     """Assert that two runs have the same weights, bit for bit, and the same records."""
-    for ours, theirs in zip(latest_leaves(workdir), latest_leaves(reference), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    assert timeless(workdir) == timeless(reference)
+    assert_equal(latest_leaves(workdir), latest_leaves(reference))
+    assert records_of(workdir) == records_of(reference)
     assert best_and_latest(workdir) == best_and_latest(reference)
 
 
@@ -144,7 +136,7 @@ def test_another_seed_gives_another_run(finished, tmp_path):
     config, workdir = finished
     other = small_config(config.data.path, **SCHEDULED, seed=1)
     assert not train(other, tmp_path / "other", should_stop=stop_after(4))
-    first, theirs = timeless(tmp_path / "other")[0], timeless(workdir)[0]
+    first, theirs = records_of(tmp_path / "other")[0], records_of(workdir)[0]
     assert first["step"] == theirs["step"]
     assert first["train/loss"] != theirs["train/loss"]
 
@@ -216,11 +208,11 @@ def test_without_a_validation_part_the_best_is_by_training_loss(cheaply, book_pa
 def test_a_finished_run_goes_on_when_it_is_made_longer(cheaply, book_path, tmp_path, caplog):
     caplog.set_level("INFO", logger="charlstm")
     assert train(small_config(book_path, **PLAIN), tmp_path / "run")
-    before = timeless(tmp_path / "run")
+    before = records_of(tmp_path / "run")
     changes = {"num_steps": 0, "num_epochs": 1, "eval_every_steps": 50}
     config = small_config(book_path, **PLAIN | changes)
     assert train(config, tmp_path / "run")
-    records = timeless(tmp_path / "run")
+    records = records_of(tmp_path / "run")
     assert records[: len(before)] == before
     num_steps = 85  # 5,400 characters in 4 streams of windows of 16
     later = [record["step"] for record in records if record["step"] > NUM_STEPS]
@@ -317,7 +309,7 @@ def test_a_step_without_a_finite_loss_is_left_out_and_counted(
     assert "step 6: the loss is nan" in caplog.text
     assert states_of(tmp_path / "run")[13][1]["nonfinite_steps"] == 1
     assert train(finished[0], tmp_path / "run")
-    records = timeless(tmp_path / "run")
+    records = records_of(tmp_path / "run")
     counts = {r["step"]: r["skipped_steps"] for r in records if "skipped_steps" in r}
     assert counts == {4: 0, 8: 1, 12: 1, 16: 3, 20: 3, 24: 3, 28: 3, 30: 3}
     assert_all_states_are_finite(tmp_path / "run")
@@ -340,7 +332,7 @@ def test_after_several_in_a_row_the_run_goes_back_with_a_lower_rate(
     assert train(config, tmp_path / "run")
     assert caplog.text.count("going back to the checkpoint of step 10, with") == 2
     assert "with 0.25 times the learning rate" in caplog.text
-    records = timeless(tmp_path / "run")
+    records = records_of(tmp_path / "run")
     steps = [record["step"] for record in records]
     assert steps == sorted(steps)
     rate = {r["step"]: r["learning_rate"] for r in records if "learning_rate" in r}
@@ -450,7 +442,7 @@ def test_a_run_folder_of_every_schema_is_read_and_trained_further(
     workdir = epath.Path(tmp_path / name)
     shutil.copytree(FIXTURES / name, workdir)
     run, _, params = load_model(workdir)
-    before = timeless(workdir)
+    before = records_of(workdir)
     config = run.config.copy_and_resolve_references().unlock()
     config.update_from_flattened_dict(
         {"data.path": str(book_path), "num_steps": 44, "mesh.data": 1}
@@ -459,5 +451,5 @@ def test_a_run_folder_of_every_schema_is_read_and_trained_further(
     # The tolerance is for the order of float32 sums on other processors.
     np.testing.assert_allclose(validate(params)["val/loss"], before[-1]["val/loss"], rtol=1e-5)
     assert train(config, workdir)
-    assert timeless(workdir)[: len(before)] == before
+    assert records_of(workdir)[: len(before)] == before
     assert steps_in(workdir / "checkpoints") == [40, 44]
