@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from charlstm.data.batches import Streams as Streams
     from charlstm.data.batches import Windows as Windows
     from charlstm.data.batches import training_batches as training_batches
-    from charlstm.data.cleaning import Vocab as Vocab
+    from charlstm.data.vocab import Vocab as Vocab
     from charlstm.keys import derive_key as derive_key
     from charlstm.lstm.reference import LayerStates as LayerStates
     from charlstm.model import CharLSTM as CharLSTM
@@ -36,7 +36,7 @@ _HOME = {
     "LayerStates": "lstm.reference",
     "Streams": "data.batches",
     "TrainState": "steps",
-    "Vocab": "data.cleaning",
+    "Vocab": "data.vocab",
     "Windows": "data.batches",
     "averaged_params": "optim",
     "base_config": "config",

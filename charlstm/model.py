@@ -12,7 +12,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from charlstm.checks import check_choice, check_count, check_ids, check_rate
-from charlstm.data.cleaning import END, Vocab
+from charlstm.data.vocab import END, Vocab
 from charlstm.lstm.cudnn import cudnn_lstm
 from charlstm.lstm.fused import fused_lstm
 from charlstm.lstm.reference import (

@@ -10,7 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from charlstm import sampling
-from charlstm.data.cleaning import Vocab
+from charlstm.data.vocab import Vocab
 from charlstm.model import CharLSTM, predict, zero_carry
 from charlstm.sampling import (
     before_end,

@@ -311,7 +311,7 @@ def test_evaluation_counts_every_character_once_without_dropout():
     nats = -log_probs_MV[np.arange(202), ids_M[1:]].mean()
     accuracy = (log_probs_MV.argmax(axis=1) == ids_M[1:]).mean()
     one_stream = Streams(ids_M, batch_size=1, seq_len=T)
-    batches = map(one_stream, range(one_stream.steps_per_epoch))
+    batches = one_stream.epoch()
     result = evaluate(jax.jit(make_eval_step(model)), params, zero_carry(model, 1), batches)
     assert result["count"] == 202
     np.testing.assert_allclose(result["loss"], nats, rtol=1e-5)
@@ -326,7 +326,7 @@ def test_streams_with_context_give_nearly_the_figure_of_one_stream():
 
     def loss(batch_size, context):
         streams = Streams(ids_M, batch_size, T, context)
-        batches = map(streams, range(streams.steps_per_epoch))
+        batches = streams.epoch()
         return evaluate(eval_step, params, zero_carry(model, batch_size), batches)
 
     exact, warm, cold = loss(1, 0), loss(8, 4 * T), loss(8, 0)

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from charlstm.data.batches import training_batches
-from charlstm.data.cleaning import Vocab
+from charlstm.data.vocab import Vocab
 from charlstm.model import model_from_config, predict, zero_carry
 from charlstm.optim import make_optimizer, make_schedule
 from charlstm.sampling import make_sampler

@@ -160,7 +160,7 @@ def learn(source: Source, recipe: Recipe) -> dict[str, Any]:
         jax.jit(make_eval_step(model)),
         state.params,
         zero_carry(model, batch_size),
-        map(held_out, range(held_out.steps_per_epoch)),
+        held_out.epoch(),
     )
     bits = result["loss"] / math.log(2)
     return {

@@ -99,7 +99,7 @@ def _jax_evaluate(case: Case, model: Any, optimizer: Any, state: Any) -> Call:
     eval_step = jax.jit(make_eval_step(model))
 
     def call() -> float:
-        windows = map(batches, range(batches.steps_per_epoch))
+        windows = batches.epoch()
         return evaluate(eval_step, state.params, carry, windows)["loss"]
 
     return call

@@ -119,7 +119,7 @@ def _torch_evaluate(case: Case, model: Any) -> Made:
     @torch.inference_mode()
     def call() -> float:
         carry, nats, correct, count = (zeros_NBH, zeros_NBH), 0.0, 0.0, 0.0
-        for batch in map(batches, range(batches.steps_per_epoch)):
+        for batch in batches.epoch():
             weights_TB, inputs_TB, targets_TB = (
                 torch.tensor(array_BT.T)
                 for array_BT in (batch.weights_BT, batch.inputs_BT, batch.targets_BT)
@@ -206,7 +206,7 @@ def learn_tutorial(
     data, batch_size, seq_len = ConfigDict(config["data"]), config["batch_size"], config["seq_len"]
     text = open_corpus(data, data.path, source=source)
     vocab_size = len(text.vocab)
-    train_M, held_out_M = split(text.ids_M, data.val_fraction, data.max_val_chars)
+    train_M, held_out_M = split(text.ids_M, data)
 
     def patterns(ids_M: Any, starts_N: Any) -> tuple[Any, Any]:
         windows_NT = np.lib.stride_tricks.sliding_window_view(ids_M, seq_len)[starts_N]

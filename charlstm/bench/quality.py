@@ -178,13 +178,13 @@ def score(folders: Sequence[str]) -> dict[str, Any]:
     run, model, _ = load_model(folders[0], "latest")
     data = run.config.data
     text = open_corpus(data, data.path, source=run.text["source"])
-    _, ids_M = split(text.ids_M, data.val_fraction, data.max_val_chars)
+    _, ids_M = split(text.ids_M, data)
     batches = evaluation_batches(ids_M, run.config)
     if isinstance(batches, Windows):
         steps = list(chosen_windows(batches, sampled_starts(batches.num_windows)))
         scored = describe_sample(batches.num_windows)
     else:
-        steps = list(map(batches, range(batches.steps_per_epoch)))
+        steps = list(batches.epoch())
         scored = f"each of {len(ids_M) - 1:,} characters, the carry handed on"
     eval_step, empty = jax.jit(make_eval_step(model)), zero_carry(model, batches.batch_size)
     losses = [

@@ -1,4 +1,4 @@
-"""Batches as a pure function of the step: nothing to save for a resume, any step replayed alone."""
+"""Batches as a pure function of the step, so that a resume needs no saved position."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ MAX_SHUFFLED = 2**24
 
 
 class Batch(NamedTuple):
-    """What one training or evaluation step reads: arrays of NumPy or of JAX.
+    """Input of a training or evaluation step, as NumPy or JAX arrays.
 
-    Several batches are one Batch with the axis S of steps in front.
+    Batches of S steps are one Batch with the axis S in front.
     """
 
-    inputs_BT: Any  # int32 ids, 0 to V - 1 in all places
+    inputs_BT: Any  # int32 ids, 0 to V - 1, also at positions of weight 0
     targets_BT: Any  # int32 ids of the characters that follow
     weights_BT: Any  # float32, 0 where a position does not count
     reset_B: Any  # bool, where the carry is reset
@@ -30,23 +30,23 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Streams:
-    """A text cut into B streams of equal length, read side by side in windows of T.
+    """A text cut into B streams of equal length, which are read in parallel in windows of T.
 
-    Every character but the first is a target exactly once an epoch. An epoch begins with an
-    empty carry; within it the carry of one window belongs to the next one, unless chance has that
-    one begin anew.
+    Every character except the first is a target exactly once per epoch. Each epoch starts with a
+    zero carry. Within an epoch the carry passes from one window to the next, unless it is reset at
+    random.
 
     Attributes:
       ids_M: the text.
       batch_size: B, at most M - 1.
       seq_len: T.
-      context: how many characters, a multiple of T, each stream but the first reads uncounted
-        before its own, so that it does not start cold; at most as many as a stream has.
-      state_reset_prob: the probability that a row of a window begins anew, less than 1.
-      seed: decides which ones do.
+      context: characters, a multiple of T, that each stream except the first reads with weight 0
+        before its own, to warm up its carry; at most the length of a stream.
+      state_reset_prob: the probability of resetting the carry of a row before a window, below 1.
+      seed: the seed of these resets.
 
     Raises:
-      ValueError: for an attribute that makes no sense, or a text too short for B.
+      ValueError: for an invalid attribute, or a text too short for B.
     """
 
     ids_M: np.ndarray
@@ -80,13 +80,15 @@ class Streams:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The windows of the longest stream."""
+        """Windows of the longest stream."""
         return -(-(int(np.diff(self.bounds).max()) + self.context) // self.seq_len)
 
     def __call__(self, step: int | np.ndarray, rows: slice = ALL_ROWS) -> Batch:
-        """Return the batch of `step`, counted from 0 over all epochs; of steps_S, all of theirs.
+        """Return the batch of `step`, or the batches of steps_S with the axis S in front.
 
-        With `rows`, only those of its B rows are read.
+        Args:
+          step: from 0, counted over all epochs.
+          rows: the rows of B to read.
         """
         window_S = np.asarray(step) % self.steps_per_epoch
         begin_B, end_B = self.bounds[:-1][rows], self.bounds[1:][rows]
@@ -98,12 +100,16 @@ class Streams:
             inputs_BT=self.ids_M[safe_SBT].astype(np.int32),
             targets_BT=self.ids_M[safe_SBT + 1].astype(np.int32),
             weights_BT=counts_SBT.astype(np.float32),
-            # The first stream has no context before it: it begins anew at the text's beginning.
-            reset_B=(window_S == 0)[..., None] | (first_SB == 0) | self._chance(step)[..., rows],
+            # The first stream has no context: it resets where the text begins.
+            reset_B=(window_S == 0)[..., None] | (first_SB == 0) | self._resets(step)[..., rows],
         )
 
-    def _chance(self, step: int | np.ndarray) -> np.ndarray:
-        """Return which rows begin anew by chance, a function of seed, step and row alone."""
+    def epoch(self) -> Iterator[Batch]:
+        """Yield the batches of the first epoch."""
+        return map(self, range(self.steps_per_epoch))
+
+    def _resets(self, step: int | np.ndarray) -> np.ndarray:
+        """Return which rows are reset at random, as a function of seed, step and row only."""
         place_SB = np.asarray(step)[..., None] * self.batch_size + np.arange(self.batch_size)
         # An array, because NumPy warns about overflowing scalars.
         key_1 = _mix(np.array([self.seed], np.uint64))
@@ -114,19 +120,19 @@ class Streams:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Every window of T characters with what follows it, shuffled each epoch, no carry.
+    """All windows of T characters with their targets, shuffled per epoch, without a carry.
 
-    The last batch of an epoch is filled up with windows of weight 0, so that all have one shape.
+    The last batch of an epoch is padded with windows of weight 0, so that all have one shape.
 
     Attributes:
       ids_M: the text, which has M - T windows.
       batch_size: B.
       seq_len: T.
-      last_only: count the one character after each window, instead of every next character.
-      seed: decides the order; None keeps the order of the text.
+      last_only: count only the target of the last time step of each window.
+      seed: the seed of the order; None keeps the order of the text.
 
     Raises:
-      ValueError: for an attribute that makes no sense, or a text too short for T.
+      ValueError: for an invalid attribute, or a text too short for T.
     """
 
     ids_M: np.ndarray
@@ -153,18 +159,20 @@ class Windows:
 
     @property
     def num_windows(self) -> int:
-        """How many patterns the text has."""
+        """Windows of the text."""
         return len(self.ids_M) - self.seq_len
 
     @property
     def steps_per_epoch(self) -> int:
-        """The batches that hold each window once."""
+        """Batches that contain each window once."""
         return -(-self.num_windows // self.batch_size)
 
     def __call__(self, step: int | np.ndarray, rows: slice = ALL_ROWS) -> Batch:
-        """Return the batch of `step`, counted from 0 over all epochs; of steps_S, all of theirs.
+        """Return the batch of `step`, or the batches of steps_S with the axis S in front.
 
-        With `rows`, only those of its B rows are read.
+        Args:
+          step: from 0, counted over all epochs.
+          rows: the rows of B to read.
         """
         epoch_S, index_S = np.divmod(step, self.steps_per_epoch)
         place_SB = index_S[..., None] * self.batch_size + np.arange(self.batch_size)[rows]
@@ -186,9 +194,13 @@ class Windows:
             reset_B=np.ones(start_SB.shape, dtype=bool),
         )
 
+    def epoch(self) -> Iterator[Batch]:
+        """Yield the batches of the first epoch."""
+        return map(self, range(self.steps_per_epoch))
+
 
 def check_text(ids_M: Any) -> None:
-    """Raise ValueError unless `ids_M` is a text: one axis of integers, at least two of them."""
+    """Raise ValueError unless `ids_M` has one axis of at least two integers."""
     dtype = getattr(ids_M, "dtype", None)
     if dtype is None or not np.issubdtype(dtype, np.integer) or np.ndim(ids_M) != 1:
         raise ValueError(
@@ -203,15 +215,15 @@ def check_text(ids_M: Any) -> None:
 def read_steps(
     batches: Streams | Windows, first: int, count: int, capacity: int, rows: slice = ALL_ROWS
 ) -> Batch:
-    """Return the batches of `count` steps from `first` on, filled up with zeros to `capacity`."""
-    read = batches(np.arange(first, first + count), rows)
+    """Return the batches of `count` steps from `first` on, padded with zeros to `capacity`."""
+    steps_S = batches(np.arange(first, first + count), rows)
 
-    def fill_up(leaf_S: np.ndarray) -> np.ndarray:
+    def pad(leaf_S: np.ndarray) -> np.ndarray:
         full_S = np.zeros((capacity, *leaf_S.shape[1:]), leaf_S.dtype)
         full_S[:count] = leaf_S
         return full_S
 
-    return Batch(*map(fill_up, read))
+    return Batch(*map(pad, steps_S))
 
 
 def _mix(number: np.ndarray) -> np.ndarray:
@@ -223,19 +235,18 @@ def _mix(number: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    # Kept for the epoch and the next: drawing it anew would cost 20 ms at every step.
+    # Cached for this epoch and the next, because drawing it takes 20 ms.
     return np.random.default_rng((seed, epoch)).permutation(size)
 
 
-def split(
-    ids_M: np.ndarray, val_fraction: float, max_val_chars: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the training part of a text, and the rest, the validation part.
+def split(ids_M: np.ndarray, data: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """Return the training part and the validation part of a text, as `config.data` asks for.
 
-    That is the last `val_fraction`, but at most `max_val_chars` characters, 0 for no limit.
+    The validation part is the last `val_fraction` of the text, but at most `max_val_chars`
+    characters; 0 means no limit.
     """
-    count = round(len(ids_M) * val_fraction)
-    cut = len(ids_M) - min(count, max_val_chars or count)
+    count = round(len(ids_M) * data.val_fraction)
+    cut = len(ids_M) - min(count, data.max_val_chars or count)
     return ids_M[:cut], ids_M[cut:]
 
 
@@ -277,13 +288,12 @@ def training_batches(ids_M: np.ndarray, config: ConfigDict) -> Streams | Windows
 def evaluation_batches(
     ids_M: np.ndarray, config: ConfigDict, batch_size: int | None = None
 ) -> Streams | Windows:
-    """Return batches that count each character of a held-out text once, as `config` trains.
+    """Return batches that count each character of a held-out text once.
 
     Args:
       ids_M: the held-out text.
-      config: the run's.
-      batch_size: how many streams to read side by side, by default as many as in training;
-        with 1 the text is read as one.
+      config: the settings of the run: stateful for order=streams, stateless for order=windows.
+      batch_size: the number of streams, by default that of training; 1 reads the text in order.
 
     Raises:
       UserError: if the text is too short to predict anything in it.
@@ -295,9 +305,9 @@ def evaluation_batches(
             "are needed; give a longer text, or set config.data.val_fraction higher, or to 0"
         )
     if config.data.order == "windows":
-        # All positions of all windows would count a character once for each window it is in.
+        # Counting all positions would count a character once for each window it is in.
         return Windows(ids_M, config.batch_size, config.seq_len, last_only=True)
-    # A stream shorter than its context would cost more than it saves.
+    # Streams shorter than their context would read more context than text.
     most = max(1, len(ids_M) // (2 * config.seq_len))
     return Streams(
         ids_M, min(batch_size or config.batch_size, most), config.seq_len, context=config.seq_len
@@ -305,10 +315,10 @@ def evaluation_batches(
 
 
 def cold_batches(ids_M: np.ndarray, seq_len: int, batch_size: int) -> Iterator[Batch]:
-    """Yield a text as windows of T characters side by side, each read from an empty carry.
+    """Yield a text as adjacent windows of T characters, each read from a zero carry.
 
-    Every character but the first is a target exactly once, the first of a window after a single
-    character. The places after the end have weight 0, so that all batches have one shape.
+    Every character except the first is a target exactly once. Positions after the end of the text
+    have weight 0, so that all batches have one shape.
     """
     last = len(ids_M) - 1
     for begin in range(0, last, batch_size * seq_len):

@@ -28,9 +28,10 @@ from etils import epath
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
-from charlstm.data.cleaning import END, Cleaning, Vocab, count_characters
+from charlstm.data.cleaning import Cleaning
 from charlstm.data.encoding import decode
 from charlstm.data.sources import File, Source, find_source, hash_of, read_blocks
+from charlstm.data.vocab import END, Vocab, count_characters
 from charlstm.errors import DamagedError, RunError, UserError
 from charlstm.files import read_json, write_file
 from charlstm.system.console import reading_bar

@@ -75,7 +75,7 @@ def open_held_out(
         raise UserError(f"{run.workdir}: this run has no validation part; give --text=FILE")
     if not path:
         own = open_run_text(run, remedy)
-        train_M, ids_M = split(own.ids_M, data.val_fraction, data.max_val_chars)
+        train_M, ids_M = split(own.ids_M, data)
         name = f"the last {len(ids_M):,} characters of {own.source}"
         return HeldOut(ids_M, name, _bytes_of(run, own), train_M)
     text = open_corpus(data, path, vocab=run.vocab, unknown=unknown, remedy=remedy)
@@ -87,7 +87,7 @@ def open_held_out(
             problem = str(error).split(";")[0]
             logger.warning("no baselines, which need the run's own text: %s", problem)
         return held_out
-    held_out = held_out._replace(train_M=split(own.ids_M, data.val_fraction, data.max_val_chars)[0])
+    held_out = held_out._replace(train_M=split(own.ids_M, data)[0])
     _warn_of_known_text(held_out)
     return held_out
 
@@ -175,7 +175,7 @@ def _measure_both(
     window = min(window, last)  # a longer window would read the same characters
     batch_size = min(max(1, COLD_CHARS // window), -(-last // window))
     cold = measure(cold_batches(ids_M, window, batch_size), batch_size, last)
-    steps = map(batches, range(batches.steps_per_epoch))
+    steps = batches.epoch()
     stateful = measure(steps, batches.batch_size, num_counted)
     return stateful | {"cold": {"window": window} | cold}
 
@@ -186,7 +186,7 @@ def _measure_dynamic(
     anchor = dynamic.make_anchor(model, params, [run.vocab.encode(text) for text in run.prompts])
     reader = dynamic.Reader(params, zero_carry(model, 1))
     batches = Streams(held_out.ids_M, 1, dynamic.WINDOW)
-    steps = map(batches, range(batches.steps_per_epoch))
+    steps = batches.epoch()
     scored = scores(jax.jit(dynamic.make_dynamic_step(model, rate)), anchor, reader, steps)
     reading = read(scored, len(held_out.ids_M) - 1, held_out.bytes_V)
     if not reading.loss < static_loss + math.log(len(run.vocab)):
@@ -201,7 +201,7 @@ def _measure_temperature(
 
     def losses(part_M: np.ndarray, temperatures_R: Any) -> np.ndarray:
         batches = evaluation_batches(part_M, run.config)
-        steps = map(batches, range(batches.steps_per_epoch))
+        steps = batches.epoch()
         empty = zero_carry(model, batches.batch_size)
         return losses_at_temperatures(temperature_step, params, empty, steps, temperatures_R)
 

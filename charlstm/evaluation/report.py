@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from charlstm.data.cleaning import Vocab
+from charlstm.data.vocab import Vocab
 from charlstm.errors import RunError
 from charlstm.evaluation import baselines
 

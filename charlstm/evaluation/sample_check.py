@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence, Set
 import numpy as np
 
 from charlstm.data.batches import split
-from charlstm.data.cleaning import Vocab
+from charlstm.data.vocab import Vocab
 from charlstm.evaluation.memorization import (
     known_words,
     match_lengths,
@@ -33,7 +33,7 @@ def open_training_part(run: Run) -> np.ndarray:
     """
     data = run.config.data
     text = open_run_text(run, "bring it back, or leave out --check")
-    return split(text.ids_M, data.val_fraction, data.max_val_chars)[0]
+    return split(text.ids_M, data)[0]
 
 
 def log_report(texts: Sequence[np.ndarray], train_M: np.ndarray, vocab: Vocab, listed: str) -> None:

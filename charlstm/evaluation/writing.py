@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from charlstm.data.cleaning import END
 from charlstm.data.corpus import open_corpus
+from charlstm.data.vocab import END
 from charlstm.errors import UserError
 from charlstm.evaluation.dynamic import adapt, make_anchor
 from charlstm.keys import derive_key

@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 from charlstm.config import base_config, flatten
 from charlstm.config_check import validate
-from charlstm.data.cleaning import END, Cleaning, Vocab
+from charlstm.data.cleaning import Cleaning
+from charlstm.data.vocab import END, Vocab
 from charlstm.errors import DamagedError, OccupiedError, UserError, one_line
 from charlstm.files import (
     is_link,

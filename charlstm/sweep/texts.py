@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from charlstm.data.cleaning import END, Cleaning
+from charlstm.data.cleaning import Cleaning
 from charlstm.data.corpus import TextStats, check_stats, collect_stats, log_cut, read_characters
 from charlstm.data.sources import Source, find_source
+from charlstm.data.vocab import END
 
 UNSEEN_FRACTION = 0.1
 VAL_FRACTION = 1 / 18  # of the rest, which is 5 % of the whole text

@@ -93,7 +93,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
             f"bring back the text with SHA-256 {run.text['sha256'][:64]}, "
             "or choose another --workdir"
         )
-    train_ids, val_ids = split(text.ids_M, config.data.val_fraction, config.data.max_val_chars)
+    train_ids, val_ids = split(text.ids_M, config.data)
     batches = training_batches(train_ids, config)
     val_batches = evaluation_batches(val_ids, config) if config.data.val_fraction else None
     num_steps = config.num_steps or config.num_epochs * batches.steps_per_epoch

@@ -143,7 +143,7 @@ def test_chosen_windows_are_scored_as_a_run_scores_all_of_them():
         return evaluate(eval_step, params, empty, batches)["loss"]
 
     every = np.arange(windows.num_windows)  # 55, so that the last batch has 3
-    all_of_them = map(windows, range(windows.steps_per_epoch))
+    all_of_them = windows.epoch()
     chosen = quality.chosen_windows(windows, every)
     assert loss(chosen) == pytest.approx(loss(all_of_them), rel=1e-6)
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
 from charlstm.config import base_config
 from charlstm.data.batches import (
@@ -314,18 +315,10 @@ def test_two_orders_at_once_do_not_disturb_each_other():
 
 
 @fast
-@given(st.integers(0, 300), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.999]))
-def test_the_validation_part_is_the_last_of_the_text(size, fraction):
-    ids_M = text_of(size)
-    train_ids, val_ids = split(ids_M, fraction)
-    assert len(val_ids) == round(size * fraction)
-    assert train_ids.tolist() + val_ids.tolist() == list(range(size))
-
-
-@fast
 @given(st.integers(0, 300), st.floats(0, 0.999), st.integers(0, 60))
-def test_the_validation_part_has_a_limit(size, fraction, limit):
-    train_ids, val_ids = split(text_of(size), fraction, limit)
+def test_split_holds_out_the_end_up_to_a_limit(size, fraction, limit):
+    data = ConfigDict({"val_fraction": fraction, "max_val_chars": limit})
+    train_ids, val_ids = split(text_of(size), data)
     wanted = round(size * fraction)
     assert len(val_ids) == (min(wanted, limit) if limit else wanted)
     assert train_ids.tolist() + val_ids.tolist() == list(range(size))

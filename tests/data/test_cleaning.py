@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 import charlstm.data.sources
 from charlstm.config import base_config
-from charlstm.data.cleaning import END, Cleaning, Vocab, drop_punctuation
+from charlstm.data.cleaning import Cleaning, drop_punctuation
 from charlstm.data.corpus import open_corpus
 from charlstm.data.encoding import decode
 from charlstm.data.sources import PYTHON_MANUAL
+from charlstm.data.vocab import END, Vocab
 from charlstm.errors import UserError
 from charlstm.runs.folder import Run
 

@@ -30,11 +30,12 @@ import charlstm.data.cleaning
 import charlstm.data.corpus
 from charlstm.config import base_config
 from charlstm.data import find
-from charlstm.data.cleaning import END, UNKNOWN, Cleaning, Vocab
+from charlstm.data.cleaning import Cleaning
 from charlstm.data.corpus import forget_pages, open_corpus, texts_folder
 from charlstm.data.encoding import decode
 from charlstm.data.gutenberg import cut_gutenberg
 from charlstm.data.sources import find_source, read_blocks
+from charlstm.data.vocab import END, UNKNOWN, Vocab
 from charlstm.errors import RunError, UserError
 
 START = "*** START OF THE PROJECT GUTENBERG EBOOK X ***"

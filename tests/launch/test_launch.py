@@ -15,7 +15,7 @@ from conftest import ROOT
 from helpers import small_config, untrained_run
 from launching import WarmLauncher, command_of, run_command, train_on
 
-from charlstm.data.cleaning import Vocab
+from charlstm.data.vocab import Vocab
 from charlstm.errors import RunError
 from charlstm.evaluation import report
 

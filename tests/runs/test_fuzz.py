@@ -20,8 +20,8 @@ from charlstm.cli import options
 from charlstm.config import base_config, flatten
 from charlstm.config_check import validate
 from charlstm.data.batches import Streams, Windows, evaluation_batches, split, training_batches
-from charlstm.data.cleaning import Vocab
 from charlstm.data.corpus import open_corpus
+from charlstm.data.vocab import Vocab
 from charlstm.errors import DamagedError, UserError, one_line, printable
 from charlstm.runs.checkpoints import load_model
 from charlstm.runs.checksums import checksum_of, read_metadata
@@ -95,7 +95,7 @@ def test_any_sizes_give_batches_that_count_each_target_once_or_a_clear_line(
     )
     try:
         ids = Vocab.from_text(text).encode(text)
-        train_ids, val_ids = split(ids, val_fraction)
+        train_ids, val_ids = split(ids, config.data)
         batches = training_batches(train_ids, config)
         evaluation = evaluation_batches(val_ids, config) if val_fraction else None
     except UserError as error:

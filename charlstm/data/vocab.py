@@ -1,0 +1,168 @@
+"""The characters of a text and their integer ids."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from charlstm.checks import check_choice, check_ids
+from charlstm.errors import ArgumentError
+
+END = "\x03"  # Unicode's END OF TEXT: the end of a document, where there are documents
+UNKNOWN = "\ufffd"  # REPLACEMENT CHARACTER: replaces characters that occur too rarely
+NUM_CODES = 0x110000
+
+
+def count_characters(chunks: Iterable[str]) -> np.ndarray:
+    """Return how often each code point occurs, an array with one entry for each of Unicode's."""
+    counts = np.zeros(NUM_CODES, dtype=np.int64)
+    for chunk in chunks:
+        found = np.bincount(code_points(chunk))
+        counts[: len(found)] += found
+    return counts
+
+
+class Vocab:
+    """The distinct characters of a text in order of code point, each with its index as id.
+
+    Equal to another one with the same characters. Iterating gives the characters.
+    """
+
+    def __init__(self, characters: Sequence[str]):
+        """Take single characters in ascending order of code point.
+
+        Raises:
+          ValueError: if there is none, or they are in another order, or occur twice.
+        """
+        self.characters = tuple(characters)
+        codes = np.array([ord(character) for character in self.characters], dtype=np.int64)
+        if len(codes) == 0 or np.any(np.diff(codes) <= 0):
+            raise ValueError(
+                "characters: must be distinct, in ascending order of code point, and at least one"
+            )
+        self.dtype = np.min_scalar_type(len(codes) - 1)
+        self._codes = codes
+        # One entry a code point up to the largest: encoding is a single gather.
+        self._id_of_code = np.full(max(int(codes[-1]) + 2, 256), -1, dtype=np.int32)
+        self._id_of_code[codes] = np.arange(len(codes))
+
+    @classmethod
+    def from_text(cls, content: str) -> "Vocab":
+        """Return the vocabulary of `content`.
+
+        Raises:
+          ArgumentError: if `content` has fewer than two distinct characters.
+        """
+        return cls.from_counts(count_characters([content]))
+
+    @classmethod
+    def from_counts(cls, counts: np.ndarray, min_count: int = 1) -> "Vocab":
+        """Return the vocabulary of a text of which count_characters has made `counts`.
+
+        Characters but END that occur fewer than `min_count` times are left out, and UNKNOWN takes
+        their place, as encode(unknown='replace') does.
+
+        Raises:
+          ArgumentError: if fewer than two distinct characters are left.
+        """
+        codes = np.flatnonzero(counts)
+        is_rare = (counts[codes] < min_count) & (codes != ord(END))
+        kept = set(codes[~is_rare].tolist()) | ({ord(UNKNOWN)} if is_rare.any() else set())
+        if len(kept) < 2:
+            lower = f", or set min_count={min_count} lower" if is_rare.any() else ""
+            raise ArgumentError(
+                f"the text has {len(kept)} distinct character(s): there is nothing to predict; "
+                f"give a text with at least 2{lower}"
+            )
+        return cls([chr(code) for code in sorted(kept)])
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.characters)
+
+    def __contains__(self, character: object) -> bool:
+        return character in self.characters
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocab) and self.characters == other.characters
+
+    def __hash__(self) -> int:
+        return hash(self.characters)
+
+    def __repr__(self) -> str:
+        if len(self) <= 100:
+            return f"Vocab({''.join(self)!r})"
+        return f"<Vocab of {len(self)} characters, {''.join(self.characters[:100])!r} ...>"
+
+    def encode(self, content: str, unknown: str = "error", start: int = 0) -> np.ndarray:
+        """Return the ids of `content` as an array of the smallest unsigned type that holds V.
+
+        Args:
+          content: any text.
+          unknown: for characters outside the vocabulary, 'error', 'drop', or 'replace' by UNKNOWN
+            (where the vocabulary has none, by a space; without one, by its first character).
+          start: the position of `content` in the text that it is a part of, for errors.
+
+        Raises:
+          ArgumentError: naming the first unknown character and its position, if unknown='error'.
+          ValueError: for another value of `unknown`.
+        """
+        check_choice("unknown", unknown, ("error", "drop", "replace"))
+        codes = code_points(content)
+        if codes.dtype != np.uint8:
+            codes = np.minimum(codes, len(self._id_of_code) - 1)
+        ids = self._id_of_code.take(codes)
+        if ids.min(initial=0) < 0:
+            is_unknown = ids < 0
+            if unknown == "error":
+                index = int(np.argmax(is_unknown))
+                raise ArgumentError(
+                    f"character {content[index]!r} (U+{ord(content[index]):04X}) at position "
+                    f"{start + index} is not among the {len(self)} characters of this model; "
+                    "leave it out, or set unknown to drop or replace"
+                )
+            if unknown == "drop":
+                ids = ids[~is_unknown]
+            else:
+                ids[is_unknown] = self._filler()
+        return ids.astype(self.dtype)
+
+    def _filler(self) -> int:
+        found = [self.characters.index(char) for char in (UNKNOWN, " ") if char in self.characters]
+        return found[0] if found else 0
+
+    def decode(self, ids: Any) -> str:
+        """Return the text of `ids`, an array of any integer type with axis M.
+
+        Raises:
+          ValueError: if `ids` has other axes, or an id that no character has.
+        """
+        if np.size(ids) == 0:
+            return ""
+        check_ids("ids", ids, len(self), ndim=1)
+        codes = self._codes[np.asarray(ids)].astype("<u4")
+        return codes.tobytes().decode("utf-32-le", "surrogatepass")
+
+    def utf8_bytes(self) -> np.ndarray:
+        """Return bytes_V, how many bytes each character takes in UTF-8."""
+        return 1 + np.searchsorted([0x80, 0x800, 0x10000], self._codes, side="right")
+
+    def to_json(self) -> str:
+        """Return the characters as a JSON list, id by id."""
+        return json.dumps(self.characters, ensure_ascii=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Vocab":
+        """Return the vocabulary that to_json wrote."""
+        return cls(json.loads(text))
+
+
+def code_points(content: str) -> np.ndarray:
+    """Return the code points of `content`, of type uint8 if all are ASCII, else uint32."""
+    if content.isascii():
+        return np.frombuffer(content.encode(), dtype=np.uint8)
+    # Lone surrogates can't come from a UTF-8 file, but they can from a command line.
+    return np.frombuffer(content.encode("utf-32-le", "surrogatepass"), dtype="<u4")
