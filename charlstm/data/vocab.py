@@ -9,31 +9,31 @@ import numpy as np
 from charlstm.checks import check_choice, check_ids
 from charlstm.errors import ArgumentError
 
-END = "\x03"  # Unicode's END OF TEXT: the end of a document, where there are documents
+END = "\x03"  # Unicode's END OF TEXT marks the end of a document
 UNKNOWN = "\ufffd"  # REPLACEMENT CHARACTER: replaces characters that occur too rarely
 NUM_CODES = 0x110000
 
 
 def count_characters(chunks: Iterable[str]) -> np.ndarray:
-    """Return how often each code point occurs, an array with one entry for each of Unicode's."""
+    """Return the number of occurrences of each Unicode code point, indexed by code point."""
     counts = np.zeros(NUM_CODES, dtype=np.int64)
     for chunk in chunks:
-        found = np.bincount(code_points(chunk))
-        counts[: len(found)] += found
+        chunk_counts = np.bincount(code_points(chunk))
+        counts[: len(chunk_counts)] += chunk_counts
     return counts
 
 
 class Vocab:
-    """The distinct characters of a text in order of code point, each with its index as id.
+    """The distinct characters of a text in order of code point; the id of each is its index.
 
-    Equal to another one with the same characters. Iterating gives the characters.
+    Vocabularies with the same characters are equal. Iteration yields the characters.
     """
 
     def __init__(self, characters: Sequence[str]):
-        """Take single characters in ascending order of code point.
+        """Store single characters.
 
         Raises:
-          ValueError: if there is none, or they are in another order, or occur twice.
+          ValueError: if `characters` is empty or not in strictly ascending order of code point.
         """
         self.characters = tuple(characters)
         codes = np.array([ord(character) for character in self.characters], dtype=np.int64)
@@ -43,7 +43,7 @@ class Vocab:
             )
         self.dtype = np.min_scalar_type(len(codes) - 1)
         self._codes = codes
-        # One entry a code point up to the largest: encoding is a single gather.
+        # With one entry per code point, encoding is a single gather.
         self._id_of_code = np.full(max(int(codes[-1]) + 2, 256), -1, dtype=np.int32)
         self._id_of_code[codes] = np.arange(len(codes))
 
@@ -58,24 +58,23 @@ class Vocab:
 
     @classmethod
     def from_counts(cls, counts: np.ndarray, min_count: int = 1) -> "Vocab":
-        """Return the vocabulary of a text of which count_characters has made `counts`.
+        """Return the vocabulary of a text from the counts that count_characters returns.
 
-        Characters but END that occur fewer than `min_count` times are left out, and UNKNOWN takes
-        their place, as encode(unknown='replace') does.
+        Characters that occur fewer than `min_count` times, except END, are replaced by UNKNOWN.
 
         Raises:
-          ArgumentError: if fewer than two distinct characters are left.
+          ArgumentError: if fewer than two distinct characters remain.
         """
         codes = np.flatnonzero(counts)
         is_rare = (counts[codes] < min_count) & (codes != ord(END))
-        kept = set(codes[~is_rare].tolist()) | ({ord(UNKNOWN)} if is_rare.any() else set())
-        if len(kept) < 2:
-            lower = f", or set min_count={min_count} lower" if is_rare.any() else ""
+        frequent = set(codes[~is_rare].tolist()) | ({ord(UNKNOWN)} if is_rare.any() else set())
+        if len(frequent) < 2:
+            lower = f", or lower min_count={min_count}" if is_rare.any() else ""
             raise ArgumentError(
-                f"the text has {len(kept)} distinct character(s): there is nothing to predict; "
+                f"the text has {len(frequent)} distinct character(s), nothing to predict; "
                 f"give a text with at least 2{lower}"
             )
-        return cls([chr(code) for code in sorted(kept)])
+        return cls([chr(code) for code in sorted(frequent)])
 
     def __len__(self) -> int:
         return len(self.characters)
@@ -98,13 +97,13 @@ class Vocab:
         return f"<Vocab of {len(self)} characters, {''.join(self.characters[:100])!r} ...>"
 
     def encode(self, content: str, unknown: str = "error", start: int = 0) -> np.ndarray:
-        """Return the ids of `content` as an array of the smallest unsigned type that holds V.
+        """Return ids_M of `content` in the smallest unsigned integer type for V ids.
 
         Args:
           content: any text.
-          unknown: for characters outside the vocabulary, 'error', 'drop', or 'replace' by UNKNOWN
-            (where the vocabulary has none, by a space; without one, by its first character).
-          start: the position of `content` in the text that it is a part of, for errors.
+          unknown: what to do with characters outside the vocabulary: 'error', 'drop', or
+            'replace' (by UNKNOWN, else a space, else the first character of the vocabulary).
+          start: position of `content` in the whole text, for errors.
 
         Raises:
           ArgumentError: naming the first unknown character and its position, if unknown='error'.
@@ -127,18 +126,18 @@ class Vocab:
             if unknown == "drop":
                 ids = ids[~is_unknown]
             else:
-                ids[is_unknown] = self._filler()
+                ids[is_unknown] = self._replacement()
         return ids.astype(self.dtype)
 
-    def _filler(self) -> int:
-        found = [self.characters.index(char) for char in (UNKNOWN, " ") if char in self.characters]
-        return found[0] if found else 0
+    def _replacement(self) -> int:
+        known = [char for char in (UNKNOWN, " ") if char in self]
+        return self.characters.index(known[0]) if known else 0
 
     def decode(self, ids: Any) -> str:
-        """Return the text of `ids`, an array of any integer type with axis M.
+        """Return the text of ids_M, an array of any integer type.
 
         Raises:
-          ValueError: if `ids` has other axes, or an id that no character has.
+          ValueError: if `ids` does not have one axis, or contains an id outside 0 to V - 1.
         """
         if np.size(ids) == 0:
             return ""
@@ -147,7 +146,7 @@ class Vocab:
         return codes.tobytes().decode("utf-32-le", "surrogatepass")
 
     def utf8_bytes(self) -> np.ndarray:
-        """Return bytes_V, how many bytes each character takes in UTF-8."""
+        """Return bytes_V, the size of each character in UTF-8."""
         return 1 + np.searchsorted([0x80, 0x800, 0x10000], self._codes, side="right")
 
     def to_json(self) -> str:
@@ -156,13 +155,13 @@ class Vocab:
 
     @classmethod
     def from_json(cls, text: str) -> "Vocab":
-        """Return the vocabulary that to_json wrote."""
+        """Return the vocabulary from the output of to_json."""
         return cls(json.loads(text))
 
 
 def code_points(content: str) -> np.ndarray:
-    """Return the code points of `content`, of type uint8 if all are ASCII, else uint32."""
+    """Return the code point of each character, as uint8 for ASCII and uint32 otherwise."""
     if content.isascii():
         return np.frombuffer(content.encode(), dtype=np.uint8)
-    # Lone surrogates can't come from a UTF-8 file, but they can from a command line.
+    # A command line, unlike a UTF-8 file, can contain lone surrogates.
     return np.frombuffer(content.encode("utf-32-le", "surrogatepass"), dtype="<u4")

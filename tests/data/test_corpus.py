@@ -26,7 +26,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from launching import WarmLauncher
 
-import charlstm.data.cleaning
 import charlstm.data.corpus
 from charlstm.config import base_config
 from charlstm.data import find
@@ -35,7 +34,7 @@ from charlstm.data.corpus import forget_pages, open_corpus, texts_folder
 from charlstm.data.encoding import decode
 from charlstm.data.gutenberg import cut_gutenberg
 from charlstm.data.sources import find_source, read_blocks
-from charlstm.data.vocab import END, UNKNOWN, Vocab
+from charlstm.data.vocab import END, UNKNOWN, Vocab, count_characters
 from charlstm.errors import RunError, UserError
 
 START = "*** START OF THE PROJECT GUTENBERG EBOOK X ***"
@@ -112,9 +111,7 @@ def test_a_file_cut_anywhere_is_cleaned_as_the_whole(text, size, cleaning):
 def test_rare_characters_fold_into_one(common, rare, min_count):
     text = common + rare + "ab" * 5
     counts = Counter(text)
-    vocab = Vocab.from_counts(
-        charlstm.data.cleaning.count_characters([text[:20], text[20:]]), min_count
-    )
+    vocab = Vocab.from_counts(count_characters([text[:20], text[20:]]), min_count)
     folded = [char if counts[char] >= min_count else UNKNOWN for char in text]
     assert list(vocab.characters) == sorted(set(folded))
     assert vocab.decode(vocab.encode(text, "replace")) == "".join(folded)
