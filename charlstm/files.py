@@ -203,14 +203,14 @@ def _is_plain(path: str) -> bool:
 
 
 def is_lock(path: epath.Path) -> bool:
-    """Return whether `path` is a file that sole_writer made."""
+    """Return whether `path` is a file that lock_folder made."""
     if not path.is_file() or is_link(path):
         return False
     return path.read_bytes()[: len(LOCK_TEXT)] in (b"", LOCK_TEXT.encode())
 
 
 @contextmanager
-def sole_writer(folder: epath.Path, remedy: str = "choose another --workdir") -> Iterator[None]:
+def lock_folder(folder: epath.Path, remedy: str = "choose another --workdir") -> Iterator[None]:
     """Make `folder` if need be, and keep other writers out of it until the end of the block.
 
     The lock is the operating system's, so that it ends with its holder, however that ends. In a

@@ -177,7 +177,7 @@ def score(folders: Sequence[str]) -> dict[str, Any]:
 
     run, model, _ = load_model(folders[0], "latest")
     data = run.config.data
-    text = open_corpus(data, data.path, source=run.text["source"])
+    text = open_corpus(data, data.path, source=run.text.source)
     _, ids_M = split(text.ids_M, data)
     batches = evaluation_batches(ids_M, run.config)
     if isinstance(batches, Windows):

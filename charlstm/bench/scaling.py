@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from charlstm.data.batches import Batch
 from charlstm.model import CharLSTM
-from charlstm.parallel.sharding import AXIS, by_rows, replicated, state_shardings
-from charlstm.steps import init_state, make_train_step
+from charlstm.parallel.sharding import AXIS, by_rows, init_sharded, replicated
+from charlstm.steps import make_train_step
 
 
 class Case(NamedTuple):
@@ -62,11 +62,11 @@ def take_steps(case: Case, num_devices: int, num_steps: int) -> tuple[Outcome, A
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     mesh = Mesh(np.array(jax.devices()[:num_devices]), (AXIS,))
-    make_state = partial(init_state, model, optimizer, batch_size=case.batch_size)
-    places = state_shardings(jax.eval_shape(make_state, jax.random.key(0)), mesh)
-    state = jax.jit(make_state, out_shardings=places)(jax.random.key(0))
+    key = jax.random.key(0)
+    abstract_state, init = init_sharded(model, optimizer, key, case.batch_size, mesh)
+    state = init(key)
     batch = jax.device_put(random_batch(case), by_rows(mesh, case.batch_size))
-    outputs = places, replicated(mesh)
+    outputs = jax.tree.map(lambda leaf: leaf.sharding, abstract_state), replicated(mesh)
     step = jax.jit(make_train_step(model, optimizer), donate_argnums=0, out_shardings=outputs)
     compiled = step.lower(state, batch).compile()
     losses, seconds = [], []

@@ -1,29 +1,32 @@
-"""Which device holds what: a mesh with one axis, `data`, over which the rows of batches are spread.
+"""Shard batches and states over a mesh with one axis, `data`.
 
-Parameters and optimizer state are on every device, whole; batch and carry are cut by rows. The
-step is the same pure function as on one device: given inputs that lie so, XLA adds up the gradients
-of all devices (an all-reduce), and they exchange nothing else.
+Parameters and optimizer state are replicated; batches and carry are split by rows. The train step
+is the pure function of one device: given such inputs, XLA inserts an all-reduce for the gradients.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from charlstm.data.batches import Batch
 from charlstm.errors import UserError
-from charlstm.steps import TrainState
+from charlstm.model import CharLSTM
+from charlstm.steps import TrainState, init_state
 
 AXIS = "data"
 
 
 def make_mesh(config: ConfigDict) -> Mesh:
-    """Return the mesh of `config.mesh.data` devices, those of each process side by side.
+    """Return the mesh of `config.mesh.data` devices; the devices of a process are adjacent.
 
     Raises:
-      UserError: if there are fewer devices, or they cannot share a batch evenly.
+      UserError: if there are fewer devices, or if they do not divide the batch size.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     size = len(devices) if config.mesh.data == -1 else config.mesh.data
@@ -34,7 +37,7 @@ def make_mesh(config: ConfigDict) -> Mesh:
     if jax.process_count() > 1 and size != len(devices):
         raise UserError(
             f"config.mesh.data={size}: the {jax.process_count()} processes have {len(devices)} "
-            "devices, and none may stay idle; use -1 to take all"
+            "devices and must use all of them; use -1 to take all"
         )
     if config.batch_size % size:
         fits = config.batch_size // size * size or size
@@ -46,39 +49,55 @@ def make_mesh(config: ConfigDict) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return where an array lies that every device of `mesh` holds whole."""
+    """Return the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_rows(mesh: Mesh, batch_size: int, axis: int = 0) -> NamedSharding:
-    """Return where an array lies whose `axis` are B rows: cut over the devices.
+    """Return the sharding of an array whose `axis` B is split over the devices.
 
-    Rows that the devices cannot share evenly, as those of a short validation text, are on each.
+    If the devices do not divide B, as with a short validation text, the array is replicated.
     """
     if batch_size % mesh.size:
         return replicated(mesh)
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """Return where each array of `state` lies: the carry by rows, all else on every device."""
-    places = jax.tree.map(lambda leaf: replicated(mesh), state)
-    carry = jax.tree.map(lambda leaf: by_rows(mesh, leaf.shape[0]), state.carry)
-    return places._replace(carry=carry)
+def init_sharded(
+    model: CharLSTM,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    batch_size: int,
+    mesh: Mesh,
+) -> tuple[TrainState, Callable[[jax.Array], TrainState]]:
+    """Return the abstract initial state, and init(key) that computes the state on the devices.
+
+    The abstract state holds a jax.ShapeDtypeStruct with a sharding for each array. Of `key` only
+    the type matters.
+    """
+    make_state = partial(init_state, model, optimizer, batch_size=batch_size)
+    state = jax.eval_shape(make_state, key)
+    shardings = jax.tree.map(lambda leaf: replicated(mesh), state)
+    carry = jax.tree.map(lambda leaf: by_rows(mesh, batch_size), state.carry)
+    shardings = shardings._replace(carry=carry)
+    abstract_state = jax.tree.map(
+        lambda leaf, sharding: leaf.update(sharding=sharding), state, shardings
+    )
+    return abstract_state, jax.jit(make_state, out_shardings=shardings)
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> slice:
-    """Return which of B rows, cut by by_rows, the devices of this process hold."""
-    # make_mesh has the devices of a process side by side.
-    held = sharding.addressable_devices_indices_map((batch_size,)).values()
-    bounds = [index[0].indices(batch_size) for index in held if index]
-    return slice(min(begin for begin, _, _ in bounds), max(end for _, end, _ in bounds))
+    """Return the range of the B rows, sharded by `by_rows`, that this process holds."""
+    # The devices of a process are adjacent in the mesh.
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    bounds = [index[0].indices(batch_size) for index in indices if index]
+    return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
 
 def put_batch(rows: Batch, sharding: NamedSharding, batch_size: int) -> Batch:
-    """Return a batch on the devices, of whose B rows this process has read `rows`.
+    """Put the rows of a batch that this process has read on its devices; return the whole batch.
 
-    Several batches, with the axis S in front, are put so that `sharding` cuts the axis B behind it.
+    Several batches, with a leading axis S, need a `sharding` that splits the second axis.
     """
     axis = rows.reset_B.ndim - 1
 
@@ -89,8 +108,8 @@ def put_batch(rows: Batch, sharding: NamedSharding, batch_size: int) -> Batch:
     return Batch(*map(put, rows))
 
 
-def whole(tree: Any) -> Any:
-    """Return `tree` with arrays of NumPy, all rows of all processes, on each of them."""
+def to_host(tree: Any) -> Any:
+    """Return `tree` with NumPy arrays, which hold the rows of all processes."""
     from jax.experimental.multihost_utils import process_allgather
 
     def gather(leaf: Any) -> np.ndarray:
@@ -104,12 +123,12 @@ def whole(tree: Any) -> Any:
 
 
 def on_one_device(tree: Any) -> Any:
-    """Return the copies, on one device of this process, of arrays that every device holds whole."""
+    """Return the copies of replicated arrays on one device of this process."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
 def describe(mesh: Mesh) -> str:
-    """Return the devices of `mesh` in words."""
+    """Return a description of the devices of `mesh`, such as 'TFRT_CPU_0'."""
     names = [str(device) for device in mesh.devices.flat]
     if len(names) <= 4:
         return ", ".join(names)

@@ -117,14 +117,14 @@ def _shaped(config: ConfigDict, seconds: float) -> Setup:
     smallest.batch_size, smallest.seq_len, smallest.mesh.data = 1, 1, 1
     text = read(smallest).run.text
     is_cpu = jax.default_backend() == "cpu"
-    shape = rules.choose_shape(seconds, text["training_characters"], is_cpu)
+    shape = rules.choose_shape(seconds, text.training_characters, is_cpu)
     config.batch_size, config.seq_len = shape
-    return read(rules.with_text(config, seconds, text))
+    return read(rules.with_text(config, seconds, text._asdict()))
 
 
 def _with_width(setup: Setup, seconds: float) -> Setup:
     """Return `setup` with width, dropout and rate for `seconds`, timing a few widths."""
-    vocab_size, num_chars = setup.model.vocab_size, setup.run.text["training_characters"]
+    vocab_size, num_chars = setup.model.vocab_size, setup.run.text.training_characters
     # No wider than the text is for.
     most = rules.widest(setup.run.config, vocab_size, num_chars, math.inf, 1.0)
     width, tried = min(rules.FIRST_WIDTH, most), set()
@@ -163,8 +163,8 @@ def _count(setup: Setup) -> dict[str, Any]:
     config, vocab_size, text = setup.run.config, setup.model.vocab_size, setup.run.text
     forward = cost.flops_per_char(config, vocab_size)
     return {
-        "text": text["source"],
-        "training_characters": text["training_characters"],
+        "text": text.source,
+        "training_characters": text.training_characters,
         "vocabulary": vocab_size,
         "layers": config.model.num_layers,
         "hidden_size": config.model.hidden_size,

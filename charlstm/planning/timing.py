@@ -17,16 +17,16 @@ from etils import epath
 
 from charlstm.data.batches import ALL_ROWS, Batch, Streams, Windows
 from charlstm.optim import make_optimizer, make_schedule
-from charlstm.parallel.sharding import by_rows, on_one_device
+from charlstm.parallel.sharding import by_rows, init_sharded, on_one_device
 from charlstm.planning import cost
 from charlstm.runs.checkpoints import Checkpoints
 from charlstm.runs.folder import write_run
 from charlstm.runs.metrics import RunLog
 from charlstm.steps import TrainState, make_train_step
-from charlstm.training.loop import abstract_state, compile_train_steps, initial_state, read_batches
-from charlstm.training.progress import CALL_SECONDS, Counters
+from charlstm.training.loop import compile_train_steps, read_batches, steps_of_call
+from charlstm.training.progress import Counters
 from charlstm.training.setup import Setup
-from charlstm.training.validation import make_validation, write_sample
+from charlstm.training.validation import compile_eval_step, validate, write_sample
 
 MAX_BATCHES = 60  # of an evaluation: enough to time one
 
@@ -96,7 +96,6 @@ def measure_parts(setup: Setup, folder: epath.Path, seconds: float) -> Parts:
 def _measure_parts(setup: Setup, folder: epath.Path, seconds: float) -> Parts:
     lap = make_clock()
     folder.mkdir()
-    like = abstract_state(setup.run.config, setup)
     write_run(setup.run._replace(workdir=folder))
     with closing(Checkpoints(folder)) as checkpoints, closing(RunLog(folder, 0, "")) as log:
         state, train_steps = begin(setup)
@@ -110,7 +109,7 @@ def _measure_parts(setup: Setup, folder: epath.Path, seconds: float) -> Parts:
         draw = lap()
         checkpoints.save(state, asdict(Counters()), 1.0)
         save = lap()
-        checkpoints.restore(int(state.step), like)
+        checkpoints.restore(int(state.step), state)
         end = lap()
     once = max(0.0, more_for_batch + more_for_sample)
     return Parts(start, step, batch, sample, draw, save, once, end)
@@ -141,11 +140,12 @@ def time_process() -> float:
 
 def begin(setup: Setup) -> tuple[TrainState, Any]:
     """Return the state before the first step, and train_steps compiled, as train.py makes them."""
-    like = abstract_state(setup.run.config, setup)
-    schedule = make_schedule(setup.run.config, setup.num_steps)
-    state, train_steps = initial_state(setup, like), compile_train_steps(setup, like, schedule)
+    config, key = setup.run.config, setup.run.key(setup.run.config.seed)
+    optimizer = make_optimizer(config, make_schedule(config, setup.num_steps))
+    abstract_state, init = init_sharded(setup.model, optimizer, key, config.batch_size, setup.mesh)
+    train_steps = compile_train_steps(setup, optimizer, abstract_state)
     # A call of no steps compiles for any number of them.
-    state, _ = train_steps(state, read_batches(setup, 0, 1), 0)
+    state, _ = train_steps(init(key), read_batches(setup, 0, 1), 0)
     return jax.block_until_ready(state), train_steps
 
 
@@ -168,9 +168,7 @@ def time_steps(
             calls.append((lap(), before[1]))
         before, step = (metrics, count), step + count
         if calls:
-            count = max(
-                1, min(int(CALL_SECONDS * calls[-1][1] / calls[-1][0]), setup.max_steps_per_call)
-            )
+            count = steps_of_call(setup, step, calls[-1][0] / calls[-1][1])
     # But for the first one, which has waited for threads to wake.
     spent, steps = (sum(column) for column in zip(*calls[1:], strict=True))
     return jax.block_until_ready(state), spent / steps
@@ -199,16 +197,16 @@ def _time_batch(setup: Setup, state: TrainState) -> tuple[float, float]:
         return 0.0, 0.0
     few = LastBatches(setup.val_batches, min(setup.val_batches.steps_per_epoch, MAX_BATCHES))
     few_job = setup._replace(val_batches=few)  # type: ignore[arg-type]
-    validate = make_validation(few_job, should_stop=lambda: False)
-    assert validate
-    first, again = (_seconds_of(partial(validate, state.params)) for _ in range(2))
+    eval_step = compile_eval_step(few_job)
+    call = partial(validate, few_job, eval_step, state.params, lambda: None)
+    first, again = (_seconds_of(call) for _ in range(2))
     return again / few.steps_per_epoch, first - again
 
 
 def _time_sample(setup: Setup, state: TrainState) -> tuple[float, float]:
     """Return the seconds of a sample, and how many more the first one took."""
     params = on_one_device(state.params)
-    write = partial(write_sample, setup, params, 0, lambda: False)
+    write = partial(write_sample, setup, params, 0, lambda: None)
     first, again = (_seconds_of(write) for _ in range(2))
     return again, first - again
 
@@ -233,9 +231,9 @@ def step_bytes(setup: Setup, batch_size: int) -> int:
     )
     train_step = jax.jit(make_train_step(setup.model, optimizer), donate_argnums=0)
     batch = Batch(ids, ids, weights, reset)
-    with_rows = config.copy_and_resolve_references()
-    with_rows.batch_size = batch_size
-    used = train_step.lower(abstract_state(with_rows, setup), batch).compile().memory_analysis()
+    key = setup.run.key(config.seed)
+    abstract_state, _ = init_sharded(setup.model, optimizer, key, batch_size, setup.mesh)
+    used = train_step.lower(abstract_state, batch).compile().memory_analysis()
     if used is None:
         return cost.device_bytes(config, setup.model.vocab_size, setup.mesh.size)
     new = used.output_size_in_bytes - used.alias_size_in_bytes

@@ -1,4 +1,4 @@
-"""The states of a run on disk, by Orbax: the two latest and the best, each leaf with a checksum."""
+"""Checkpoints of a run by Orbax: the two latest and the best, with a checksum of each leaf."""
 
 import logging
 import math
@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from charlstm.errors import DamagedError, RunError, UserError
@@ -36,20 +35,21 @@ from charlstm.system.paths import given_path
 
 logger = logging.getLogger(__name__)
 
-# What the name of a damaged checkpoint begins with, before its step.
-ASIDE = "damaged-"
+# A damaged checkpoint is renamed to this prefix and its step.
+DAMAGED = "damaged-"
 
 
 class Checkpoints:
-    """The states of one run on disk: the two latest, and the best by a loss."""
+    """The checkpoints of one run: the two latest, and the one with the lowest loss."""
 
     def __init__(self, workdir: epath.Path, read_only: bool = False):
-        """Open the checkpoints of a run; `read_only` leaves one that is still training in peace.
+        """Open the checkpoints of a run.
 
-        A writer sets damaged ones aside, as damaged-STEP, with a warning.
+        A writer renames those with damaged metadata to damaged-STEP and logs a warning. With
+        `read_only` nothing is written, so that another process may train the run.
 
         Raises:
-          DamagedError: if one is damaged, for a reader.
+          DamagedError: if the metadata of one are damaged, for a reader.
         """
         self._folder = (workdir / "checkpoints").resolve()
         self._trash = self._folder / "trash"
@@ -65,8 +65,8 @@ class Checkpoints:
                 read_only=True, create=False, save_interval_steps=0, **best
             )
         else:
-            # Synchronous, since a failed asynchronous last save would end a run with success; with
-            # a folder to move to before deletion, as a kill would leave half a step.
+            # Synchronous: the failure of an asynchronous last save would go unnoticed. Checkpoints
+            # are moved before their deletion, since a kill would leave half of one.
             options = ocp.CheckpointManagerOptions(
                 enable_async_checkpointing=False,
                 todelete_subdir="trash",
@@ -87,25 +87,30 @@ class Checkpoints:
             )
         if not read_only and is_local(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-        literal = self._stack.enter_context(plain_path(self._folder))
+        path = self._stack.enter_context(plain_path(self._folder))
         with without_warning("Given directory is read only"):
-            self._manager = ocp.CheckpointManager(literal, options=options)
+            self._manager = ocp.CheckpointManager(path, options=options)
 
     def latest_step(self) -> int | None:
-        """Return the newest step on disk, None where there is none."""
+        """Return the newest step on disk, or None."""
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """Return the step with the lowest finite loss, or the newest if none has one."""
+        """Return the step with the lowest finite loss, or the newest if no loss is finite."""
         return self._manager.best_step()
 
     def save(self, state: TrainState, metadata: dict[str, Any], loss: float | None) -> None:
-        """Save a state, with `metadata` (JSON) beside it; a `loss` makes it a candidate for best.
+        """Save a state and its `metadata` (JSON).
 
-        If the state is on disk already, it gives way to one with a `loss`, and to none without.
+        If its step is saved already, overwrite it only when `loss` is given.
+
+        Args:
+          state: the state.
+          metadata: what restore returns beside the state.
+          loss: by which the best checkpoint is chosen; None if there was no evaluation.
 
         Raises:
-          RunError: if that fails, as on a full disk; what was saved before is still there.
+          RunError: if the state cannot be saved; earlier checkpoints remain.
         """
         step = int(state.step)
         if loss is None and step in self._manager.all_steps():
@@ -132,36 +137,39 @@ class Checkpoints:
             call_orbax(replace)
         except OrbaxError as error:
             raise RunError(
-                f"{self._folder}/{step}: could not be saved ({error}); the checkpoint "
-                "before it is kept: make room, or mend the folder, and give the same command again"
+                f"{self._folder}/{step}: could not be saved ({error}); the checkpoint before it "
+                "is kept: free some space, or repair the folder, and repeat the command"
             ) from error
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Return the state and the metadata of `step`; `like` gives tree, types and shardings.
+    def restore(self, step: int, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Return the state and the metadata of `step`.
 
-        Without a sharding an array comes to the first device of this process. A leaf of `like` that
-        is ocp.PLACEHOLDER stays one, and is not read.
+        Args:
+          step: one with a checkpoint.
+          abstract_state: tree, types and shardings of the state. An array without a sharding is
+            restored to the first device of this process. ocp.PLACEHOLDER stands for an array that
+            is not to be read.
 
         Raises:
-          DamagedError: if they are not what was saved.
-          UserError: if what was saved has another tree or other types than `like`.
-          RunError: if they cannot be read, for want of permission or memory.
+          DamagedError: if a file is missing or has changed since it was written.
+          UserError: if the saved state has another tree or other types.
+          RunError: if a file cannot be read, or if there is too little memory.
         """
         folder = self._folder / str(step)
         record = read_metadata(folder)
-        check_types(folder, record, like)
+        check_types(folder, record, abstract_state)
         # Explicit devices, since the state may have been saved on others.
-        default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-        def placed(leaf: Any) -> Any:
+        def with_sharding(leaf: Any) -> Any:
             if leaf is ocp.PLACEHOLDER:
                 return leaf
-            sharding = getattr(leaf, "sharding", None) or default
+            sharding = getattr(leaf, "sharding", None) or device
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-        abstract = jax.tree.map(placed, like)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, restore_args))
+        target = jax.tree.map(with_sharding, abstract_state)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(target, restore_args))
         try:
             state = call_orbax(lambda: self._manager.restore(step, args=args).state)
         except OrbaxError as error:
@@ -169,42 +177,42 @@ class Checkpoints:
                 raise RunError(f"{folder}: could not be loaded ({error})") from error
             check_readable(folder)
             raise damaged(folder / "state", str(error)) from error
-        # Orbax itself restores other types, and flipped bits, without a word.
-        if by_name(type_of, state) != by_name(type_of, like):
+        # Orbax restores other types and flipped bits without an error.
+        if by_name(type_of, state) != by_name(type_of, abstract_state):
             raise damaged(folder / "state", "it has other types")
-        saved = record["crc32"]
-        found = checksums(state)
+        found, saved = checksums(state), record["crc32"]
         if differing := [name for name in found if found[name] != saved.get(name)]:
-            reason = f"the checksum of {', '.join(differing)} differs"
-            raise damaged(folder / "state", reason)
+            raise damaged(folder / "state", f"the checksum of {', '.join(differing)} differs")
         return state, record["metadata"]
 
     def restore_newest(
-        self, like: TrainState, is_wanted: Callable[[dict[str, Any]], bool] = lambda metadata: True
+        self,
+        abstract_state: TrainState,
+        is_wanted: Callable[[dict[str, Any]], bool] = lambda metadata: True,
     ) -> tuple[TrainState, dict[str, Any]] | None:
-        """Return the newest state whose metadata are wanted, or None; newer ones are deleted.
+        """Return the newest state with wanted metadata, or None; delete newer ones.
 
-        Damaged ones are set aside, with a warning.
+        Damaged checkpoints are renamed to damaged-STEP, with a warning.
 
         Raises:
-          UserError: if there is none and damaged ones are set aside, by this start or an earlier
-            one; or if one was saved with another tree or other types than `like`.
+          UserError: if only damaged checkpoints are left, or if one has another tree or other
+            types than `abstract_state`.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                state, metadata = self.restore(step, like)
+                state, metadata = self.restore(step, abstract_state)
             except DamagedError as error:
-                processes.together(partial(self._set_aside, step, error))
+                processes.together(partial(self._quarantine, step, error))
                 self._manager.reload()
                 continue
             if is_wanted(metadata):
                 self._delete(low=step + 1)
                 return state, metadata
-        if aside := set_aside_in(self._folder):
+        if names := damaged_in(self._folder):
             raise UserError(
-                f"{self._folder}: no checkpoint is left that is not damaged; bring the files of "
-                f"{', '.join(aside)} back under the step's number, choose another --workdir to "
-                "begin anew, or delete them to begin anew here, which replaces the run's records"
+                f"{self._folder}: all checkpoints are damaged; restore the files of "
+                f"{', '.join(names)} and rename them to their step, or choose another --workdir; "
+                "to start again here, which replaces the records of the run, delete them"
             )
         self._delete(low=0)
         return None
@@ -227,75 +235,68 @@ class Checkpoints:
             try:
                 read_metadata(self._folder / str(step))
             except DamagedError as error:
-                self._set_aside(step, error)
+                self._quarantine(step, error)
         self._empty_trash()
 
     def _empty_trash(self) -> None:
         if processes.is_first():
             self._trash.rmtree(missing_ok=True)
 
-    def _set_aside(self, step: int, error: DamagedError) -> None:
+    def _quarantine(self, step: int, error: DamagedError) -> None:
         if not processes.is_first():
             return
-        aside = self._folder / f"{ASIDE}{step}"
-        while aside.exists():  # from an earlier start
-            aside = self._folder / f"{aside.name}-too"
-        logger.warning("%s; set aside as %s, and not used", error, aside.name)
-        (self._folder / str(step)).rename(aside)
+        target = self._folder / f"{DAMAGED}{step}"
+        while target.exists():  # from an earlier start
+            target = self._folder / f"{target.name}-too"
+        logger.warning("%s; renamed to %s and not used", error, target.name)
+        (self._folder / str(step)).rename(target)
 
 
 @jax.transfer_guard("allow")
 def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharLSTM, Any]:
-    """Return the run in `workdir`, its model, and the params of its 'best' or 'latest' state.
+    """Return the run in `workdir`, its model, and the params of its 'best' or 'latest' checkpoint.
 
-    The params are the averaged ones where the run averages them.
-
-    The model of a run with model.recurrence=cudnn has 'fused', the same function of the same
-    parameters, which runs everywhere. The run may be training still.
+    They are the averaged params if the run averages them. A run with model.recurrence=cudnn is
+    loaded with 'fused', which computes the same and runs on any device. The run may be in training.
 
     Raises:
       UserError: if the folder holds no run, or no checkpoint yet.
-      DamagedError: if what it holds is not as it was written.
+      DamagedError: if a file is missing or has changed since it was written.
     """
     run = load_run(epath.Path(given_path(os.fspath(workdir))))
     model = model_from_config(run.config, run.vocab)
     if model.recurrence == "cudnn":
         model = model.clone(recurrence="fused")
-    like = state_shapes(run.config, model, run.prng_impl)
+    optimizer = make_optimizer(run.config, make_schedule(run.config, num_steps=1))
+    make_state = partial(init_state, model, optimizer, batch_size=run.config.batch_size)
+    abstract_state = only_params(jax.eval_shape(make_state, run.key(0)))
+    folder = run.workdir / "checkpoints"
     while True:
-        before = steps_in(run.workdir / "checkpoints")
+        steps_before = steps_in(folder)
         try:
             with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
                 step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
-                if step is None and (aside := set_aside_in(run.workdir / "checkpoints")):
-                    raise DamagedError(
-                        f"{run.workdir}: no checkpoint is left that is not damaged; bring the "
-                        f"files of {', '.join(aside)} back under the step's number, or train again"
-                    )
-                if step is None:
-                    raise UserError(f"{run.workdir}: no checkpoint yet; let it train on")
-                state, _ = checkpoints.restore(step, only_params(like))
-                return run, model, averaged_params(state.params, state.opt_state)
+                if step is not None:
+                    state, _ = checkpoints.restore(step, abstract_state)
+                    return run, model, averaged_params(state.params, state.opt_state)
         except (DamagedError, OSError):
-            # A trainer may have deleted what was being read.
-            if before == steps_in(run.workdir / "checkpoints"):
+            # A trainer may have deleted the checkpoint during the read.
+            if steps_before == steps_in(folder):
                 raise
+        else:
+            if names := damaged_in(folder):
+                raise DamagedError(
+                    f"{run.workdir}: all checkpoints are damaged; restore the files of "
+                    f"{', '.join(names)} and rename them to their step, or train again"
+                )
+            raise UserError(f"{run.workdir}: no checkpoint yet; let it train on")
 
 
-def state_shapes(config: ConfigDict, model: CharLSTM, prng_impl: str | None = None) -> TrainState:
-    """Return the state of a run with a jax.ShapeDtypeStruct for each array.
-
-    `prng_impl` is the kind of its random key, by default JAX's own default.
-    """
-    optimizer = make_optimizer(config, make_schedule(config, num_steps=1))
-    make_state = partial(init_state, model, optimizer, batch_size=config.batch_size)
-    return jax.eval_shape(make_state, jax.random.key(0, impl=prng_impl))
-
-
-def only_params(like: TrainState) -> TrainState:
-    """Return `like` with ocp.PLACEHOLDER for all that averaged_params does not take from it."""
-    wanted = set(map(id, jax.tree.leaves(averaged_params(like.params, like.opt_state))))
-    return jax.tree.map(lambda leaf: leaf if id(leaf) in wanted else ocp.PLACEHOLDER, like)
+def only_params(abstract_state: TrainState) -> TrainState:
+    """Return `abstract_state` with ocp.PLACEHOLDER for each leaf not needed by averaged_params."""
+    needed = jax.tree.leaves(averaged_params(abstract_state.params, abstract_state.opt_state))
+    ids = set(map(id, needed))
+    return jax.tree.map(lambda leaf: leaf if id(leaf) in ids else ocp.PLACEHOLDER, abstract_state)
 
 
 def steps_in(folder: epath.Path) -> list[int]:
@@ -306,13 +307,13 @@ def steps_in(folder: epath.Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name))
 
 
-def set_aside_in(folder: epath.Path) -> list[str]:
-    """Return the names of the checkpoints in `folder` that were set aside as damaged."""
+def damaged_in(folder: epath.Path) -> list[str]:
+    """Return the names of the damaged checkpoints in `folder`."""
     if not folder.exists():
         return []
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith(ASIDE))
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(DAMAGED))
 
 
 def _finite_loss(metrics: dict[str, float]) -> float:
-    # One NaN would make Orbax forget the best one.
+    # With one NaN among the losses Orbax would lose the best checkpoint.
     return metrics["loss"] if math.isfinite(metrics["loss"]) else math.inf

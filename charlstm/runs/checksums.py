@@ -1,4 +1,4 @@
-"""What is saved beside a state: metadata with a checksum, and type and checksum of each leaf."""
+"""Metadata and checksums of checkpoints."""
 
 import json
 import math
@@ -13,15 +13,15 @@ from etils import epath
 
 from charlstm.errors import DamagedError, UserError
 from charlstm.files import read_json
-from charlstm.parallel.sharding import whole
+from charlstm.parallel.sharding import to_host
 from charlstm.steps import TrainState
 
 
 def read_metadata(folder: epath.Path) -> dict[str, Any]:
-    """Return `metadata`, `loss` and `crc32` as they were saved with the checkpoint in `folder`.
+    """Return `metadata`, `loss`, `crc32` and `types` of the checkpoint in `folder`.
 
     Raises:
-      DamagedError: if they are not as they were written.
+      DamagedError: if they are missing or have changed since they were written.
     """
     path, metrics_path = folder / "metadata" / "metadata", folder / "metrics" / "metrics"
     record, metrics = read_json(path), read_json(metrics_path)
@@ -38,26 +38,24 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
 
 
 def checksums(state: Any) -> dict[str, int]:
-    """Return a CRC-32 of each leaf's type, shape and content, by its path.
+    """Return a CRC-32 of type, shape and content of each leaf by its path.
 
-    They are the same however the state lies on devices and processes.
+    They do not depend on the sharding.
     """
     return by_name(_crc, state)
 
 
 def by_name(function: Callable[[Any], Any], state: Any) -> dict[str, Any]:
-    """Return what `function` gives for each leaf of `state`, placeholders apart, by its path."""
+    """Return the value of `function` for each leaf of `state` but placeholders, by its path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     name_of = partial(jax.tree_util.keystr, simple=True, separator="/")
     return {name_of(path): function(leaf) for path, leaf in leaves if leaf is not ocp.PLACEHOLDER}
 
 
-def check_types(folder: epath.Path, record: dict[str, Any], like: TrainState) -> None:
-    """Raise UserError if the checkpoint in `folder` was saved with other arrays than `like` has."""
-    here = by_name(type_of, like)
-    is_part = ocp.PLACEHOLDER in jax.tree.leaves(like)
-    there = record["types"]
-    if is_part:
+def check_types(folder: epath.Path, record: dict[str, Any], abstract_state: TrainState) -> None:
+    """Raise UserError if the checkpoint in `folder` has other arrays than `abstract_state`."""
+    here, there = by_name(type_of, abstract_state), record["types"]
+    if ocp.PLACEHOLDER in jax.tree.leaves(abstract_state):
         there = {name: kind for name, kind in there.items() if name in here}
     differing = [
         f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
@@ -68,18 +66,18 @@ def check_types(folder: epath.Path, record: dict[str, Any], like: TrainState) ->
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(
             f"{folder}: was saved by another version of charlstm or with other settings of JAX "
-            f"({'; '.join(differing[:3])}{more}); use those that it was saved with"
+            f"({'; '.join(differing[:3])}{more}); use that version and those settings"
         )
 
 
 def type_of(leaf: Any) -> str:
-    """Return the type and the shape of an array, as text."""
+    """Return the type and shape of an array, such as 'float32(2, 3)'."""
     return f"{leaf.dtype}{leaf.shape}"
 
 
 def _crc(leaf: Any) -> int:
     start = zlib.crc32(type_of(leaf).encode())
-    return zlib.crc32(whole(leaf).tobytes(), start)
+    return zlib.crc32(to_host(leaf).tobytes(), start)
 
 
 def checksum_of(record: dict[str, Any]) -> int:
@@ -88,5 +86,5 @@ def checksum_of(record: dict[str, Any]) -> int:
 
 
 def damaged(path: epath.Path, reason: str) -> DamagedError:
-    """Return the error for a file of a checkpoint that is not as it was written."""
-    return DamagedError(f"{path}: missing or damaged ({reason}); bring the file back, or train on")
+    """Return the error for a missing or changed file of a checkpoint."""
+    return DamagedError(f"{path}: missing or damaged ({reason}); restore the file, or train on")

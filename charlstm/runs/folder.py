@@ -1,11 +1,11 @@
-"""The run folder: what makes a run readable and resumable, with nothing in it that executes.
+"""The run folder: data to read and resume a run; none of its files is executed.
 
-config.json    all settings, the text and its sizes, versions, devices, and checksums
-vocab.json     the characters, id by id
+config.json    settings, text, versions, devices, and checksums
+vocab.json     the characters in the order of their ids
 prompts.json   windows of the training text, for samples without a prompt
-metrics.jsonl, samples.txt, curves.png, TensorBoard events: see log.py
-checkpoints/   the two latest states and the best one: see checkpoint.py
-.lock          the process that writes there
+metrics.jsonl, samples.txt, curves.png, TensorBoard events: see metrics.py
+checkpoints/   the two latest states and the best one: see checkpoints.py
+.lock          held by the process that trains
 """
 
 import hashlib
@@ -31,13 +31,11 @@ from charlstm.files import (
     write_file,
 )
 
-# Raised whenever an older reader could misunderstand a newer folder.
+# Incremented whenever an older reader could misunderstand a newer folder.
 SCHEMA = 1
 NUM_PROMPTS = 256
 PRNG_IMPLS = "threefry2x32", "rbg", "unsafe_rbg"
-# What may change between two starts of a run: how long it trains, how often it logs and saves,
-# where the text lies (its hash may not change), which twin of the recurrence computes, and on how
-# many devices.
+# Settings that may change when a run is resumed, besides sample.*. The hash of the text may not.
 FREE_KEYS = {
     "num_epochs",
     "num_steps",
@@ -50,38 +48,51 @@ FREE_KEYS = {
 }
 
 
+class TextInfo(NamedTuple):
+    """The text of a run; the names are those of config.json."""
+
+    source: str  # an absolute path, or the name of Python's manual
+    sha256: str
+    bytes: int
+    characters_cut: int  # headers and licences of Project Gutenberg
+    characters: int
+    training_characters: int
+    validation_characters: int
+    vocabulary: int
+
+
 class Run(NamedTuple):
-    """What a run folder says of its run, states apart."""
+    """The content of a run folder, without checkpoints and metrics."""
 
     workdir: epath.Path
     config: ConfigDict
     vocab: Vocab
-    text: dict[str, Any]  # source, sha256, characters, training_characters, ...
+    text: TextInfo
     prompts: list[str]
-    machine: dict[str, Any]  # versions and devices that the run began with
-    prng_impl: str  # JAX's name for the kind of its random keys
+    machine: dict[str, Any]  # versions and devices at the first start
+    prng_impl: str  # JAX's name for the implementation of its random keys
 
     def key(self, seed: int) -> jax.Array:
-        """Return a random key of the run's kind, whatever JAX's default is."""
+        """Return a random key of the implementation that the run began with."""
         return jax.random.key(seed, impl=self.prng_impl)
 
     @property
     def cleaning(self) -> Cleaning:
-        """What was done to the run's text, and is done to all that its model reads."""
+        """The cleaning of the run's text and of all text that its model reads."""
         return Cleaning.from_config(self.config.data)
 
     def encode(self, text: str, unknown: str = "error") -> np.ndarray:
-        """Return the ids of a text such as a prompt, cleaned as the run's text was."""
+        """Return the ids of a text such as a prompt, after the run's cleaning."""
         return self.vocab.encode(self.cleaning.apply_to(text), unknown)
 
     def decode(self, ids: Any) -> str:
-        """Return the text of `ids`, with the run's separator where a document ends."""
+        """Return the text of `ids`, with the run's separator for the end of a document."""
         separator, text = self.cleaning.separator, self.vocab.decode(ids)
         return text.replace(END, separator) if separator else text
 
 
 def write_run(run: Run) -> None:
-    """Write what identifies a run, or what has changed of it; config.json comes last.
+    """Write the files of `run` that are missing or have changed; config.json comes last.
 
     Raises:
       UserError: if the folder cannot be written, or holds another run or foreign files.
@@ -93,7 +104,7 @@ def write_run(run: Run) -> None:
     about = {
         "schema": SCHEMA,
         "config": run.config.to_dict(),
-        "text": run.text,
+        "text": run.text._asdict(),
         **run.machine,
         "prng_impl": run.prng_impl,
         "sha256": {name: _sha256(content) for name, content in files.items()},
@@ -101,7 +112,7 @@ def write_run(run: Run) -> None:
     about["checksum"] = _checksum(about)
     files["config.json"] = json.dumps(about, indent=2) + "\n"
     try:
-        _check_ours(run, files)
+        _check_owner(run, files)
         for name, content in files.items():
             path = run.workdir / name
             if not path.exists() or path.read_bytes() != content.encode():
@@ -113,10 +124,10 @@ def write_run(run: Run) -> None:
         ) from None
 
 
-def _check_ours(run: Run, files: dict[str, str]) -> None:
-    """Raise UserError if writing `run` would replace what a start of the same run did not write."""
+def _check_owner(run: Run, files: dict[str, str]) -> None:
+    """Raise UserError if writing `run` would replace files of another run or program."""
     if has_run(run.workdir):
-        # Another process may have made it since `run` was prepared.
+        # Another process may have created it since `run` was prepared.
         adapt_run(load_run(run.workdir), run.config)
         return
     check_free(run.workdir)
@@ -134,8 +145,8 @@ def has_run(workdir: epath.Path) -> bool:
 def check_free(workdir: epath.Path) -> None:
     """Raise OccupiedError if a new run in `workdir` could replace foreign files.
 
-    The folder may hold what a start leaves that was killed before it wrote config.json, and an
-    empty folder `checkpoints`, perhaps a link to another disk.
+    Allowed are the files of a start that was killed before it wrote config.json, and an empty
+    folder `checkpoints`, which may be a link to another disk.
     """
     if not workdir.exists():
         return
@@ -170,8 +181,8 @@ def load_run(workdir: epath.Path) -> Run:
     """Read a run folder.
 
     Raises:
-      UserError: if it is none, was written by another version, or has a link that leads out of it.
-      DamagedError: if a file is not as it was written.
+      UserError: if there is no run, if another version wrote it, or if a link leads out of it.
+      DamagedError: if a file has changed since it was written.
     """
     if not has_run(workdir):
         raise UserError(f"{workdir}: no run there (no config.json); train one with launch/train.py")
@@ -181,8 +192,7 @@ def load_run(workdir: epath.Path) -> Run:
     schema = about.get("schema") if isinstance(about, dict) else None
     if not isinstance(schema, int) or schema < 1:
         raise DamagedError(
-            f"{path}: not the config.json of a run; bring the file "
-            "back, or choose another --workdir"
+            f"{path}: not the config.json of a run; restore the file, or choose another --workdir"
         )
     if schema != SCHEMA:
         raise UserError(
@@ -191,14 +201,14 @@ def load_run(workdir: epath.Path) -> Run:
         )
     if about.pop("checksum", None) != _checksum(about):
         raise DamagedError(
-            f"{path}: is not as it was written (its checksum differs); bring the file back, and "
-            "change settings by flags only"
+            f"{path}: its checksum differs; restore the file, and change settings by flags only"
         )
     config = base_config().lock()
     try:
         config.update(ConfigDict(about["config"]))
         validate(config)
-        text = {name: str(about["text"][name]) for name in ("source", "sha256")}
+        kinds = TextInfo.__annotations__.items()
+        text = TextInfo(*(kind(about["text"][name]) for name, kind in kinds))
         machine = {"versions": dict(about["versions"]), "devices": list(about["devices"])}
         hashes = dict(about["sha256"])
         prng_impl = about["prng_impl"]
@@ -213,7 +223,9 @@ def load_run(workdir: epath.Path) -> Run:
     prompts = _read_strings(workdir / "prompts.json", hashes)
     known = set(vocab.characters)
     if not prompts or not all(prompt and known.issuperset(prompt) for prompt in prompts):
-        raise DamagedError(f"{workdir}/prompts.json: holds no prompts of this vocabulary")
+        raise DamagedError(
+            f"{workdir}/prompts.json: not prompts of this vocabulary; restore the file"
+        )
     return Run(workdir, config, vocab, text, prompts, machine, prng_impl)
 
 
@@ -221,13 +233,13 @@ def adapt_run(run: Run, config: ConfigDict) -> tuple[Run, list[str]]:
     """Return `run` with `config`, and a line for each setting that has changed.
 
     Raises:
-      OccupiedError: naming those that differ and may not.
+      OccupiedError: if a setting has changed that must not.
     """
-    theirs, ours = flatten(run.config), flatten(config)
+    there, here = flatten(run.config), flatten(config)
     changes = {
-        key: f"{key} is {theirs[key]!r} there and {ours[key]!r} here"
-        for key in ours
-        if ours[key] != theirs[key]
+        key: f"{key} is {there[key]!r} there and {here[key]!r} here"
+        for key in here
+        if here[key] != there[key]
     }
     fixed = [
         line
@@ -236,14 +248,14 @@ def adapt_run(run: Run, config: ConfigDict) -> tuple[Run, list[str]]:
     ]
     if fixed:
         raise OccupiedError(
-            f"{run.workdir}: belongs to another config ({'; '.join(fixed)}); "
-            "repeat the run's own settings, or choose another --workdir"
+            f"{run.workdir}: holds a run of another config ({'; '.join(fixed)}); "
+            "repeat its settings, or choose another --workdir"
         )
     return run._replace(config=config), list(changes.values())
 
 
 def random_prompts(ids_M: np.ndarray, vocab: Vocab, length: int, seed: int) -> list[str]:
-    """Return NUM_PROMPTS windows of `length` characters from random places of a text."""
+    """Return NUM_PROMPTS random windows of `length` characters of a text."""
     starts = np.random.default_rng((seed, NUM_PROMPTS)).integers(
         0, len(ids_M) - length + 1, size=NUM_PROMPTS
     )
@@ -255,16 +267,18 @@ def _read_vocab(path: epath.Path, hashes: dict[str, str]) -> Vocab:
         vocab = Vocab(_read_strings(path, hashes))
         "".join(vocab.characters).encode()  # lone surrogates are in no UTF-8 text
     except (TypeError, ValueError) as error:
-        raise DamagedError(f"{path}: no vocabulary ({one_line(error)}); bring it back") from error
+        raise DamagedError(
+            f"{path}: not a vocabulary ({one_line(error)}); restore the file"
+        ) from error
     return vocab
 
 
 def _read_strings(path: epath.Path, hashes: dict[str, str]) -> list[str]:
     strings = read_json(path)
     if hashes.get(path.name) != hashlib.sha256(path.read_bytes()).hexdigest():
-        raise DamagedError(f"{path}: is not as it was written; bring the file back")
+        raise DamagedError(f"{path}: its checksum differs; restore the file")
     if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
-        raise DamagedError(f"{path}: not a list of strings; bring the file back")
+        raise DamagedError(f"{path}: not a list of strings; restore the file")
     return strings
 
 

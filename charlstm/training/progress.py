@@ -1,4 +1,4 @@
-"""Progress of a run: running means, metrics, checkpoints, console."""
+"""The progress of a run: counters, running means, records and console."""
 
 import logging
 import math
@@ -13,9 +13,8 @@ import numpy as np
 
 from charlstm.errors import DamagedError
 from charlstm.parallel import processes
-from charlstm.runs.checkpoints import Checkpoints
 from charlstm.runs.metrics import RunLog, bits, sample_after_prompt
-from charlstm.steps import Metrics, TrainState
+from charlstm.steps import Metrics
 from charlstm.system.console import TrainingBar, launcher_command
 from charlstm.training.setup import Setup
 
@@ -23,111 +22,113 @@ logger = logging.getLogger(__name__)
 
 # Consecutive nonfinite steps that cause a rollback.
 MAX_NONFINITE_STEPS = 5
-# Target duration of a compiled call: amortizes dispatch, and keeps Ctrl-C responsive.
-CALL_SECONDS = 0.25
 CLOCK_TICK = time.get_clock_info("monotonic").resolution  # two readings may be equal
 
 
 @dataclass
 class Mean:
-    """A running mean over counted characters."""
+    """A running mean over characters."""
 
     total: float = 0.0
     count: float = 0.0
 
     def add(self, value: float, count: float) -> None:
-        """Add `count` characters of mean `value`."""
+        """Add `count` characters whose mean is `value`."""
         self.total += value * count
         self.count += count
 
     @property
     def value(self) -> float:
-        """The mean, nan of nothing."""
+        """The mean; nan if there are no characters."""
         return self.total / self.count if self.count else math.nan
 
 
 @dataclass
 class Counters:
-    """Counters of a run, saved with each checkpoint so that a resume is exact."""
+    """Counters of a run, saved as metadata of each checkpoint so that a resume is exact."""
 
     seconds: float = 0.0
     since_log: Mean = field(default_factory=Mean)
     since_eval: Mean = field(default_factory=Mean)
     grad_norm: float | None = None  # of the last step that was not skipped
-    skipped: int = 0  # nonfinite steps: loss, gradient or new parameters
-    nonfinite_steps: int = 0  # consecutive nonfinite steps up to now
-    rollbacks: int = 0  # rollbacks
+    skipped: int = 0  # steps whose loss, gradient or new parameters were not finite
+    nonfinite_steps: int = 0  # consecutive skipped steps up to now
+    rollbacks: int = 0
 
     @property
-    def has_unscored_steps(self) -> bool:
+    def needs_evaluation(self) -> bool:
         """Whether steps have been taken since the last evaluation."""
         return self.since_eval.count > 0
 
     @classmethod
     def from_json(cls, counters: dict[str, Any]) -> "Counters":
-        """Return what asdict() gave.
+        """Return the counters that asdict() made a dict of.
 
         Raises:
-          DamagedError: if `counters` are something else.
+          DamagedError: if `counters` is not such a dict.
         """
+
+        def mean(name: str) -> Mean:
+            return Mean(float(counters[name]["total"]), float(counters[name]["count"]))
+
         try:
-            since_log, since_eval = (
-                Mean(float(counters[name]["total"]), float(counters[name]["count"]))
-                for name in ("since_log", "since_eval")
-            )
             norm = counters["grad_norm"]
-            grad_norm = None if norm is None else float(norm)
-            skipped, nonfinite_steps, rollbacks = (
-                int(counters[name]) for name in ("skipped", "nonfinite_steps", "rollbacks")
-            )
-            seconds = float(counters["seconds"])
             return cls(
-                seconds, since_log, since_eval, grad_norm, skipped, nonfinite_steps, rollbacks
+                seconds=float(counters["seconds"]),
+                since_log=mean("since_log"),
+                since_eval=mean("since_eval"),
+                grad_norm=None if norm is None else float(norm),
+                skipped=int(counters["skipped"]),
+                nonfinite_steps=int(counters["nonfinite_steps"]),
+                rollbacks=int(counters["rollbacks"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise DamagedError(f"the counters of a checkpoint are not ours: {error}") from error
+            raise DamagedError(
+                f"the counters of a checkpoint are missing or damaged: {error}"
+            ) from error
 
 
 @dataclass
-class Lap:
-    """Characters trained since a start time that excludes other work."""
+class Stopwatch:
+    """Characters trained since a start time that is moved to exclude other work."""
 
     start: float
     chars: float = 0.0
 
-    def rate(self, now: float) -> float:
-        """Return the characters per second up to `now`."""
+    def chars_per_second(self, now: float) -> float:
+        """Return the mean speed up to `now`."""
         return self.chars / max(now - self.start, CLOCK_TICK)
 
 
 class DivergedError(Exception):
-    """MAX_NONFINITE_STEPS consecutive steps were nonfinite; the message names the last."""
+    """MAX_NONFINITE_STEPS consecutive steps were nonfinite; the message names the last one."""
 
     def __init__(self, message: str, rollbacks: int):
         super().__init__(message)
         self.rollbacks = rollbacks
-        """Rollbacks before."""
+        """The rollbacks before this error."""
 
 
 class Progress:
-    """The progress of one run. Process 0 writes it.
+    """The logger of a training run; process 0 writes.
 
-    Metrics are read one call late, so that the device never waits for the host.
+    It reads the metrics of a call when the next call runs, so that the device never waits.
     """
 
-    def __init__(self, setup: Setup, checkpoints: Checkpoints, step: int, counters: Counters):
-        """Start at `step`, with the counters of its checkpoint."""
-        self._job = setup
-        self._checkpoints = checkpoints
+    def __init__(self, setup: Setup, step: int, counters: Counters):
+        """Open the records of the run after `step` steps."""
+        self._setup = setup
         title, is_first = setup.run.workdir.name, processes.is_first()
         self._log = RunLog(setup.run.workdir, step, title, read_only=not is_first)
         self._bar = TrainingBar(setup.num_steps, step, is_hidden=not is_first)
         self.counters = counters
+        self.seconds_per_step = math.inf
+        """The time of a step in the last call that was read; inf before the first one."""
         self._pending: tuple[int, int, Metrics] | None = None
-        self._seconds_per_step = math.inf
-        self._pushed: float | None = None
+        self._pushed_at: float | None = None
         now = time.monotonic()
-        self._log_lap, self._eval_lap, self._eval_rate = Lap(now), Lap(now), 0.0
+        self._since_log, self._since_eval = Stopwatch(now), Stopwatch(now)
+        self._eval_speed = 0.0
         self._start = now - counters.seconds
 
     def __enter__(self) -> "Progress":
@@ -139,116 +140,108 @@ class Progress:
         self._log.close()
 
     def push(self, step: int, count: int, metrics: Metrics) -> None:
-        """Take the metrics of the `count` steps up to `step`, and read those of the call before."""
+        """Add the metrics of the `count` steps up to `step`; read those of the call before.
+
+        Raises:
+          DivergedError: if too many consecutive steps were nonfinite; so do all methods that read.
+        """
         num_read = self._read()
         now = time.monotonic()
-        if self._pushed is None:  # the first call has compiled
-            self._log_lap.start = self._eval_lap.start = now
+        if self._pushed_at is None:  # the first call has compiled
+            self._since_log.start = self._since_eval.start = now
         elif num_read:
-            self._seconds_per_step = (now - self._pushed) / num_read
-        self._pushed = now
+            self.seconds_per_step = (now - self._pushed_at) / num_read
+        self._pushed_at = now
         self._pending = (step, count, metrics)
         self._bar.advance(count)
 
-    @property
-    def steps_per_call(self) -> int:
-        """How many steps one call should take, short enough to wait for."""
-        return processes.least(max(1, int(CALL_SECONDS / max(self._seconds_per_step, CLOCK_TICK))))
-
     def log_training(self, step: int, schedule: Callable[[int], Any]) -> None:
-        """Write the means since the last such line, and show them."""
+        """Write and show the means since the last training record."""
         self._read()
         mean, self.counters.since_log = self.counters.since_log, Mean()
-        rate = self._log_lap.rate(time.monotonic())
-        with self._pausing():
-            self._log_lap = Lap(time.monotonic())
-            self._write_training(step, mean, rate, schedule)
-
-    def _write_training(
-        self, step: int, mean: Mean, rate: float, schedule: Callable[[int], Any]
-    ) -> None:
-        record = self._stamp(step) | {
-            "chars_per_second": rate,
-            # The optimizer does not count steps that were left out.
-            "learning_rate": float(schedule(step - 1 - self.counters.skipped)),
-            "skipped_steps": self.counters.skipped,
-        }
-        if mean.count:
-            record |= {
-                "train/loss": mean.value,
-                "train/bits_per_char": bits(mean.value),
-                "grad_norm": self.counters.grad_norm,
+        speed = self._since_log.chars_per_second(time.monotonic())
+        with self._clock_stopped():
+            self._since_log = Stopwatch(time.monotonic())
+            record = self._new_record(step) | {
+                "chars_per_second": speed,
+                # The optimizer does not count skipped steps.
+                "learning_rate": float(schedule(step - 1 - self.counters.skipped)),
+                "skipped_steps": self.counters.skipped,
             }
-        self._log.write(record)
-        self._bar.show(record)
+            if mean.count:
+                record |= {
+                    "train/loss": mean.value,
+                    "train/bits_per_char": bits(mean.value),
+                    "grad_norm": self.counters.grad_norm,
+                }
+            self._log.write(record)
+            self._bar.show(record)
 
-    def log_evaluation(self, state: TrainState, figures: dict[str, Any]) -> None:
-        """Write and print an evaluation's `figures`, and save the state it was made with.
+    def log_evaluation(self, step: int, metrics: dict[str, Any]) -> float:
+        """Write, draw and print the metrics of an evaluation; return the loss for checkpoints.
 
-        The best state is the one with the lowest val/loss, or, for a run without a validation
-        part, with the lowest mean training loss since the evaluation before, as in the tutorial.
+        That loss is val/loss, or, without validation text, the mean training loss since the last
+        evaluation.
         """
         self._read()
-        step = int(state.step)
         mean, self.counters.since_eval = self.counters.since_eval, Mean()
-        record = self._stamp(step) | {"train/mean_loss": mean.value} | figures
+        record = self._new_record(step) | {"train/mean_loss": mean.value} | metrics
         loss = record.get("val/loss", mean.value)
         for name, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
-                record[name] = None  # JSON has no word for it
-        # The state comes after it: after a crash between them, a resume does all of this again.
+                record[name] = None  # JSON has no nan
         self._log.write(record)
-        for line in describe_evaluation(record, self._eval_rate):
+        for line in describe_evaluation(record, self._eval_speed):
             logger.info(line)
-        self.save(state, loss)
         self._log.draw()
+        return loss
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Show that an evaluation runs, and leave its time out of the characters per second."""
-        self._read()  # the steps before it have come to their end
-        self._eval_rate = self._eval_lap.rate(time.monotonic())
-        with self._bar.status("evaluating"), self._pausing():
-            self._eval_lap = Lap(time.monotonic())
+        """Show that an evaluation runs, and exclude its time from the characters per second."""
+        self._read()  # waits for the steps before the evaluation
+        self._eval_speed = self._since_eval.chars_per_second(time.monotonic())
+        with self._bar.status("evaluating"), self._clock_stopped():
+            self._since_eval = Stopwatch(time.monotonic())
             yield
 
     @contextmanager
-    def _pausing(self) -> Iterator[None]:
-        begin = time.monotonic()
+    def _clock_stopped(self) -> Iterator[None]:
+        start = time.monotonic()
         try:
             yield
         finally:
-            elapsed = time.monotonic() - begin
-            self._log_lap.start += elapsed
-            self._eval_lap.start += elapsed
+            elapsed = time.monotonic() - start
+            self._since_log.start += elapsed
+            self._since_eval.start += elapsed
 
-    def save(self, state: TrainState, loss: float | None = None) -> None:
-        """Save a checkpoint, once the metrics of all its steps are known."""
+    def checkpoint_metadata(self) -> dict[str, Any]:
+        """Return the counters after all steps, as a dict for JSON."""
         self._read()
         self.counters.seconds = self._seconds()
-        self._checkpoints.save(state, asdict(self.counters), loss)
+        return asdict(self.counters)
 
-    def report_end(self) -> None:
-        """Tell the best figure, the time, and what to do next."""
+    def log_end(self) -> None:
+        """Log the best validation, the time, and the command that writes text."""
         scored = [record for record in self._log.records if record.get("val/loss") is not None]
         if scored:
             best = min(scored, key=lambda record: record["val/loss"])
-            figure = best["val/bits_per_char"]
-            logger.info("best validation: %.4f bits/char, at step %d", figure, best["step"])
-        logger.info("trained %d steps in %.0f s", self._job.num_steps, self._seconds())
-        command = launcher_command("sample", f"--workdir={self._job.run.workdir}")
+            value, step = best["val/bits_per_char"], best["step"]
+            logger.info("best validation: %.4f bits/char, at step %d", value, step)
+        logger.info("trained %d steps in %.0f s", self._setup.num_steps, self._seconds())
+        command = launcher_command("sample", f"--workdir={self._setup.run.workdir}")
         logger.info("to write more: %s", command)
 
     def _read(self) -> int:
-        """Take in the metrics that wait, and return of how many steps they are."""
+        """Read the pending metrics; return the number of their steps."""
         if self._pending is None:
             return 0
         last, count, metrics = self._pending
         self._pending = None
         names = ("loss", "grad_norm", "count", "skipped")
         columns = [np.asarray(metrics[name])[:count].tolist() for name in names]
-        for step, *figures in zip(range(last - count + 1, last + 1), *columns, strict=True):
-            loss, grad_norm, num_chars, is_skipped = figures
+        for step, *values in zip(range(last - count + 1, last + 1), *columns, strict=True):
+            loss, grad_norm, num_chars, is_skipped = values
             if is_skipped:
                 self._count_skipped(step, loss, grad_norm)
                 continue
@@ -256,22 +249,22 @@ class Progress:
             self.counters.grad_norm = grad_norm
             self.counters.since_log.add(loss, num_chars)
             self.counters.since_eval.add(loss, num_chars)
-            self._log_lap.chars += num_chars
-            self._eval_lap.chars += num_chars
+            self._since_log.chars += num_chars
+            self._since_eval.chars += num_chars
         return count
 
     def _count_skipped(self, step: int, loss: float, grad_norm: float) -> None:
         self.counters.skipped += 1
         self.counters.nonfinite_steps += 1
-        problem = f"step {step}: the loss is {loss} and the gradient's norm {grad_norm}"
+        problem = f"step {step}: the loss is {loss} and the norm of the gradient {grad_norm}"
         if math.isfinite(loss) and math.isfinite(grad_norm):
             problem += ", but the new parameters are not finite"
         if self.counters.nonfinite_steps == MAX_NONFINITE_STEPS:
             raise DivergedError(problem, self.counters.rollbacks)
         logger.warning("%s: step skipped", problem)
 
-    def _stamp(self, step: int) -> dict[str, Any]:
-        epoch = step / self._job.batches.steps_per_epoch
+    def _new_record(self, step: int) -> dict[str, Any]:
+        epoch = step / self._setup.batches.steps_per_epoch
         return {"step": step, "epoch": epoch, "seconds": self._seconds()}
 
     def _seconds(self) -> float:
@@ -279,12 +272,12 @@ class Progress:
 
 
 def describe_evaluation(record: dict[str, Any], chars_per_second: float) -> Iterator[str]:
-    """Yield the lines that stay on the screen: the figures of an evaluation and its sample."""
-    found = {
+    """Yield the lines to print for an evaluation record: its metrics, and its sample."""
+    losses = {
         "training": None if record["train/mean_loss"] is None else bits(record["train/mean_loss"]),
         "validation": record.get("val/bits_per_char"),
     }
-    parts = [f"{name} {value:.4f}" for name, value in found.items() if value is not None]
+    parts = [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
     if parts:
         parts[-1] += " bits/char"
     if chars_per_second:

@@ -1,100 +1,82 @@
-"""Evaluation during training: validation loss and a sample, which a signal may interrupt."""
+"""Evaluation during training: metrics of the validation text, and a sample."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from charlstm.data.batches import Batch
 from charlstm.keys import derive_key
 from charlstm.model import zero_carry
-from charlstm.parallel import processes
-from charlstm.parallel.sharding import by_rows, local_rows, on_one_device, put_batch, replicated
+from charlstm.parallel.sharding import by_rows, local_rows, put_batch, replicated
 from charlstm.runs.metrics import bits
 from charlstm.sampling import stream
-from charlstm.steps import evaluate, make_eval_step
+from charlstm.steps import EvalStep, evaluate, make_eval_step
 from charlstm.training.setup import Setup
 
-Item = TypeVar("Item")
-ShouldStop = Callable[[], bool]
-
-# Characters of a sample between two calls of should_stop.
+# Characters of a sample between two calls of poll.
 SAMPLE_CHUNK = 128
 
 
-class StoppedError(Exception):
-    """A stop was requested."""
+def compile_eval_step(setup: Setup) -> EvalStep:
+    """Return the compiled eval_step for `setup.val_batches`."""
+    assert setup.val_batches
+    rows = by_rows(setup.mesh, setup.val_batches.batch_size)
+    return jax.jit(make_eval_step(setup.model), out_shardings=(rows, replicated(setup.mesh)))
 
 
-def stop_if(should_stop: ShouldStop) -> None:
-    """Raise StoppedError if a stop was requested."""
-    if should_stop():
-        raise StoppedError
+def validate(
+    setup: Setup, eval_step: EvalStep, params: Any, poll: Callable[[], None]
+) -> dict[str, float]:
+    """Return val/loss (nats per character), val/bits_per_char and val/accuracy of `params`.
 
-
-def until(should_stop: ShouldStop, items: Iterable[Item]) -> Iterator[Item]:
-    """Yield `items`; raise StoppedError between two of them once a stop is requested."""
-    for item in items:
-        stop_if(should_stop)
-        yield item
-
-
-def make_evaluation(setup: Setup, should_stop: ShouldStop) -> Callable[[Any, int], dict[str, Any]]:
-    """Return evaluate_state(params, step) -> validation metrics and a sample.
-
-    The devices share the evaluation; the first process writes the sample. It raises
-    StoppedError once `should_stop` returns true.
+    Args:
+      setup: of a run with validation text.
+      eval_step: that of compile_eval_step.
+      params: the parameters to evaluate.
+      poll: called before each batch; it may raise an exception to end the validation.
     """
-    validate = make_validation(setup, should_stop)
-    # Only process 0 samples, so it cannot agree with the others on stopping.
-    while_writing = (lambda: False) if processes.is_shared() else should_stop
+    batches = setup.val_batches
+    assert batches
+    sharding = by_rows(setup.mesh, batches.batch_size)
+    rows = local_rows(sharding, batches.batch_size)
 
-    def evaluate_state(params: Any, step: int) -> dict[str, Any]:
-        figures = validate(params) if validate else {}
-        if processes.is_first():
-            figures |= write_sample(setup, on_one_device(params), step, while_writing)
-        return figures
+    def read() -> Iterator[Batch]:
+        for index in range(batches.steps_per_epoch):
+            poll()
+            yield put_batch(batches(index, rows), sharding, batches.batch_size)
 
-    return evaluate_state
-
-
-def make_validation(
-    setup: Setup, should_stop: ShouldStop
-) -> Callable[[Any], dict[str, Any]] | None:
-    """Return a function of params that gives validation figures; None where there is no text."""
-    if not setup.val_batches:
-        return None
-    batches, batch_size = setup.val_batches, setup.val_batches.batch_size
-    sharding = by_rows(setup.mesh, batch_size)
-    rows = local_rows(sharding, batch_size)
-    outputs = sharding, replicated(setup.mesh)
-    eval_step = jax.jit(make_eval_step(setup.model), out_shardings=outputs)
-    empty = jax.jit(partial(zero_carry, setup.model, batch_size), out_shardings=sharding)
-
-    def read(index: int) -> Batch:
-        return put_batch(batches(index, rows), sharding, batch_size)
-
-    def validation(params: Any) -> dict[str, Any]:
-        indices = until(should_stop, range(batches.steps_per_epoch))
-        result = evaluate(eval_step, params, empty(), map(read, indices))
-        return {
-            "val/loss": result["loss"],
-            "val/bits_per_char": bits(result["loss"]),
-            "val/accuracy": result["accuracy"],
-        }
-
-    return validation
+    shapes = jax.eval_shape(partial(zero_carry, setup.model, batches.batch_size))
+    carry = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=sharding), shapes)
+    totals = evaluate(eval_step, params, carry, read())
+    return {
+        "val/loss": totals["loss"],
+        "val/bits_per_char": bits(totals["loss"]),
+        "val/accuracy": totals["accuracy"],
+    }
 
 
-def write_sample(setup: Setup, params: Any, step: int, should_stop: ShouldStop) -> dict[str, str]:
-    """Return a prompt from the training text, and the sample that continues it."""
+def write_sample(setup: Setup, params: Any, step: int, poll: Callable[[], None]) -> dict[str, str]:
+    """Return a `prompt` from the training text, and the `sample` that continues it.
+
+    Args:
+      setup: of the run.
+      params: parameters on one device.
+      step: determines the prompt and the random key.
+      poll: called after each chunk of characters; it may raise an exception to end the sampling.
+    """
     config, run = setup.run.config, setup.run
     key = jax.random.fold_in(derive_key(run.key(config.seed), "sample"), step)
-    place = np.random.default_rng(np.asarray(jax.random.key_data(key))).integers(len(run.prompts))
-    prompt_L = run.vocab.encode(run.prompts[place])
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    prompt_L = run.vocab.encode(run.prompts[rng.integers(len(run.prompts))])
     lengths = {"seq_len": config.seq_len, "chunk": SAMPLE_CHUNK}
-    pieces = stream(setup.model, params, [prompt_L], key, **lengths, **config.sample.to_dict())
-    ids_BL = np.concatenate(list(until(should_stop, pieces)), axis=1)
-    return {"prompt": run.decode(prompt_L), "sample": run.decode(ids_BL[0])}
+    chunks = []
+    for ids_1L in stream(
+        setup.model, params, [prompt_L], key, **lengths, **config.sample.to_dict()
+    ):
+        poll()
+        chunks.append(ids_1L[0])
+    return {"prompt": run.decode(prompt_L), "sample": run.decode(np.concatenate(chunks))}

@@ -281,9 +281,9 @@ def test_processes_that_are_too_few_wait_no_longer_than_they_are_told(launch, re
 
 def test_a_second_run_of_the_same_folder_is_refused_on_all(launch, reference):
     # The reference is finished: only its lock is in question.
-    from charlstm.files import sole_writer
+    from charlstm.files import lock_folder
 
-    with sole_writer(epath.Path(reference)):
+    with lock_folder(epath.Path(reference)):
         run = Processes(launch, reference.parent, [*FLAGS, "--workdir=reference"])
         assert run.wait() == [2, 2]
     assert "in use by process" in run.said(0)

@@ -8,7 +8,7 @@ from etils import epath
 from helpers import small_config, stop_after, untrained_run
 
 from charlstm.errors import UserError
-from charlstm.files import sole_writer
+from charlstm.files import lock_folder
 from charlstm.runs.folder import load_run, write_run
 from charlstm.training.loop import train
 from charlstm.training.setup import prepare
@@ -77,7 +77,7 @@ def test_a_lock_file_of_another_program_is_not_replaced(kind, tmp_path):
         (tmp_path / ".lock").write_text("kept")
     with (
         pytest.raises(UserError, match=r"\.lock: is not a lock"),
-        sole_writer(epath.Path(tmp_path)),
+        lock_folder(epath.Path(tmp_path)),
     ):
         pass
     assert {path.read_text() for path in tmp_path.iterdir()} == {"kept"}

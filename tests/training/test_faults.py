@@ -19,7 +19,7 @@ from etils import epath
 from helpers import assert_equal, records_of
 from launching import WarmLauncher, command_of, run_command
 
-from charlstm.files import sole_writer
+from charlstm.files import lock_folder
 from charlstm.model import model_from_config
 from charlstm.runs.checkpoints import Checkpoints, load_model, state_shapes, steps_in
 from charlstm.runs.folder import load_run
@@ -247,7 +247,7 @@ def test_one_trainer_at_a_time_and_any_number_of_readers(launch, reference, tmp_
         process.kill()
         process.wait()
     # The lock has ended with its holder.
-    with sole_writer(epath.Path(tmp_path / "run")):
+    with lock_folder(epath.Path(tmp_path / "run")):
         pass
 
 

@@ -14,7 +14,7 @@ from helpers import NUM_STEPS, assert_equal, records_of, small_config, stop_afte
 import charlstm.training.loop as train_module
 from charlstm.data.batches import Streams
 from charlstm.errors import RunError, UserError
-from charlstm.files import sole_writer
+from charlstm.files import lock_folder
 from charlstm.model import model_from_config
 from charlstm.optim import make_schedule
 from charlstm.runs.checkpoints import Checkpoints, load_model, state_shapes, steps_in
@@ -257,7 +257,7 @@ def test_a_short_validation_part_is_a_warning(book_path, tmp_path, caplog):
 def test_a_second_writer_is_refused_with_the_first_ones_number(finished, tmp_path):
     shutil.copytree(finished[1], tmp_path / "run")
     with (
-        sole_writer(epath.Path(tmp_path / "run")),
+        lock_folder(epath.Path(tmp_path / "run")),
         pytest.raises(UserError, match=rf"run: in use by process {os.getpid()} on .*; wait"),
     ):
         train(finished[0], tmp_path / "run")
