@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 
 import jax
 import numpy as np
@@ -10,9 +11,11 @@ from ml_collections import ConfigDict
 
 from charlstm.config import base_config
 from charlstm.model import model_from_config
-from charlstm.runs.checkpoints import Checkpoints, load_model, state_shapes
+from charlstm.optim import make_optimizer, make_schedule
+from charlstm.runs.checkpoints import Checkpoints, load_model
 from charlstm.runs.folder import write_run
 from charlstm.runs.metrics import read_records
+from charlstm.steps import init_state
 from charlstm.training.progress import Counters
 from charlstm.training.setup import prepare
 
@@ -83,20 +86,26 @@ def small_config(book_path, **changes):
     return config
 
 
+def abstract_state_of(run):
+    """Return the abstract state of a run, without shardings."""
+    model = model_from_config(run.config, run.vocab)
+    optimizer = make_optimizer(run.config, make_schedule(run.config, num_steps=1))
+    make_state = partial(init_state, model, optimizer, batch_size=run.config.batch_size)
+    return jax.eval_shape(make_state, run.key(0))
+
+
 def untrained_run(config, workdir):
     """Return a run with a checkpoint, of step 0, of made-up weights: nothing is compiled for it."""
     run = prepare(config, epath.Path(workdir)).run
     run.workdir.mkdir(parents=True)
     write_run(run)
-    model = model_from_config(config, run.vocab)
-    shapes = state_shapes(config, model, run.prng_impl)._replace(key=())
 
     def make_up(leaf):
         if leaf.dtype == np.int32:
             return np.zeros(leaf.shape, leaf.dtype)
         return np.linspace(-0.1, 0.1, leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
 
-    state = jax.tree.map(make_up, shapes)
+    state = jax.tree.map(make_up, abstract_state_of(run)._replace(key=()))
     with closing(Checkpoints(run.workdir)) as checkpoints:
         checkpoints.save(state._replace(key=run.key(config.seed)), asdict(Counters()), 1.0)
     return run

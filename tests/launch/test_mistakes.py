@@ -322,7 +322,7 @@ OTHERS = [
     ("--config.optimizer.learning_rate=0.5", "learning_rate is 0.008 there and 0.5 here"),
     ("--config.data.lowercase", "data.lowercase is False there and True here"),
     ("--config.data.min_count=2", "data.min_count is 1 there and 2 here"),
-    ("--config.data.path=other.txt", "other.txt: has changed since|or is not its text|SHA-256"),
+    ("--config.data.path=other.txt", "other.txt: |has changed|SHA-256|--workdir"),
 ]
 
 
@@ -410,7 +410,7 @@ DAMAGES = {
     ),
     "config.json was edited": (
         lambda run: edited(run / "config.json", config={}),
-        "config.json: is not as it was written|change settings by flags",
+        "config.json: its checksum differs|flags",
     ),
     "config.json is a list": (
         lambda run: (run / "config.json").write_text("[]"),
@@ -434,7 +434,7 @@ DAMAGES = {
     ),
     "vocab.json has another letter": (
         lambda run: (run / "vocab.json").write_text((run / "vocab.json").read_text()[:-4] + 'z"]'),
-        "vocab.json: is not as it was written",
+        "vocab.json: its checksum differs",
     ),
     "prompts.json is empty": (
         lambda run: (run / "prompts.json").write_text(""),
@@ -458,12 +458,12 @@ DAMAGES = {
         lambda run: shutil.rmtree(run / "checkpoints"),
         "no checkpoint yet; let it train on",
     ),
-    "all checkpoints are set aside": (
+    "all checkpoints are damaged": (
         lambda run: [
             path.rename(path.with_name(f"damaged-{path.name}"))
             for path in list((run / "checkpoints").iterdir())
         ],
-        "no checkpoint is left that is not damaged; bring the files of damaged-30, damaged-60 back",
+        "checkpoints are damaged|damaged-30, damaged-60",
     ),
     "a checkpoint's weights are gone": (
         lambda run: shutil.rmtree(run / "checkpoints" / "60" / "state"),

@@ -13,7 +13,7 @@ from charlstm.errors import UserError
 from charlstm.model import CharLSTM, zero_carry
 from charlstm.optim import make_optimizer, make_schedule
 from charlstm.planning import cost
-from charlstm.runs.checkpoints import Checkpoints, state_shapes
+from charlstm.runs.checkpoints import Checkpoints
 from charlstm.runs.machine import check_memory
 from charlstm.steps import init_state, make_train_step
 
@@ -174,7 +174,7 @@ def test_a_checkpoint_is_as_large_as_it_is_said_to_be(tmp_path):
 
 def test_a_state_holds_what_it_is_said_to():
     config = config_with(hidden_size=32, num_layers=2)
-    state = state_shapes(config, model_of(config, 11))
+    state = state_of(config, 11)
     leaves = jax.tree.leaves(state._replace(key=()))
     key_bytes = 8
     assert cost.state_bytes(config, 11) == sum(leaf.size * 4 for leaf in leaves) + key_bytes

@@ -23,21 +23,21 @@ METADATA = {"seconds": 1.5, "nonfinite_steps": 0}
 
 
 def state_at(step):
-    """Return a state whose every number depends on the step."""
+    """Return a state in which each leaf depends on the step."""
     numbers = jnp.arange(12.0).reshape(3, 4) + step
     return TrainState(
         jnp.int32(step), {"w": numbers, "b": numbers[0] / 7}, (numbers,), (), jax.random.key(step)
     )
 
 
-LIKE = jax.eval_shape(lambda: state_at(0))
+ABSTRACT_STATE = jax.eval_shape(lambda: state_at(0))
 
 
-def written(workdir, losses):
+def save_states(workdir, losses):
     """Save states 1, 2, ... with these losses."""
     with closing(Checkpoints(epath.Path(workdir))) as checkpoints:
         for step, loss in enumerate(losses, start=1):
-            checkpoints.save(state_at(step), METADATA | {"told": step}, loss)
+            checkpoints.save(state_at(step), METADATA | {"name": step}, loss)
 
 
 def assert_is(state, step):
@@ -50,32 +50,32 @@ def assert_is(state, step):
 
 def newest(workdir, **options):
     with closing(Checkpoints(epath.Path(workdir))) as checkpoints:
-        return checkpoints.restore_newest(LIKE, **options)
+        return checkpoints.restore_newest(ABSTRACT_STATE, **options)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def saved(tmp_path_factory):
     """Return the folder of a run with checkpoints 1 and 2."""
-    folder = tmp_path_factory.mktemp("whole")
-    written(folder, [2.0, 1.0])
+    folder = tmp_path_factory.mktemp("saved")
+    save_states(folder, [2.0, 1.0])
     return folder
 
 
-def test_what_is_saved_is_what_is_restored(tmp_path):
-    written(tmp_path, [2.5])
+def test_restored_state_equals_saved_state(tmp_path):
+    save_states(tmp_path, [2.5])
     state, metadata = newest(tmp_path)
     assert_is(state, 1)
-    assert metadata == METADATA | {"told": 1}
+    assert metadata == METADATA | {"name": 1}
 
 
 @pytest.mark.parametrize("name", ["[My] a*b?c\\d", "[[", "caf\udce9", "%41 {a}#'\n\""])
-def test_any_name_of_a_folder_will_do(name, tmp_path):
+def test_folder_may_have_any_name(name, tmp_path):
     for parent in (tmp_path / name, tmp_path / "moved" / name):
         if not parent.exists():
             parent.parent.mkdir(exist_ok=True)
-            written(parent, [2.0, 1.0])
+            save_states(parent, [2.0, 1.0])
         with closing(Checkpoints(epath.Path(parent), read_only=True)) as checkpoints:
-            assert_is(checkpoints.restore(checkpoints.best_step(), LIKE)[0], 2)
+            assert_is(checkpoints.restore(checkpoints.best_step(), ABSTRACT_STATE)[0], 2)
         assert_is(newest(parent)[0], 2)
         assert steps_in(epath.Path(parent / "checkpoints")) == [1, 2]
         assert [path.name for path in parent.parent.iterdir()] == [name]
@@ -84,39 +84,41 @@ def test_any_name_of_a_folder_will_do(name, tmp_path):
             parent.rename(tmp_path / "moved" / name)
 
 
-def test_a_state_that_is_there_gives_way_to_one_with_a_loss_only(tmp_path):
+def test_save_overwrites_a_step_only_with_a_loss(tmp_path):
     with closing(Checkpoints(epath.Path(tmp_path))) as checkpoints:
         checkpoints.save(state_at(1), METADATA, 1.0)
         checkpoints.save(state_at(2), METADATA, None)
-        checkpoints.save(state_at(2), METADATA | {"told": "again"}, 0.5)
-        checkpoints.save(state_at(2), METADATA | {"told": "too late"}, None)
+        checkpoints.save(state_at(2), METADATA | {"name": "again"}, 0.5)
+        checkpoints.save(state_at(2), METADATA | {"name": "too late"}, None)
         checkpoints.save(state_at(3), METADATA, None)
         assert checkpoints.best_step() == 2
-        assert checkpoints.restore(2, LIKE)[1]["told"] == "again"
+        assert checkpoints.restore(2, ABSTRACT_STATE)[1]["name"] == "again"
 
 
-def test_without_a_loss_that_is_finite_the_newest_is_the_best(tmp_path):
-    written(tmp_path, [None, math.nan, math.inf])
+def test_best_is_newest_without_finite_loss(tmp_path):
+    save_states(tmp_path, [None, math.nan, math.inf])
     with closing(Checkpoints(epath.Path(tmp_path), read_only=True)) as checkpoints:
         assert checkpoints.best_step() == 3
 
 
-def test_only_a_state_that_is_wanted_is_restored_and_newer_ones_go(tmp_path):
-    written(tmp_path, [3.0, 2.0, 1.0])
-    state, _ = newest(tmp_path, is_wanted=lambda metadata: metadata["told"] < 3)
+def test_restore_newest_deletes_unwanted_states(tmp_path):
+    save_states(tmp_path, [3.0, 2.0, 1.0])
+    state, _ = newest(tmp_path, is_wanted=lambda metadata: metadata["name"] < 3)
     assert_is(state, 2)
     assert steps_in(epath.Path(tmp_path / "checkpoints")) == [2]
     assert newest(tmp_path, is_wanted=lambda metadata: False) is None
     assert steps_in(epath.Path(tmp_path / "checkpoints")) == []
 
 
-def test_all_being_damaged_is_no_reason_to_begin_anew_in_silence(tmp_path):
-    written(tmp_path, [3.0, 2.0])
+def test_restore_newest_fails_if_all_are_damaged(tmp_path):
+    save_states(tmp_path, [3.0, 2.0])
     for step in (1, 2):
         shutil.rmtree(tmp_path / "checkpoints" / str(step) / "state")
-    # However often it is tried, until the user decides.
+    # At every try, until the user removes them.
     for _ in range(3):
-        with pytest.raises(UserError, match=r"no checkpoint is left.*delete them to begin anew"):
+        with pytest.raises(
+            UserError, match=r"checkpoints are damaged.*damaged-1, damaged-2.*delete"
+        ):
             newest(tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
         "damaged-1",
@@ -127,9 +129,9 @@ def test_all_being_damaged_is_no_reason_to_begin_anew_in_silence(tmp_path):
     assert newest(tmp_path) is None
 
 
-def test_a_damaged_checkpoint_that_is_aside_already_is_kept(tmp_path):
+def test_renamed_damaged_checkpoints_are_kept(tmp_path):
     for mark in ("first", "second"):
-        written(tmp_path, [3.0, 2.0])
+        save_states(tmp_path, [3.0, 2.0])
         (tmp_path / "checkpoints" / "2" / "mark").write_text(mark)
         (tmp_path / "checkpoints" / "2" / "metadata" / "metadata").unlink()
         newest(tmp_path)
@@ -138,7 +140,8 @@ def test_a_damaged_checkpoint_that_is_aside_already_is_kept(tmp_path):
     assert sorted(marks) == ["first", "second"]
 
 
-OTHERS = {
+# By the difference from the saved state that the error names.
+OTHER_STATES = {
     "key is key<fry>() there and key<rbg>() here": lambda state: state._replace(
         key=jax.random.key(0, impl="rbg")
     ),
@@ -157,44 +160,42 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("difference", OTHERS)
-def test_a_state_of_other_arrays_is_refused_by_their_names_and_not_renamed(
-    difference, whole, tmp_path
-):
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    like = jax.eval_shape(lambda: OTHERS[difference](state_at(0)))
+@pytest.mark.parametrize("difference", OTHER_STATES)
+def test_restore_refuses_other_arrays_by_name(difference, saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    other_state = jax.eval_shape(lambda: OTHER_STATES[difference](state_at(0)))
     with closing(Checkpoints(epath.Path(tmp_path))) as checkpoints:
         with pytest.raises(UserError, match=re.escape(difference)) as caught:
-            checkpoints.restore_newest(like)
+            checkpoints.restore_newest(other_state)
         assert not isinstance(caught.value, DamagedError)
-        assert_is(checkpoints.restore_newest(LIKE)[0], 2)
+        assert_is(checkpoints.restore_newest(ABSTRACT_STATE)[0], 2)
 
 
 @pytest.mark.parametrize("name", ["metadata/metadata", "state/manifest.ocdbt", "state/_METADATA"])
-def test_a_file_that_cannot_be_read_is_not_damage(name, whole, tmp_path):
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+def test_unreadable_file_is_not_damage(name, saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "checkpoints" / "2" / name
-    # A link to itself, since whoever is root may read everything.
-    whole = path.rename(path.with_name("whole"))
+    # A link to itself, since root may read every file.
+    moved = path.rename(path.with_name("moved"))
     path.symlink_to(path.name)
     with pytest.raises(RunError, match=f"2/{name}: cannot be read"):
         newest(tmp_path)
     path.unlink()
-    whole.rename(path)
+    moved.rename(path)
     assert_is(newest(tmp_path)[0], 2)
 
 
-def test_files_of_an_owner_without_a_name_are_read(tmp_path, monkeypatch):
+def test_files_of_unknown_owner_are_read(tmp_path, monkeypatch):
     def nameless(number):
         raise KeyError(f"getpwuid(): uid not found: {number}")
 
     monkeypatch.setattr("pwd.getpwuid", nameless)
     monkeypatch.setattr("grp.getgrgid", nameless)
-    written(tmp_path, [1.0])
+    save_states(tmp_path, [1.0])
     assert_is(newest(tmp_path)[0], 1)
 
 
-def test_a_checksum_tells_types_shapes_and_keys_apart():
+def test_checksum_depends_on_type_shape_and_content():
     one = jnp.zeros(2, jnp.float32)
     others = [jnp.zeros(2, jnp.int32), jnp.zeros((2, 1)), jnp.zeros(2).at[1].set(-0.0)]
     assert len({checksums([x])["0"] for x in [one, *others]}) == 4
@@ -204,12 +205,12 @@ def test_a_checksum_tells_types_shapes_and_keys_apart():
 
 
 def bytes_read():
-    """Return how many bytes this process has read from files."""
+    """Return the number of bytes that this process has read from files."""
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's counters")
-def test_the_parameters_are_read_without_what_only_training_needs(tmp_path):
+def test_only_params_reads_one_of_four_arrays(tmp_path):
     def make_state():
         params = {"w": jax.random.normal(jax.random.key(1), (10**6,))}
         twice = {"w": 2 * params["w"]}
@@ -218,20 +219,19 @@ def test_the_parameters_are_read_without_what_only_training_needs(tmp_path):
 
     with closing(Checkpoints(epath.Path(tmp_path))) as checkpoints:
         checkpoints.save(make_state(), METADATA, 1.0)
-    like, counts = jax.eval_shape(make_state), {}
-    for name, wanted in (("all", like), ("params", only_params(like))):
+    abstract_state, counts = jax.eval_shape(make_state), {}
+    for name, wanted in (("all", abstract_state), ("params", only_params(abstract_state))):
         with closing(Checkpoints(epath.Path(tmp_path), read_only=True)) as checkpoints:
             before = bytes_read()
             state, _ = checkpoints.restore(1, wanted)
             counts[name] = bytes_read() - before
     average = averaged_params(state.params, state.opt_state)["w"]
     np.testing.assert_array_equal(average, make_state().opt_state[1].average["w"])
-    # One of four arrays.
     assert counts["params"] < 0.3 * counts["all"]
 
 
-def test_reading_checkpoints_logs_nothing(tmp_path, caplog):
-    written(tmp_path, [1.0])
+def test_reader_logs_nothing(tmp_path, caplog):
+    save_states(tmp_path, [1.0])
     caplog.clear()
     Checkpoints(epath.Path(tmp_path), read_only=True).close()
     assert [record for record in caplog.records if record.levelname != "INFO"] == []
@@ -257,26 +257,26 @@ DAMAGES = {
 }
 
 
-def assert_damage_never_goes_unnoticed(workdir, caplog):
-    """Assert that a resume gets the state of 2 or of 1, and a reader that of 2 or an error."""
+def assert_damage_is_noticed(workdir, caplog):
+    """Assert that a resume gets state 2, or 1 and a warning; a reader state 2 or an error."""
     for choose in (Checkpoints.best_step, Checkpoints.latest_step):
         try:
             with closing(Checkpoints(epath.Path(workdir), read_only=True)) as checkpoints:
                 assert choose(checkpoints) == 2
-                assert_is(checkpoints.restore(2, LIKE)[0], 2)
+                assert_is(checkpoints.restore(2, ABSTRACT_STATE)[0], 2)
         except DamagedError as error:
             refusal = str(error)
             assert "checkpoints/2" in refusal
     caplog.clear()
     state, metadata = newest(workdir)
-    told = [record.message for record in caplog.records if record.name.startswith("charlstm")]
-    assert metadata["told"] == int(state.step)
+    warnings = [r.message for r in caplog.records if r.name.startswith("charlstm")]
+    assert metadata["name"] == int(state.step)
     assert_is(state, int(state.step))
-    assert (int(state.step) == 2) == (not told)
-    assert int(state.step) == 2 or "set aside as damaged-2" in told[0]
+    assert (int(state.step) == 2) == (not warnings)
+    assert int(state.step) == 2 or "damaged-2" in warnings[0]
 
 
-# Every damage to the files that each reader parses; to the others, two of the four in turn.
+# All damages of the files that every reader parses, and two of the four of each other file.
 PARSED = ["metadata/metadata", "state/manifest.ocdbt", "state/ocdbt.process_0/d/*"]
 CASES = [
     (damage, name)
@@ -287,13 +287,13 @@ CASES = [
 
 
 @pytest.mark.parametrize(("damage", "name"), CASES)
-def test_a_damaged_file_is_noticed_or_does_no_harm(damage, name, whole, tmp_path, caplog):
-    shutil.copytree(whole, tmp_path / "run")
+def test_damaged_file_is_noticed_or_harmless(damage, name, saved, tmp_path, caplog):
+    shutil.copytree(saved, tmp_path / "run")
     paths = list((tmp_path / "run" / "checkpoints" / "2").glob(name))
     assert paths
     for path in paths:
         DAMAGES[damage](path)
-    assert_damage_never_goes_unnoticed(tmp_path / "run", caplog)
+    assert_damage_is_noticed(tmp_path / "run", caplog)
 
 
 @settings(
@@ -301,21 +301,21 @@ def test_a_damaged_file_is_noticed_or_does_no_harm(damage, name, whole, tmp_path
     max_examples=settings().max_examples // 7,  # each takes a fifth of a second
 )
 @given(number=st.integers(0, 10**6), place=st.integers(0, 10**9))
-def test_a_flipped_bit_is_noticed_or_does_no_harm(number, place, whole, tmp_path_factory, caplog):
+def test_flipped_bit_is_noticed_or_harmless(number, place, saved, tmp_path_factory, caplog):
     workdir = tmp_path_factory.mktemp("flip") / "run"
-    shutil.copytree(whole, workdir)
+    shutil.copytree(saved, workdir)
     folder = workdir / "checkpoints" / "2"
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     flip(paths[number % len(paths)], place)
-    assert_damage_never_goes_unnoticed(workdir, caplog)
+    assert_damage_is_noticed(workdir, caplog)
     shutil.rmtree(workdir.parent)
 
 
-def test_the_error_of_a_damaged_file_leaves_out_how_it_was_opened(whole, tmp_path):
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+def test_damage_error_omits_tensorstore_spec(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / "checkpoints").glob("*/state/d/*"):
         path.write_text("x")
     with closing(Checkpoints(epath.Path(tmp_path), read_only=True)) as checkpoints:
         with pytest.raises(DamagedError, match="missing or damaged") as caught:
-            checkpoints.restore(checkpoints.latest_step(), LIKE)
+            checkpoints.restore(checkpoints.latest_step(), ABSTRACT_STATE)
     assert "tensorstore_spec" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The folder of a run: whose files are in it, and which of them a start may write."""
+"""The run folder: which files a start may write or replace."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("name", OWN_NAMES)
-def test_a_folder_of_somebody_else_is_refused_and_left_as_it_is(name, book_path, tmp_path):
+def test_folder_with_other_files_is_not_changed(name, book_path, tmp_path):
     folder = tmp_path / "poems"
     (folder / name).parent.mkdir(parents=True)
     (folder / name).write_text('{"step": 1}\n')
@@ -40,50 +40,50 @@ def test_a_folder_of_somebody_else_is_refused_and_left_as_it_is(name, book_path,
     with pytest.raises(UserError, match=name.split("/")[0]) as caught:
         train(small_config(book_path), folder)
     assert "choose another --workdir" in str(caught.value)
-    # A lock may be added, since the content of vocab.json is compared under it.
+    # A lock may be added, under which vocab.json is compared.
     assert {path: content for path, content in contents(folder).items() if path in before} == before
 
 
-def test_the_text_that_is_trained_on_is_not_replaced(book, tmp_path):
+def test_text_in_the_run_folder_is_not_replaced(book, tmp_path):
     (tmp_path / "samples.txt").write_text(book)
     with pytest.raises(UserError, match=r"is not empty and not a run \(it holds samples.txt\)"):
         train(small_config(tmp_path / "samples.txt"), tmp_path)
     assert contents(tmp_path) == {tmp_path / "samples.txt": book.encode()}
 
 
-def test_a_start_that_was_killed_before_its_config_was_written_starts_again(book_path, tmp_path):
-    setup = prepare(small_config(book_path), epath.Path(tmp_path / "whole"))
-    (tmp_path / "whole").mkdir()
+def test_start_killed_before_its_config_can_be_repeated(book_path, tmp_path):
+    setup = prepare(small_config(book_path), epath.Path(tmp_path / "complete"))
+    (tmp_path / "complete").mkdir()
     write_run(setup.run)
-    begun = {".lock": "", ".config.json.tmp": "{", ".vocab.json.tmp": ""}
+    leftovers = {".lock": "", ".config.json.tmp": "{", ".vocab.json.tmp": ""}
     for names in ([], ["vocab.json"], ["vocab.json", "prompts.json"]):
         folder = tmp_path / str(len(names))
         folder.mkdir()
-        for name, content in begun.items():
+        for name, content in leftovers.items():
             (folder / name).write_text(content)
         for name in names:
-            shutil.copy(tmp_path / "whole" / name, folder / name)
+            shutil.copy(tmp_path / "complete" / name, folder / name)
         write_run(prepare(small_config(book_path), epath.Path(folder)).run)
         for name in ("vocab.json", "prompts.json", "config.json"):
-            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+            assert (folder / name).read_bytes() == (tmp_path / "complete" / name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])
-def test_a_lock_file_of_another_program_is_not_replaced(kind, tmp_path):
-    (tmp_path / "precious").write_text("kept")
+def test_lock_of_another_program_is_not_replaced(kind, tmp_path):
+    (tmp_path / "file").write_text("content")
     if kind == "link":
-        (tmp_path / ".lock").symlink_to("precious")
+        (tmp_path / ".lock").symlink_to("file")
     else:
-        (tmp_path / ".lock").write_text("kept")
+        (tmp_path / ".lock").write_text("content")
     with (
         pytest.raises(UserError, match=r"\.lock: is not a lock"),
         lock_folder(epath.Path(tmp_path)),
     ):
         pass
-    assert {path.read_text() for path in tmp_path.iterdir()} == {"kept"}
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"content"}
 
 
-def test_a_run_that_another_process_has_begun_meanwhile_is_not_replaced(book_path, tmp_path):
+def test_run_of_a_concurrent_start_is_not_replaced(book_path, tmp_path):
     folder = epath.Path(tmp_path / "run")
     late = prepare(small_config(book_path, **{"model.hidden_size": 24}), folder)
     untrained_run(small_config(book_path), folder)
@@ -93,7 +93,7 @@ def test_a_run_that_another_process_has_begun_meanwhile_is_not_replaced(book_pat
     assert contents(tmp_path / "run") == before
 
 
-def test_checkpoints_may_lie_on_another_disk(book_path, tmp_path, monkeypatch):
+def test_checkpoints_may_be_a_link_to_another_disk(book_path, tmp_path, monkeypatch):
     for name in ("scratch", "run"):
         (tmp_path / name).mkdir()
     os.symlink(tmp_path / "scratch", tmp_path / "run" / "checkpoints")
@@ -103,7 +103,7 @@ def test_checkpoints_may_lie_on_another_disk(book_path, tmp_path, monkeypatch):
     assert train(config, tmp_path / "run")
     assert (tmp_path / "scratch" / "4").exists()
     load_run(epath.Path(tmp_path / "run"))
-    # But not where somebody else has put them, and not by a link further inside.
+    # Not a link of another user, and not a link inside.
     monkeypatch.setattr("os.geteuid", lambda: 12345)
     with pytest.raises(UserError, match=r"checkpoints: a link to .*scratch, out of the run folder"):
         load_run(epath.Path(tmp_path / "run"))

@@ -1,6 +1,6 @@
-"""Whatever a stranger gives: a result as it should be, or one clear line, and nothing else.
+"""Any input gives a correct result or an error of one clear line.
 
-pytest --hypothesis-profile=long tests/test_fuzz.py tries twenty times as much.
+pytest --hypothesis-profile=long tests/runs/test_fuzz.py tries twenty times as many examples.
 """
 
 import json
@@ -40,7 +40,7 @@ ANY_TEXT = st.text(st.characters(codec=None), max_size=300)  # lone surrogates t
 
 
 def assert_clear(error):
-    """Assert that an error is for a person: one line, not too long, which no terminal obeys."""
+    """Assert that an error is one line, not too long, and without control characters."""
     line = one_line(error)
     assert line
     assert len(line) <= 1000
@@ -50,7 +50,7 @@ def assert_clear(error):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, book):
-    """Return a folder with a run, in run/, and its text."""
+    """Return a folder with the run run/ and its text."""
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "book.txt").write_text(book, encoding="utf-8")
     untrained_run(small_config(folder / "book.txt"), folder / "run")
@@ -61,7 +61,7 @@ def folder(tmp_path_factory, book):
 
 
 @given(st.binary(max_size=500) | st.text(max_size=300).map(str.encode))
-def test_any_bytes_are_a_text_or_a_clear_line(folder, raw):
+def test_any_bytes_are_a_text_or_an_error(folder, raw):
     (folder / "any.txt").write_bytes(raw)
     try:
         text = open_corpus(base_config().data, str(folder / "any.txt"))
@@ -69,7 +69,7 @@ def test_any_bytes_are_a_text_or_a_clear_line(folder, raw):
         assert_clear(error)
         return
     content = text.vocab.decode(text.ids_M)
-    # Alone, since the frames of Project Gutenberg are unlikely here.
+    # Headers of Project Gutenberg are unlikely here.
     decoded = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     assert content == decoded.replace("\r\n", "\n").replace("\r", "\n")
     assert text.vocab.characters == Vocab.from_text(content).characters
@@ -82,7 +82,7 @@ def test_any_bytes_are_a_text_or_a_clear_line(folder, raw):
     st.sampled_from(["streams", "windows"]),
     st.floats(0, 0.99),
 )
-def test_any_sizes_give_batches_that_count_each_target_once_or_a_clear_line(
+def test_batches_of_any_sizes_count_each_target_once(
     text, batch_size, seq_len, order, val_fraction
 ):
     config = config_with(
@@ -112,10 +112,10 @@ def test_any_sizes_give_batches_that_count_each_target_once_or_a_clear_line(
 
 
 @given(st.sampled_from(sorted(flatten(base_config()))), JSON)
-def test_any_value_of_any_setting_is_valid_or_a_clear_line(key, value):
+def test_any_setting_is_valid_or_an_error(key, value):
     try:
         config = config_with({key: value})
-    except ValueError:  # a ConfigDict's own, of dots in names
+    except ValueError:  # of ConfigDict, for a dot in a name
         reject()
     try:
         validate(config)
@@ -132,7 +132,7 @@ KEYS = st.sampled_from([*flatten(base_config()), "model", "batchsize", "x" * 50,
 
 
 @given(st.lists(st.builds("--config.{}={}".format, KEYS, WORDS) | WORDS, max_size=4))
-def test_any_command_line_is_understood_or_a_clear_line(words):
+def test_any_command_line_is_parsed_or_an_error(words):
     try:
         normal = options.normalise(["train.py", *words])
         assert normal[0] == "train.py"
@@ -144,23 +144,23 @@ def test_any_command_line_is_understood_or_a_clear_line(words):
     name=st.sampled_from(["config.json", "vocab.json", "prompts.json"]),
     content=JSON.map(json.dumps).map(str.encode) | st.binary(max_size=200),
 )
-def test_any_content_of_a_file_of_a_run_is_a_clear_line(folder, name, content):
+def test_any_content_of_a_run_file_is_an_error(folder, name, content):
     path = folder / "run" / name
-    whole = path.read_bytes()
+    original = path.read_bytes()
     try:
         path.write_bytes(content)
         with pytest.raises(UserError) as caught:
             load_run(epath.Path(folder / "run"))
         assert_clear(caught.value)
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
 
 
 @given(st.sampled_from(sorted(flatten(base_config()))), JSON)
-def test_any_setting_that_its_author_has_sealed_is_a_clear_line_or_loads(folder, key, value):
+def test_any_setting_with_checksum_loads_or_is_an_error(folder, key, value):
     path = folder / "run" / "config.json"
-    whole = path.read_bytes()
-    about = json.loads(whole)
+    original = path.read_bytes()
+    about = json.loads(original)
     del about["checksum"]
     *sections, name = key.split(".")
     (about["config"][sections[0]] if sections else about["config"])[name] = value
@@ -170,19 +170,17 @@ def test_any_setting_that_its_author_has_sealed_is_a_clear_line_or_loads(folder,
     except UserError as error:
         assert_clear(error)
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
 
 
 cached_model = lru_cache(load_model)
 
 
 @given(st.sampled_from(["config", "text", "versions", "devices", "sha256", "schema"]), JSON)
-def test_any_part_of_a_config_that_its_author_has_sealed_is_a_clear_line_or_loads(
-    folder, key, value
-):
+def test_any_config_with_checksum_loads_or_is_an_error(folder, key, value):
     path = folder / "run" / "config.json"
-    whole = path.read_bytes()
-    about = json.loads(whole) | {key: value}
+    original = path.read_bytes()
+    about = json.loads(original) | {key: value}
     del about["checksum"]
     try:
         path.write_text(json.dumps(about | {"checksum": _checksum(about)}))
@@ -190,7 +188,7 @@ def test_any_part_of_a_config_that_its_author_has_sealed_is_a_clear_line_or_load
     except UserError as error:
         assert_clear(error)
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
 
 
 NAMES = [
@@ -206,11 +204,11 @@ NAMES = [
 
 
 @given(st.sampled_from(NAMES), JSON)
-def test_any_notes_that_their_author_has_sealed_are_a_clear_line_or_read(folder, name, value):
+def test_any_metadata_with_checksum_load_or_are_an_error(folder, name, value):
     checkpoint = epath.Path(folder / "run" / "checkpoints" / "0")
     path = checkpoint / "metadata" / "metadata"
-    whole = path.read_bytes()
-    record = json.loads(whole)
+    original = path.read_bytes()
+    record = json.loads(original)
     del record["checksum"]
     (record if name in record else record["metadata"])[name] = value
     try:
@@ -220,14 +218,12 @@ def test_any_notes_that_their_author_has_sealed_are_a_clear_line_or_read(folder,
     except UserError as error:
         assert_clear(error)
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
 
 
 @settings(max_examples=settings().max_examples // 6)  # each takes a third of a second
 @given(number=st.integers(0, 10**6), place=st.integers(0, 10**9), kind=st.integers(0, 3))
-def test_any_damage_to_a_run_is_a_clear_line_or_does_no_harm(
-    folder, number, place, kind, tmp_path_factory
-):
+def test_any_damage_to_a_run_is_an_error_or_harmless(folder, number, place, kind, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("damaged") / "run"
     shutil.copytree(folder / "run", workdir)
     files = sorted(path for path in workdir.rglob("*") if path.is_file() and path.stat().st_size)
@@ -238,12 +234,12 @@ def test_any_damage_to_a_run_is_a_clear_line_or_does_no_harm(
         path.write_bytes(path.read_bytes()[: place % path.stat().st_size])
     else:
         path.unlink()
-    whole = cached_model(folder / "run")
+    original = cached_model(folder / "run")
     try:
         run, model, params = load_model(workdir)
-        assert model == whole[1]
-        assert run.vocab.characters == whole[0].vocab.characters
-        jax.tree.map(np.testing.assert_array_equal, params, whole[2])
+        assert model == original[1]
+        assert run.vocab.characters == original[0].vocab.characters
+        jax.tree.map(np.testing.assert_array_equal, params, original[2])
         read_records(epath.Path(workdir / "metrics.jsonl"))
     except UserError as error:
         assert_clear(error)
@@ -251,7 +247,7 @@ def test_any_damage_to_a_run_is_a_clear_line_or_does_no_harm(
 
 
 @given(st.lists(JSON.map(json.dumps).map(str.encode) | st.binary(max_size=50), max_size=4))
-def test_any_metrics_file_is_read_or_a_clear_line(folder, lines):
+def test_any_metrics_file_is_read_or_an_error(folder, lines):
     path = folder / "metrics.jsonl"
     path.write_bytes(b"\n".join(lines))
     try:
@@ -278,7 +274,7 @@ def params():
     top_p=st.floats(0, 1, exclude_min=True),
     chunk=st.integers(1, 50),
 )
-def test_any_settings_of_the_sampler_write_characters_of_the_vocabulary(
+def test_any_sampler_settings_give_ids_of_the_vocabulary(
     params, lengths, length, temperature, top_k, top_p, chunk
 ):
     key = jax.random.key(0)
@@ -291,10 +287,10 @@ def test_any_settings_of_the_sampler_write_characters_of_the_vocabulary(
 
 
 @given(ANY_TEXT)
-def test_nothing_that_is_printable_moves_a_terminal(text):
+def test_printable_removes_all_control_characters(text):
     shown = printable(text)
     assert "\x1b" not in shown
     assert all(char in "\t\n" or not 0 <= ord(char) < 32 for char in shown)
-    shown.encode()  # no lone surrogate, which no terminal's encoding has
+    shown.encode()  # no lone surrogates
     if text.isprintable():
         assert shown == text

@@ -16,7 +16,7 @@ from charlstm.runs.metrics import RunLog, read_records
 from charlstm.runs.plots import thinned
 
 
-def test_a_resumed_log_drops_what_a_lost_later_step_wrote(tmp_path):
+def test_resumed_log_drops_records_of_later_steps(tmp_path):
     for step, new in ((0, (5, 10, 15)), (10, (12,))):
         log = RunLog(epath.Path(tmp_path), step, "title")
         for number in new:
@@ -30,9 +30,7 @@ TORN = {"metrics.jsonl": '{"step": 99, "tr', "samples.txt": "=== st"}
 
 
 @pytest.mark.parametrize("is_local", [True, False], ids=["local", "bucket"])
-def test_the_same_records_give_the_same_files_however_often_the_log_is_closed(
-    is_local, tmp_path, monkeypatch
-):
+def test_files_do_not_depend_on_restarts(is_local, tmp_path, monkeypatch):
     monkeypatch.setattr("charlstm.files.is_local", lambda path: is_local)
     records = [{"step": step, "train/loss": step / 3} for step in range(1, 8)]
     records[2] |= {"prompt": "x" * 99 + "the ", "sample": "a\nb", "val/bits_per_char": 2.5}
@@ -45,7 +43,7 @@ def test_the_same_records_give_the_same_files_however_often_the_log_is_closed(
                 log.write(record)
             log.close()
             if folder == "often":
-                # As a crash, a full disk or a lost later step leaves them.
+                # As after a crash or with a full disk.
                 for name, torn in TORN.items():
                     with (tmp_path / folder / name).open("a") as file:
                         file.write(torn)
@@ -59,19 +57,19 @@ def test_the_same_records_give_the_same_files_however_often_the_log_is_closed(
     assert (tmp_path / "once" / "samples.txt").read_text() == expected
 
 
-def test_a_record_costs_no_more_where_there_are_many(tmp_path):
+def test_records_are_appended_to_the_same_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x": "%s"}\n' % ("x" * 10**6))
     log = RunLog(epath.Path(tmp_path), 1, "title")
     inode = (tmp_path / "metrics.jsonl").stat().st_ino
     for step in range(2, 5):
         log.write({"step": step, "sample": "a"})
     log.close()
-    # The file was not written anew.
+    # The file was not replaced.
     assert (tmp_path / "metrics.jsonl").stat().st_ino == inode
     assert [r["step"] for r in read_records(epath.Path(tmp_path / "metrics.jsonl"))] == [1, 2, 3, 4]
 
 
-def test_metrics_that_are_deleted_meanwhile_are_written_whole(tmp_path):
+def test_deleted_metrics_file_is_written_again(tmp_path):
     log = RunLog(epath.Path(tmp_path), 0, "title")
     for step in (1, 2, 3):
         log.write({"step": step})
@@ -81,18 +79,18 @@ def test_metrics_that_are_deleted_meanwhile_are_written_whole(tmp_path):
     assert [r["step"] for r in read_records(epath.Path(tmp_path / "metrics.jsonl"))] == [1, 2, 3]
 
 
-def test_samples_of_somebody_else_are_not_replaced(tmp_path):
+def test_samples_file_of_the_user_is_not_replaced(tmp_path):
     (tmp_path / "samples.txt").write_text("my own")
-    with pytest.raises(UserError, match=r"samples.txt: is not what a run writes"):
+    with pytest.raises(UserError, match=r"samples.txt: .*move it"):
         RunLog(epath.Path(tmp_path), 0, "title")
     assert (tmp_path / "samples.txt").read_text() == "my own"
 
 
 @pytest.mark.parametrize("title", ["a$_^$b", "$\\frac{$", "caf\udce9", "\x1b[2J", "深い%{}\\", ""])
-def test_any_title_can_be_drawn(title, tmp_path, caplog):
+def test_curves_may_have_any_title(title, tmp_path, caplog):
     log = RunLog(epath.Path(tmp_path), 0, title)
     log.write({"step": 1, "seconds": 1.0, "val/bits_per_char": 5.0})
-    # What a user's matplotlibrc may say.
+    # Settings that a matplotlibrc may have.
     with matplotlib.rc_context({"text.usetex": True, "font.family": "none.such"}):
         log.draw()
     log.close()
@@ -100,7 +98,7 @@ def test_any_title_can_be_drawn(title, tmp_path, caplog):
     assert not caplog.records
 
 
-def test_a_picture_that_cannot_be_drawn_is_one_warning(tmp_path, monkeypatch, caplog):
+def test_failure_to_draw_is_one_warning(tmp_path, monkeypatch, caplog):
     def fail(*args):
         raise RuntimeError("no fonts")
 
@@ -114,7 +112,7 @@ def test_a_picture_that_cannot_be_drawn_is_one_warning(tmp_path, monkeypatch, ca
     assert "curves.png: could not be drawn (no fonts)" in record.message
 
 
-def test_a_picture_of_somebody_else_is_kept(tmp_path, caplog):
+def test_curves_file_of_the_user_is_not_replaced(tmp_path, caplog):
     figure = Figure()
     figure.subplots()
     figure.savefig(tmp_path / "curves.png")
@@ -124,8 +122,8 @@ def test_a_picture_of_somebody_else_is_kept(tmp_path, caplog):
     log.draw()
     assert (tmp_path / "curves.png").read_bytes() == before
     [record] = caplog.records
-    assert "is kept" in record.message
-    # And one of ours is replaced.
+    assert "curves.png" in record.message
+    # A picture of this program is replaced.
     (tmp_path / "curves.png").unlink()
     log.draw()
     first = (tmp_path / "curves.png").read_bytes()
@@ -136,7 +134,7 @@ def test_a_picture_of_somebody_else_is_kept(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("backend", ["Qt4Agg", "module://nothing.there", "agg"])
-def test_a_picture_needs_no_window_system(backend):
+def test_curves_need_no_window_system(backend):
     program = (
         "import os; from charlstm.runs.plots import draw_curves\n"
         "draw_curves([{'step': 1, 'seconds': 1.0, 'val/bits_per_char': 5.0}], '')\n"
@@ -148,7 +146,7 @@ def test_a_picture_needs_no_window_system(backend):
     assert (answer.stdout, answer.stderr) == (f"{backend}\n", "")
 
 
-def test_thinned_records_keep_the_order_and_the_extremes():
+def test_thinned_keeps_order_and_extremes():
     values = np.random.default_rng(0).normal(size=12_345)
     values[4321], values[7654] = 99, -99
     records = [{"step": step, "x": float(value)} for step, value in enumerate(values)]
@@ -157,12 +155,12 @@ def test_thinned_records_keep_the_order_and_the_extremes():
     assert len(few) <= 100
     assert steps == sorted(set(steps))
     assert {4321, 7654} <= set(steps)
-    # From each stretch there is something.
+    # Each interval has a record.
     assert max(np.diff(steps)) < 2 * 12_345 / 50
     assert thinned(records[:100], "x", 100) == records[:100]
 
 
-def test_tensorboard_reads_the_events_of_a_resumed_run_without_the_lost_ones(tmp_path):
+def test_tensorboard_omits_events_of_later_steps(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for step, new in ((0, (5, 10, 15)), (10, (12,))):
         log = RunLog(epath.Path(tmp_path), step, "title")
@@ -173,7 +171,7 @@ def test_tensorboard_reads_the_events_of_a_resumed_run_without_the_lost_ones(tmp
     assert [(event.step, event.value) for event in events] == [(5, 2.5), (10, 5.0), (12, 6.0)]
 
 
-def test_a_figure_that_json_has_no_word_for_is_refused(tmp_path):
+def test_nonfinite_metric_is_an_error(tmp_path):
     log = RunLog(epath.Path(tmp_path), 0, "title")
     with pytest.raises(ValueError, match="Out of range float"):
         log.write({"step": 1, "train/loss": math.nan})
@@ -183,14 +181,14 @@ def test_a_figure_that_json_has_no_word_for_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "line", ["x", "[]", "{}", '{"step": "1"}', '{"step": 1}', '{"step": null}', "[" * 10**5]
 )
-def test_a_damaged_line_of_metrics_is_named(line, tmp_path):
+def test_damaged_line_of_metrics_is_named(line, tmp_path):
     path = epath.Path(tmp_path / "metrics.jsonl")
     path.write_text(f'{{"step": 2}}\n{line}\n{{"step": 3}}\n')
     with pytest.raises(DamagedError, match=r"metrics.jsonl: line 2 is damaged"):
         read_records(path)
 
 
-def test_writing_a_file_does_not_follow_a_link_out_of_the_folder(tmp_path):
+def test_write_file_replaces_links(tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("precious")
     run = epath.Path(tmp_path / "run")
@@ -203,7 +201,7 @@ def test_writing_a_file_does_not_follow_a_link_out_of_the_folder(tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").is_symlink()
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = epath.Path(tmp_path / "file")
     write_file(path, "old")
 

@@ -1,4 +1,4 @@
-"""What a run survives: kills, signals, full disks, lost folders, a second trainer."""
+"""Faults that a run survives: kills, signals, full disks, lost folders, a second trainer."""
 
 import os
 import random
@@ -16,12 +16,11 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from helpers import assert_equal, records_of
+from helpers import abstract_state_of, assert_equal, records_of
 from launching import WarmLauncher, command_of, run_command
 
 from charlstm.files import lock_folder
-from charlstm.model import model_from_config
-from charlstm.runs.checkpoints import Checkpoints, load_model, state_shapes, steps_in
+from charlstm.runs.checkpoints import Checkpoints, load_model, steps_in
 from charlstm.runs.folder import load_run
 
 FLAGS = [
@@ -31,7 +30,7 @@ FLAGS = [
     "--config.eval_every_steps=20",
     "--config.checkpoint_every_steps=10",
     "--config.sample.length=40",
-    # The same program for any number of steps, which is compiled once.
+    # One compiled program for any number of steps.
     "--config.optimizer.schedule=constant",
     "--config.data.path=book.txt",
 ]
@@ -41,11 +40,10 @@ TOGETHER = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True
 
 
 def last_state(workdir):
-    """Return the leaves of the latest state of a run, all that training depends on."""
+    """Return the leaves of the latest state of a run."""
     run = load_run(epath.Path(workdir))
-    like = state_shapes(run.config, model_from_config(run.config, run.vocab))
     with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
-        state, _ = checkpoints.restore(checkpoints.latest_step(), like)
+        state, _ = checkpoints.restore(checkpoints.latest_step(), abstract_state_of(run))
     return jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
 
 
@@ -54,17 +52,17 @@ def best_weights(workdir):
 
 
 def assert_same_run(workdir, reference):
-    """Assert that two runs ended with the same bits, whatever happened on the way."""
+    """Assert that two runs ended with the same bits and files."""
     for leaves_of in (last_state, best_weights):
         assert_equal(leaves_of(workdir), leaves_of(reference))
     assert records_of(workdir) == records_of(reference)
-    # A kill right after a save leaves what that save would have deleted next.
-    kept = steps_in(reference / "checkpoints")
-    assert set(steps_in(workdir / "checkpoints")) >= set(kept)
+    # After a kill right after a save, older checkpoints remain.
+    steps = steps_in(reference / "checkpoints")
+    assert set(steps_in(workdir / "checkpoints")) >= set(steps)
     for name in ("samples.txt", "vocab.json", "prompts.json"):
         assert (workdir / name).read_bytes() == (reference / name).read_bytes()
-    left = {path.name for path in [*workdir.iterdir(), *(workdir / "checkpoints").iterdir()]}
-    assert not {name for name in left if "tmp" in name or "trash" in name or "damaged" in name}
+    names = {path.name for path in [*workdir.iterdir(), *(workdir / "checkpoints").iterdir()]}
+    assert not {name for name in names if "tmp" in name or "trash" in name or "damaged" in name}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +74,7 @@ def launch():
 
 @pytest.fixture(scope="module")
 def reference(launch, tmp_path_factory, book):
-    """Return the folder of an undisturbed run; its text lies beside it."""
+    """Return the folder of an undisturbed run, next to its text."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "book.txt").write_text(book, encoding="utf-8")
     answer = launch("train", *FLAGS, "--workdir=reference", cwd=folder)
@@ -84,7 +82,7 @@ def reference(launch, tmp_path_factory, book):
     return folder / "reference"
 
 
-def test_a_run_killed_at_every_named_point_ends_as_one_that_was_not(launch, reference, tmp_path):
+def test_run_killed_at_each_point_ends_with_the_same_bits(launch, reference, tmp_path):
     flags = [*FLAGS, f"--workdir={tmp_path}/run"]
     for point in POINTS:
         killed = launch("../tests/killed_at", point, *flags, cwd=reference.parent)
@@ -95,8 +93,8 @@ def test_a_run_killed_at_every_named_point_ends_as_one_that_was_not(launch, refe
 
 
 @pytest.mark.slow
-def test_runs_killed_at_a_hundred_random_times_end_as_one_that_was_not(reference, tmp_path):
-    # Saving takes most of the time after the start, so that most kills meet a save.
+def test_runs_killed_at_random_times_end_with_the_same_bits(reference, tmp_path):
+    # Saves take most of the time, so that most kills happen during one.
     flags = [*FLAGS, "--config.num_steps=150", "--config.checkpoint_every_steps=5"]
     flags += ["--config.eval_every_steps=50"]
     undisturbed = run_command("train", *flags, "--workdir=long", cwd=reference.parent)
@@ -107,10 +105,10 @@ def test_runs_killed_at_a_hundred_random_times_end_as_one_that_was_not(reference
         workdir = tmp_path / f"run{finished}"
         command = command_of("train", *flags, f"--workdir={workdir}")
         process = subprocess.Popen(command, cwd=reference.parent, **TOGETHER)
-        has_begun = threading.Event()
-        threading.Thread(target=watch, args=(process, has_begun)).start()
+        has_started = threading.Event()
+        threading.Thread(target=watch, args=(process, has_started)).start()
         if chooser.random() < 0.8:
-            has_begun.wait(timeout=60)
+            has_started.wait(timeout=60)
             time.sleep(chooser.uniform(0, 4))
         else:
             time.sleep(chooser.uniform(0, 6))
@@ -129,17 +127,17 @@ def test_runs_killed_at_a_hundred_random_times_end_as_one_that_was_not(reference
             assert result.returncode == 0, result.stderr
             assert_same_run(workdir, reference.parent / "long")
             finished += 1
-    print(f"{kills} kills, {resumes} with a checkpoint to go on from, {torn} amid a write;")
-    print(f"{lost_steps} logged steps taken again; {finished} runs ended, all with the same bits")
+    print(f"{kills} kills, {resumes} with a checkpoint to resume from, {torn} during a write;")
+    print(f"{lost_steps} logged steps repeated; {finished} runs finished with the same bits")
     assert resumes > 50
     assert torn > 5
     assert finished > 3
 
 
-def watch(process, has_begun):
+def watch(process, has_started):
     for line in process.stdout:
         if line.startswith("step "):
-            has_begun.set()
+            has_started.set()
 
 
 def wait_for(condition, seconds=90):
@@ -150,7 +148,7 @@ def wait_for(condition, seconds=90):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_run_once_all_is_saved(number, launch, reference, tmp_path):
+def test_signal_saves_and_ends_the_run(number, launch, reference, tmp_path):
     flags = [*ENDLESS, f"--workdir={tmp_path}/run"]
     out = tmp_path / "out"
     out.touch()
@@ -166,29 +164,28 @@ def test_a_signal_ends_a_run_once_all_is_saved(number, launch, reference, tmp_pa
     assert code == 128 + number, output
     assert "Traceback" not in output
     assert "stopping once the step is saved" in output
-    # It leads a process group of its own, which must be empty.
+    # Its process group must be empty.
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
     steps = steps_in(tmp_path / "run" / "checkpoints")
     assert f"stopped and saved at step {max(steps, default=0)}" in output
-    # That the same command resumes from there, with the same bits, is in test_loop.py.
 
 
-def test_a_signal_amid_an_evaluation_is_answered_before_its_end(launch, reference, tmp_path, book):
-    # An evaluation that takes long, after five steps.
+def test_signal_interrupts_an_evaluation(launch, reference, tmp_path, book):
+    # A long evaluation, after five steps.
     (tmp_path / "long.txt").write_text(book * 300, encoding="utf-8")
     flags = [*FLAGS, "--config.data.path=long.txt", "--config.data.val_fraction=0.9"]
     flags += ["--config.eval_every_steps=5", "--workdir=run"]
     process = launch.start("train", *flags, cwd=tmp_path, out=tmp_path / "out")
     wait_for((tmp_path / "run" / "metrics.jsonl").exists)
-    process.send_signal(signal.SIGHUP)  # as a terminal that is closed
+    process.send_signal(signal.SIGHUP)  # as from a closed terminal
     assert process.wait(timeout=30) == 128 + signal.SIGHUP
     assert steps_in(tmp_path / "run" / "checkpoints") == [5]
     assert [record["step"] for record in records_of(tmp_path / "run")] == [5]
     assert "val/loss" not in records_of(tmp_path / "run")[0]
 
 
-def test_a_full_disk_is_one_line_and_the_previous_checkpoint_is_kept(launch, reference, tmp_path):
+def test_full_disk_is_an_error_and_keeps_the_checkpoint(launch, reference, tmp_path):
     shutil.copytree(reference, tmp_path / "run")
     before = load_model(tmp_path / "run", "latest")[2]
     flags = [*ENDLESS, f"--workdir={tmp_path}/run"]
@@ -196,7 +193,7 @@ def test_a_full_disk_is_one_line_and_the_previous_checkpoint_is_kept(launch, ref
     err = tmp_path / "err"
     process = launch.start("train", *flags, cwd=reference.parent, out=os.devnull, err=err)
     wait_for(lambda: records_of(tmp_path / "run")[-1]["step"] > 60)
-    # From now on no file can grow beyond this: metrics.jsonl can, a checkpoint can not.
+    # A limit on file sizes that metrics.jsonl does not reach, but a checkpoint does.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 1
@@ -210,7 +207,7 @@ def test_a_full_disk_is_one_line_and_the_previous_checkpoint_is_kept(launch, ref
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_run_folder_that_vanishes_is_one_line(launch, reference, tmp_path):
+def test_vanished_run_folder_is_an_error(launch, reference, tmp_path):
     flags = [*ENDLESS, f"--workdir={tmp_path}/run"]
     err = tmp_path / "err"
     process = launch.start("train", *flags, cwd=reference.parent, out=os.devnull, err=err)
@@ -225,7 +222,7 @@ def test_a_run_folder_that_vanishes_is_one_line(launch, reference, tmp_path):
     assert load_model(tmp_path / "elsewhere", "latest")[0].config.num_steps == 1000000
 
 
-def test_one_trainer_at_a_time_and_any_number_of_readers(launch, reference, tmp_path):
+def test_second_trainer_is_refused_and_readers_are_not(launch, reference, tmp_path):
     flags = [*ENDLESS, f"--workdir={tmp_path}/run"]
     flags += ["--config.checkpoint_every_steps=1", "--config.eval_every_steps=7"]
     folder = epath.Path(tmp_path / "run" / "checkpoints")
@@ -246,13 +243,13 @@ def test_one_trainer_at_a_time_and_any_number_of_readers(launch, reference, tmp_
     finally:
         process.kill()
         process.wait()
-    # The lock has ended with its holder.
+    # The lock ends with its process.
     with lock_folder(epath.Path(tmp_path / "run")):
         pass
 
 
-def test_the_same_seed_gives_the_same_weights_whatever_the_threads_of_the_caller():
-    # As large as differs where the factorisation spreads over threads.
+def test_initial_weights_do_not_depend_on_blas_threads():
+    # Large enough that the factorization uses several threads.
     program = (
         "from charlstm.cli import runtime\n"
         "runtime.prepare()\n"

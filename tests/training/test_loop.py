@@ -9,32 +9,39 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from etils import epath
-from helpers import NUM_STEPS, assert_equal, records_of, small_config, stop_after, untrained_run
+from helpers import (
+    NUM_STEPS,
+    abstract_state_of,
+    assert_equal,
+    records_of,
+    small_config,
+    stop_after,
+    untrained_run,
+)
 
-import charlstm.training.loop as train_module
 from charlstm.data.batches import Streams
 from charlstm.errors import RunError, UserError
 from charlstm.files import lock_folder
 from charlstm.model import model_from_config
 from charlstm.optim import make_schedule
-from charlstm.runs.checkpoints import Checkpoints, load_model, state_shapes, steps_in
+from charlstm.runs.checkpoints import Checkpoints, load_model, steps_in
 from charlstm.runs.checksums import read_metadata
 from charlstm.runs.folder import SCHEMA, load_run, write_run
 from charlstm.runs.metrics import read_records
 from charlstm.steps import TrainState
-from charlstm.training import progress
-from charlstm.training.loop import train
-from charlstm.training.setup import prepare, report
-from charlstm.training.validation import make_validation
+from charlstm.training import loop
+from charlstm.training.loop import steps_of_call, train
+from charlstm.training.setup import log_setup, prepare
+from charlstm.training.validation import compile_eval_step, validate
 
 FIXTURES = ROOT / "tests" / "fixtures"
-# With a schedule that depends on the number of steps, and several steps in a compiled call.
+# With a schedule that depends on the number of steps, and several steps per compiled call.
 SCHEDULED = {
     "log_every_steps": 4,
     "optimizer.schedule": "linear",
     "optimizer.warmup_steps": 4,
 }
-# A program that compiles in half the time, for tests of the loop around it.
+# A program that compiles in half the time, for tests in which the model does not matter.
 PLAIN = SCHEDULED | {
     "model.recurrence": "flax",
     "model.dropout_rate": 0.0,
@@ -79,11 +86,11 @@ def finished(tmp_path_factory, book):
 
 @pytest.fixture(autouse=True)
 def _no_pictures(finished, monkeypatch):
-    """Draw no curves after those of the finished run: they take longer than the steps."""
+    """Draw no curves but those of the finished run: they take longer than the steps."""
     monkeypatch.setattr("charlstm.runs.metrics.RunLog.draw", lambda self: None)
 
 
-def test_the_run_folder_holds_all_that_it_should(finished, book):
+def test_run_folder_has_all_files(finished, book):
     _, workdir = finished
     names = {path.name for path in workdir.iterdir()}
     files = "config.json vocab.json prompts.json metrics.jsonl samples.txt curves.png checkpoints"
@@ -102,7 +109,7 @@ def test_the_run_folder_holds_all_that_it_should(finished, book):
     assert (workdir / "samples.txt").read_text().count("=== step") == 3
 
 
-def test_metrics_have_each_logged_step_once_and_in_order(finished):
+def test_records_have_each_logged_step_once(finished):
     _, workdir = finished
     records = read_records(epath.Path(workdir) / "metrics.jsonl")
     training = [record for record in records if "train/loss" in record]
@@ -118,21 +125,21 @@ def test_metrics_have_each_logged_step_once_and_in_order(finished):
     assert scored[-1]["val/loss"] < scored[0]["val/loss"]
 
 
-def test_a_run_stopped_wherever_it_looks_ends_as_one_that_was_not(finished, tmp_path, monkeypatch):
-    # In the run to compare with, a compiled call takes several steps.
+def test_stopped_and_resumed_run_has_the_same_bits(finished, tmp_path, monkeypatch):
+    # One step per compiled call; the reference run has several.
     config, workdir = finished
-    monkeypatch.setattr(progress, "CALL_SECONDS", 0)
+    monkeypatch.setattr(loop, "CALL_SECONDS", 0)
     # Before the first step, between steps, at the sample of step 10, during the validation of 20.
-    for num_looks, steps in ((1, []), (7, [6]), (15, [6, 10]), (24, [10, 20])):
-        assert not train(config, tmp_path / "run", should_stop=stop_after(num_looks))
+    for num_calls, steps in ((1, []), (7, [6]), (15, [6, 10]), (24, [10, 20])):
+        assert not train(config, tmp_path / "run", should_stop=stop_after(num_calls))
         assert steps_in(tmp_path / "run" / "checkpoints") == steps
         with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 21, "tra')  # as a kill leaves it
+            file.write('{"step": 21, "tra')  # as after a kill
     assert train(config, tmp_path / "run")
     assert_same_run(tmp_path / "run", workdir)
 
 
-def test_another_seed_gives_another_run(finished, tmp_path):
+def test_seed_changes_the_run(finished, tmp_path):
     config, workdir = finished
     other = small_config(config.data.path, **SCHEDULED, seed=1)
     assert not train(other, tmp_path / "other", should_stop=stop_after(4))
@@ -141,8 +148,7 @@ def test_another_seed_gives_another_run(finished, tmp_path):
     assert first["train/loss"] != theirs["train/loss"]
 
 
-def test_a_run_keeps_its_kind_of_random_keys_when_the_default_changes(cheaply, book_path, tmp_path):
-    # Dropout uses the keys, too.
+def test_resume_keeps_prng_impl_of_the_run(cheaply, book_path, tmp_path):
     changes = {"num_steps": 8, "eval_every_steps": 4, "model.dropout_rate": 0.25}
     config = small_config(book_path, **PLAIN | changes)
     with jax.default_prng_impl("rbg"):
@@ -153,23 +159,37 @@ def test_a_run_keeps_its_kind_of_random_keys_when_the_default_changes(cheaply, b
     assert json.loads((tmp_path / "parts" / "config.json").read_text())["prng_impl"] == "rbg"
 
 
-def test_a_run_works_under_a_transfer_guard(finished, tmp_path):
+def test_train_works_under_a_transfer_guard(finished, tmp_path):
     with jax.transfer_guard("disallow"):
         assert train(finished[0], tmp_path / "run")
         load_model(tmp_path / "run")
 
 
-def test_a_finished_run_is_left_alone(finished):
+def test_finished_run_is_not_changed(finished):
     config, workdir = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
     assert train(config, workdir)
     after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
-    before[workdir / ".lock"] = after[workdir / ".lock"]  # says who was there last
+    before[workdir / ".lock"] = after[workdir / ".lock"]  # names the last process
     assert {p: t for p, t in after.items() if p in before} == before
     assert {path.parent.name for path in after.keys() - before.keys()} <= {"checkpoints"}
 
 
-def test_a_folder_of_another_config_is_refused_with_the_keys_that_differ(finished):
+def test_compiled_call_ends_in_time_and_where_something_is_due(book_path, tmp_path):
+    changes = {"num_steps": 100, "log_every_steps": 8, "checkpoint_every_steps": 10}
+    changes |= {"eval_every_steps": 50}
+    setup = prepare(small_config(book_path, **changes), epath.Path(tmp_path / "run"))
+    # The first call takes one step, because the time of a step is unknown.
+    assert steps_of_call(setup, 0, math.inf) == 1
+    assert steps_of_call(setup, 0, loop.CALL_SECONDS / 3) == 3
+    assert steps_of_call(setup, 0, 10 * loop.CALL_SECONDS) == 1
+    # With fast steps, and with a clock that stands still.
+    for seconds in (1e-9, 0.0):
+        calls = [(step, steps_of_call(setup, step, seconds)) for step in (0, 8, 10, 48, 96)]
+        assert calls == [(0, 8), (8, 2), (10, 6), (48, 2), (96, 4)]
+
+
+def test_changed_settings_are_refused_by_key(finished):
     config, workdir = finished
     changes = {"model.hidden_size": 24, "seed": 5}
     other = small_config(config.data.path, **SCHEDULED | changes)
@@ -179,13 +199,13 @@ def test_a_folder_of_another_config_is_refused_with_the_keys_that_differ(finishe
         train(other, workdir)
 
 
-def test_a_text_that_has_changed_is_refused(finished, book, book_path):
+def test_changed_text_is_refused(finished, book, book_path):
     book_path.write_text(book + "x")
-    with pytest.raises(UserError, match=r"book.txt: has changed"):
+    with pytest.raises(UserError, match=r"book.txt: .*has changed.*SHA-256"):
         train(small_config(book_path, **SCHEDULED), finished[1])
 
 
-def test_without_a_validation_part_the_best_is_by_training_loss(cheaply, book_path, tmp_path):
+def test_best_is_by_training_loss_without_validation(cheaply, book_path, tmp_path):
     settings = {
         "num_steps": 12,
         "eval_every_steps": 4,
@@ -205,7 +225,7 @@ def test_without_a_validation_part_the_best_is_by_training_loss(cheaply, book_pa
     checkpoints.close()
 
 
-def test_a_finished_run_goes_on_when_it_is_made_longer(cheaply, book_path, tmp_path, caplog):
+def test_finished_run_can_be_extended(cheaply, book_path, tmp_path, caplog):
     caplog.set_level("INFO", logger="charlstm")
     assert train(small_config(book_path, **PLAIN), tmp_path / "run")
     before = records_of(tmp_path / "run")
@@ -218,16 +238,16 @@ def test_a_finished_run_goes_on_when_it_is_made_longer(cheaply, book_path, tmp_p
     later = [record["step"] for record in records if record["step"] > NUM_STEPS]
     assert sorted(set(later)) == sorted({*range(32, num_steps, 4), 50, num_steps})
     assert load_run(epath.Path(tmp_path / "run")).config.num_epochs == 1
-    # The schedule is that of the new length: the rate rises again, and ends where it would.
+    # The schedule is that of the new length, at which the rate is higher.
     rates = {r["step"]: r["learning_rate"] for r in records if "learning_rate" in r}
     assert rates[30] < rates[32]
     schedule = make_schedule(config, num_steps)
     for step in rates.keys() - range(NUM_STEPS + 1):
         assert rates[step] == pytest.approx(float(schedule(step - 1)))
-    assert "a setting changed: eval_every_steps is 10 there and 50 here" in caplog.text
+    assert "changed setting: eval_every_steps is 10 there and 50 here" in caplog.text
 
 
-def test_a_stopped_run_goes_on_where_it_and_its_text_were_moved(finished, tmp_path):
+def test_moved_run_with_moved_text_resumes(finished, tmp_path):
     assert not train(finished[0], tmp_path / "run", should_stop=stop_after(2))
     (tmp_path / "moved").mkdir()
     (tmp_path / "run").rename(tmp_path / "moved" / "elsewhere")
@@ -236,10 +256,10 @@ def test_a_stopped_run_goes_on_where_it_and_its_text_were_moved(finished, tmp_pa
     assert train(config, tmp_path / "moved" / "elsewhere")
     assert_same_run(tmp_path / "moved" / "elsewhere", finished[1])
     run = load_run(epath.Path(tmp_path / "moved" / "elsewhere"))
-    assert run.text["source"] == str(tmp_path / "again.txt")
+    assert run.text.source == str(tmp_path / "again.txt")
 
 
-def test_other_versions_are_told_and_no_obstacle(finished, tmp_path, caplog):
+def test_other_versions_are_a_warning(finished, tmp_path, caplog):
     shutil.copytree(finished[1], tmp_path / "run")
     run = load_run(epath.Path(tmp_path / "run"))
     run.machine["versions"]["jax"] = "0.0.1"
@@ -248,13 +268,13 @@ def test_other_versions_are_told_and_no_obstacle(finished, tmp_path, caplog):
     assert f"other versions (jax 0.0.1 there and {jax.__version__} here)" in caplog.text
 
 
-def test_a_short_validation_part_is_a_warning(book_path, tmp_path, caplog):
+def test_short_validation_text_is_a_warning(book_path, tmp_path, caplog):
     config = small_config(book_path, **{"data.val_fraction": 0.01})
-    report(prepare(config, epath.Path(tmp_path / "run")), 0, 1)
-    assert "rest on 60 characters" in caplog.text
+    log_setup(prepare(config, epath.Path(tmp_path / "run")), 0, 1)
+    assert "60 characters" in caplog.text
 
 
-def test_a_second_writer_is_refused_with_the_first_ones_number(finished, tmp_path):
+def test_second_trainer_is_refused_with_pid_of_first(finished, tmp_path):
     shutil.copytree(finished[1], tmp_path / "run")
     with (
         lock_folder(epath.Path(tmp_path / "run")),
@@ -264,17 +284,17 @@ def test_a_second_writer_is_refused_with_the_first_ones_number(finished, tmp_pat
     assert train(finished[0], tmp_path / "run")
 
 
-# --- losses that are not finite ---
+# --- nonfinite losses ---
 
 
 def poison(monkeypatch, is_poisoned):
-    """Make the loss NaN at the steps that is_poisoned(step) chooses."""
+    """Make the loss nan at each step for which is_poisoned(step) is true."""
     clean = Streams.__call__
 
     def poisoned(self, steps, rows):
         batch = clean(self, steps, rows)
         if np.ndim(steps) == 0:
-            return batch  # an evaluation's
+            return batch  # of an evaluation
         factors = [np.nan if is_poisoned(step) else 1 for step in steps.tolist()]
         weights = batch.weights_BT * np.float32(factors)[:, None, None]
         return batch._replace(weights_BT=weights)
@@ -283,12 +303,12 @@ def poison(monkeypatch, is_poisoned):
 
 
 def states_of(workdir):
-    """Return (state, metadata) of every checkpoint of a run by its step."""
+    """Return (state, metadata) of each checkpoint of a run by its step."""
     run = load_run(epath.Path(workdir))
-    like = state_shapes(run.config, model_from_config(run.config, run.vocab), run.prng_impl)
+    abstract_state = abstract_state_of(run)
     with closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
         steps = steps_in(run.workdir / "checkpoints")
-        return {step: checkpoints.restore(step, like) for step in steps}
+        return {step: checkpoints.restore(step, abstract_state) for step in steps}
 
 
 def assert_all_states_are_finite(workdir):
@@ -297,14 +317,12 @@ def assert_all_states_are_finite(workdir):
         assert all(np.isfinite(leaf).all() for leaf in leaves)
 
 
-def test_a_step_without_a_finite_loss_is_left_out_and_counted(
-    finished, tmp_path, monkeypatch, caplog
-):
+def test_nonfinite_steps_are_skipped_and_counted(finished, tmp_path, monkeypatch, caplog):
     seen = []
     poison(monkeypatch, lambda step: seen.append(step) or step in (5, 12, 13))
-    # Stopped between two of them, and resumed.
+    # Stopped between two nonfinite steps, and resumed.
     with monkeypatch.context() as patch:
-        patch.setattr(progress, "CALL_SECONDS", 0)  # a call for each step
+        patch.setattr(loop, "CALL_SECONDS", 0)  # one step per call
         assert not train(finished[0], tmp_path / "run", should_stop=lambda: 12 in seen)
     assert "step 6: the loss is nan" in caplog.text
     assert states_of(tmp_path / "run")[13][1]["nonfinite_steps"] == 1
@@ -315,18 +333,18 @@ def test_a_step_without_a_finite_loss_is_left_out_and_counted(
     assert_all_states_are_finite(tmp_path / "run")
 
 
-def test_after_several_in_a_row_the_run_goes_back_with_a_lower_rate(
+def test_consecutive_nonfinite_steps_cause_rollbacks(
     cheaply, book_path, tmp_path, monkeypatch, caplog
 ):
     # Poisoned until the learning rate is a quarter, so that two rollbacks are needed.
     rates = []
-    make = train_module.make_schedule
+    make = loop.make_schedule
 
     def remember(config, num_steps, rate_scale=1.0):
         rates.append(rate_scale)
         return make(config, num_steps, rate_scale)
 
-    monkeypatch.setattr(train_module, "make_schedule", remember)
+    monkeypatch.setattr(loop, "make_schedule", remember)
     poison(monkeypatch, lambda step: 13 <= step < 20 and rates[-1] > 0.25)
     config = small_config(book_path, **PLAIN, checkpoint_every_steps=5)
     assert train(config, tmp_path / "run")
@@ -341,27 +359,24 @@ def test_after_several_in_a_row_the_run_goes_back_with_a_lower_rate(
     np.testing.assert_allclose(rate[16], 0.25 * full(15), rtol=1e-6)
     assert records[-1]["val/loss"] < 3.5
     assert_all_states_are_finite(tmp_path / "run")
-    # A kill forgets nothing of it.
+    # A resume after a kill has the lower rate too.
     assert states_of(tmp_path / "run")[NUM_STEPS][1]["rollbacks"] == 2
 
 
-def test_a_run_that_never_finds_a_finite_loss_ends_with_a_clear_line(
-    cheaply, book_path, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setattr(train_module, "MAX_ROLLBACKS", 1)  # each takes a compilation
+def test_run_that_stays_nonfinite_is_an_error(cheaply, book_path, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(loop, "MAX_ROLLBACKS", 1)  # each takes a compilation
     poison(monkeypatch, lambda step: True)
     with pytest.raises(
         RunError,
-        match=r"step \d+: the loss is nan .*, also after going back 1 times; "
-        r"no checkpoint was saved;.*learning_rate",
+        match=r"step \d+: the loss is nan .*1 rollbacks; no checkpoint was saved.*learning_rate",
     ):
         train(small_config(book_path, **PLAIN), tmp_path / "run")
-    assert "going back to step 0: no checkpoint is sound, with 0.5 times" in caplog.text
+    assert "going back to step 0: no checkpoint is finite, with 0.5 times" in caplog.text
     with pytest.raises(UserError, match="no checkpoint yet"):
         load_model(tmp_path / "run")
 
 
-def test_latest_and_best_are_both_kept_and_nan_never_becomes_best(tmp_path):
+def test_two_latest_and_finite_best_are_kept(tmp_path):
     checkpoints = Checkpoints(epath.Path(tmp_path))
     state = TrainState(jax.numpy.zeros((), "int32"), {"w": jax.numpy.zeros(2)}, (), (), ())
     for step, loss in enumerate([3.0, 1.0, math.nan, 2.0, math.inf, None], start=1):
@@ -381,9 +396,9 @@ def test_latest_and_best_are_both_kept_and_nan_never_becomes_best(tmp_path):
     ]
 
 
-def test_loading_a_model_changes_nothing_in_its_folder(finished, tmp_path):
+def test_load_model_changes_no_file(finished, tmp_path):
     shutil.copytree(finished[1], tmp_path / "run")
-    # As a trainer leaves them while it saves.
+    # As during a save of a trainer.
     (tmp_path / "run" / "checkpoints" / "31.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "run" / "checkpoints" / "trash" / "10").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
@@ -392,7 +407,7 @@ def test_loading_a_model_changes_nothing_in_its_folder(finished, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_reading_a_run_unpickles_and_evaluates_nothing(finished, monkeypatch):
+def test_load_model_unpickles_nothing(finished, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("code from a file would run")
 
@@ -413,7 +428,7 @@ def test_reading_a_run_unpickles_and_evaluates_nothing(finished, monkeypatch):
         ("prompts.json", None, "prompts.json: missing or damaged"),
     ],
 )
-def test_a_damaged_folder_is_told_in_one_line(finished, tmp_path, name, content, message):
+def test_damaged_run_file_is_an_error(finished, tmp_path, name, content, message):
     for file in ("config.json", "vocab.json", "prompts.json"):
         (tmp_path / file).write_bytes((finished[1] / file).read_bytes())
     if content is None:
@@ -424,7 +439,7 @@ def test_a_damaged_folder_is_told_in_one_line(finished, tmp_path, name, content,
         load_run(epath.Path(tmp_path))
 
 
-def test_a_run_of_cudnn_is_read_with_the_twin_that_runs_everywhere(book_path, tmp_path):
+def test_run_of_cudnn_is_loaded_as_fused(book_path, tmp_path):
     config = small_config(book_path, **PLAIN | {"model.recurrence": "fused"})
     run = untrained_run(config, tmp_path / "run")
     fused = model_from_config(run.config, run.vocab)
@@ -436,9 +451,7 @@ def test_a_run_of_cudnn_is_read_with_the_twin_that_runs_everywhere(book_path, tm
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()))
-def test_a_run_folder_of_every_schema_is_read_and_trained_further(
-    cheaply, name, tmp_path, book_path
-):
+def test_run_of_each_schema_loads_and_resumes(cheaply, name, tmp_path, book_path):
     workdir = epath.Path(tmp_path / name)
     shutil.copytree(FIXTURES / name, workdir)
     run, _, params = load_model(workdir)
@@ -447,9 +460,10 @@ def test_a_run_folder_of_every_schema_is_read_and_trained_further(
     config.update_from_flattened_dict(
         {"data.path": str(book_path), "num_steps": 44, "mesh.data": 1}
     )
-    validate = make_validation(prepare(config, workdir), lambda: False)
+    setup = prepare(config, workdir)
+    metrics = validate(setup, compile_eval_step(setup), params, lambda: None)
     # The tolerance is for the order of float32 sums on other processors.
-    np.testing.assert_allclose(validate(params)["val/loss"], before[-1]["val/loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["val/loss"], before[-1]["val/loss"], rtol=1e-5)
     assert train(config, workdir)
     assert records_of(workdir)[: len(before)] == before
     assert steps_in(workdir / "checkpoints") == [40, 44]

@@ -7,7 +7,6 @@ from etils import epath
 from helpers import small_config
 
 from charlstm.data.batches import Batch
-from charlstm.runs.checkpoints import Checkpoints
 from charlstm.runs.metrics import read_records
 from charlstm.steps import evaluate
 from charlstm.training.progress import (
@@ -21,7 +20,7 @@ from charlstm.training.setup import prepare
 
 
 class OnDevice:
-    """Numbers that tell when the host reads them."""
+    """Numbers that record when the host reads them."""
 
     def __init__(self, name, reads, value=1):
         self.name, self.reads, self.value = name, reads, value
@@ -35,79 +34,80 @@ class OnDevice:
         return np.full(8, self.value, float)
 
 
-def metrics_on_device(name, reads):
-    values = {"loss": 1, "grad_norm": 1, "count": 1, "skipped": 0}
+def metrics_on_device(name="all", reads=None, **values):
+    """Return metrics of up to 8 steps of one character each."""
+    values = {"loss": 1, "grad_norm": 1, "count": 1, "skipped": 0} | values
+    reads = [] if reads is None else reads
     return {key: OnDevice(name, reads, value) for key, value in values.items()}
 
 
-def test_training_metrics_are_read_one_call_late(book_path, tmp_path):
-    setup = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
+@pytest.fixture
+def setup(book_path, tmp_path):
+    (tmp_path / "run").mkdir()
+    config = small_config(book_path)
+    return prepare(config, epath.Path(tmp_path / "run"))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Return a clock for Progress whose time is `clock.now`."""
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now, time=lambda: 0.0)
+    monkeypatch.setattr("charlstm.training.progress.time", clock)
+    return clock
+
+
+def test_training_metrics_are_read_one_call_late(setup):
     reads = []
-    checkpoints = Checkpoints(setup.run.workdir)
-    with Progress(setup, checkpoints, 0, Counters()) as progress:
+    with Progress(setup, 0, Counters()) as progress:
         for step in (2, 4, 6):
             progress.push(step, 2, metrics_on_device(step, reads))
             assert set(reads) == set(range(2, step, 2))
         progress.log_training(6, lambda step: 0.1)
         assert set(reads) == {2, 4, 6}
-    checkpoints.close()
 
 
-def test_a_call_takes_as_many_steps_as_fit_into_a_quarter_of_a_second(
-    book_path, tmp_path, monkeypatch
-):
-    setup = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
-    checkpoints = Checkpoints(setup.run.workdir)
-    fitting = []
-    with Progress(setup, checkpoints, 0, Counters()) as progress:
-        clock = SimpleNamespace(monotonic=iter([50, 50.1, 50.35]).__next__)
-        monkeypatch.setattr("charlstm.training.progress.time", clock)
-        metrics = metrics_on_device("all", [])
-        for step, count in ((1, 1), (6, 5), (7, 1)):
-            progress.push(step, count, metrics)
-            fitting.append(progress.steps_per_call)
-    checkpoints.close()
-    # Nothing known; then 0.1 s for the first step; then 0.25 s for the five after it.
-    assert fitting == [1, 2, 5]
+def test_checkpoint_metadata_count_all_steps(setup):
+    with Progress(setup, 0, Counters()) as progress:
+        progress.push(3, 3, metrics_on_device(loss=2))
+        counters = Counters.from_json(progress.checkpoint_metadata())
+    assert (counters.since_eval.value, counters.since_eval.count) == (2, 3)
 
 
-def test_a_clock_may_stand_still(book_path, tmp_path, monkeypatch):
-    setup = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
-    clock = SimpleNamespace(monotonic=lambda: 100.0, time=lambda: 0.0)
-    monkeypatch.setattr("charlstm.training.progress.time", clock)
-    checkpoints = Checkpoints(setup.run.workdir)
-    with Progress(setup, checkpoints, 0, Counters()) as progress:
+def test_seconds_per_step_are_those_of_the_last_call_read(setup, clock):
+    found = []
+    with Progress(setup, 0, Counters()) as progress:
+        for seconds, count in ((9, 1), (2, 4), (3, 1)):
+            clock.now += seconds
+            progress.push(1, count, metrics_on_device())
+            found.append(progress.seconds_per_step)
+    # The 2 s before the second call are those of the first one, of one step.
+    assert found == [math.inf, 2, 3 / 4]
+
+
+def test_speed_is_finite_when_the_clock_stands_still(setup, clock):
+    with Progress(setup, 0, Counters()) as progress:
         for step in (1, 2, 3):
-            progress.push(step, 1, metrics_on_device("all", []))
-            assert 1 <= progress.steps_per_call < 2**32
+            progress.push(step, 1, metrics_on_device())
         progress.log_training(3, lambda step: 0.1)
-    checkpoints.close()
     [record] = read_records(setup.run.workdir / "metrics.jsonl")
     assert math.isfinite(record["chars_per_second"])
 
 
-def test_characters_a_second_leave_out_compilation_evaluation_and_an_earlier_process(
-    book_path, tmp_path, monkeypatch
-):
-    setup = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
-    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now, time=lambda: 0.0)
-    monkeypatch.setattr("charlstm.training.progress.time", clock)
-    before = Counters()
-    before.since_log.add(1.0, 1000)
-    checkpoints = Checkpoints(setup.run.workdir)
-    with Progress(setup, checkpoints, 0, before) as progress:
+def test_speed_excludes_compilation_evaluation_and_past_process(setup, clock):
+    counters = Counters()
+    counters.since_log.add(1.0, 1000)
+    with Progress(setup, 0, counters) as progress:
         clock.now += 30  # the first call compiles
-        progress.push(1, 1, metrics_on_device("a", []))  # of one character
+        progress.push(1, 1, metrics_on_device())
         clock.now += 2
         with progress.evaluating():
             clock.now += 50
-        progress.push(4, 3, metrics_on_device("b", []))
+        progress.push(4, 3, metrics_on_device())
         clock.now += 6
         progress.log_training(4, lambda step: 0.1)
-        progress.push(5, 1, metrics_on_device("c", []))
+        progress.push(5, 1, metrics_on_device())
         clock.now += 4
         progress.log_training(5, lambda step: 0.1)
-    checkpoints.close()
     records = read_records(setup.run.workdir / "metrics.jsonl")
     assert [record["chars_per_second"] for record in records] == [4 / 8, 1 / 4]
 
@@ -124,13 +124,20 @@ def test_evaluation_totals_are_read_one_batch_late():
     assert reads == [1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
-def test_an_evaluation_prints_its_figures_and_a_sample_behind_its_prompt():
+@pytest.mark.parametrize(("metrics", "loss"), [({"val/loss": 1.5}, 1.5), ({}, 2.0)])
+def test_log_evaluation_returns_validation_or_training_loss(setup, metrics, loss):
+    with Progress(setup, 0, Counters()) as progress:
+        progress.push(3, 3, metrics_on_device(loss=2))
+        assert progress.log_evaluation(3, metrics) == loss
+
+
+def test_evaluation_prints_metrics_and_sample_after_prompt():
     record = {"step": 500, "seconds": 83.4, "train/mean_loss": math.log(4)}
     assert list(describe_evaluation(record, 0.0)) == ["step 500: training 2.0000 bits/char, 83 s"]
     record |= {"val/bits_per_char": 2.25, "prompt": "x" * 99 + "the ", "sample": "count\n\nsaid"}
-    figures, sample = describe_evaluation(record, 6680.4)
+    metrics, sample = describe_evaluation(record, 6680.4)
     wanted = "step 500: training 2.0000, validation 2.2500 bits/char, 6,680 chars/s, 83 s"
-    assert figures == wanted
+    assert metrics == wanted
     title, blank, *lines = sample.splitlines()
     assert "500" in title
     assert blank == ""
@@ -139,12 +146,8 @@ def test_an_evaluation_prints_its_figures_and_a_sample_behind_its_prompt():
     assert list(describe_evaluation(unknown, 0.0)) == ["step 1: 0 s"]
 
 
-def test_steps_in_a_row_whose_new_parameters_are_not_finite_are_a_divergence(book_path, tmp_path):
-    setup = prepare(small_config(book_path), epath.Path(tmp_path / "run"))
-    checkpoints = Checkpoints(setup.run.workdir)
-    metrics = metrics_on_device("all", []) | {"skipped": OnDevice("all", [], 1)}
-    with Progress(setup, checkpoints, 0, Counters()) as progress:
-        progress.push(MAX_NONFINITE_STEPS, MAX_NONFINITE_STEPS, metrics)
+def test_consecutive_steps_with_nonfinite_params_diverge(setup):
+    with Progress(setup, 0, Counters()) as progress:
+        progress.push(MAX_NONFINITE_STEPS, MAX_NONFINITE_STEPS, metrics_on_device(skipped=1))
         with pytest.raises(DivergedError, match=r"loss is 1.*the new parameters are not finite"):
             progress.log_training(MAX_NONFINITE_STEPS, lambda step: 0.1)
-    checkpoints.close()
