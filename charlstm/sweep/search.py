@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from charlstm.cli import folders
 from charlstm.data.cleaning import Cleaning
 from charlstm.errors import RunError
-from charlstm.files import sole_writer, write_file
+from charlstm.files import lock_folder, write_file
 from charlstm.sweep import grid, table, texts, trials
 from charlstm.sweep.trials import FINISHED, Trial, TrialExit
 
@@ -92,7 +92,7 @@ def run(
     grid.refuse_other_sweep(folder / "sweep.json", shared)
     folders.make_out(os.fspath(out), "sweep.json", set(shared))
     try:
-        with sole_writer(epath.Path(folder), "choose another --out"):
+        with lock_folder(epath.Path(folder), "choose another --out"):
             write_file(epath.Path(folder / "sweep.json"), json.dumps(shared, indent=1) + "\n")
             for text in opened:
                 texts.write_seen_part(text, cleaning, trials.text_path(folder, text.name))
