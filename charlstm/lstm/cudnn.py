@@ -1,4 +1,4 @@
-"""The LSTM of charlstm.lstm.reference as cuDNN has it, for NVIDIA GPUs."""
+"""The LSTM of charlstm.lstm.reference by cuDNN, for NVIDIA GPUs."""
 
 from typing import Any
 
@@ -17,31 +17,31 @@ def cudnn_lstm(
     mask_BH: jax.Array | None = None,
     dtype: Any = jnp.float32,
 ) -> tuple[LayerCarry, jax.Array]:
-    """Run one LSTM layer over time as cuDNN does; not yet run on a GPU.
+    """Run one LSTM layer over time by cuDNN; not yet run on a GPU.
 
-    Arguments and result are flax_lstm's, and so are the gradients, in reverse mode and not under
-    vmap. Only the weights' packing and the order of axes have been tested, on a CPU.
+    Arguments, results and reverse-mode gradients are those of flax_lstm; there is no vmap. Tests
+    on a CPU cover the packing of the weights and the order of axes only.
 
     Raises:
-      ValueError: without an NVIDIA GPU, for another dtype than float32, for keep_TB, since cuDNN
-        has no carry that begins anew within a sequence, and for mask_BH, `scale` and `norm`, which
-        it does not have.
+      ValueError: without an NVIDIA GPU, for a dtype other than float32, and for keep_TB, mask_BH,
+        `scale` and `norm`, which cuDNN does not support.
     """
     from jax.experimental import rnn
 
     if jnp.dtype(dtype) != jnp.float32:
         raise ValueError(f"dtype={dtype}: cuDNN's LSTM takes float32 only")
     if keep_TB is not None:
-        raise ValueError("keep_TB: cuDNN's LSTM has no carry that begins anew within a sequence")
+        raise ValueError("keep_TB: cuDNN's LSTM cannot reset its carry within a sequence")
     if mask_BH is not None:
-        raise ValueError("mask_BH: cuDNN's LSTM shows its gates the whole hidden state")
+        raise ValueError("mask_BH: cuDNN's LSTM cannot mask its hidden state")
     if "scale" in params:
-        raise ValueError("scale: cuDNN's LSTM does not scale its hidden state")
+        raise ValueError("scale: cuDNN's LSTM cannot scale its hidden state")
     if "norm" in params:
-        raise ValueError("norm: cuDNN's LSTM does not normalise what its gates get")
+        raise ValueError("norm: cuDNN's LSTM cannot normalise its recurrent products")
     if jax.default_backend() != "gpu":
         raise ValueError(
-            f"cuDNN's LSTM needs an NVIDIA GPU, and JAX has found {jax.default_backend()}"
+            f"cuDNN's LSTM needs an NVIDIA GPU and JAX runs on {jax.default_backend()!r}; "
+            "use recurrence='fused'"
         )
     inputs_TBE = as_one_hot(params, inputs, dtype)
     num_steps, batch_size, input_size = inputs_TBE.shape
@@ -62,9 +62,9 @@ def cudnn_lstm(
 
 
 def pack_cudnn(params: Params) -> jax.Array:
-    """Return the parameters as cuDNN takes them: one vector of kernels, transposed, then biases.
+    """Return the parameters in cuDNN's layout: a vector of transposed kernels, then biases.
 
-    cuDNN adds two biases; Flax's cell has the second only.
+    cuDNN adds two biases; the first is 0, since Flax's cell has only the second.
     """
     kernels = [params[f"{side}{gate}"]["kernel"].T.ravel() for side in "ih" for gate in GATES]
     biases = [params[f"h{gate}"]["bias"] for gate in GATES]

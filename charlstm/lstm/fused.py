@@ -1,9 +1,12 @@
-"""The recurrence of flax_lstm with few, large products and a hand-written gradient."""
+"""The recurrence of flax_lstm with few, large products and a hand-written gradient.
+
+README.md in this folder derives the gradient.
+"""
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +16,40 @@ from charlstm.lstm.reference import (
     NORM_EPSILON,
     LayerCarry,
     Params,
-    aligned,
     are_integers,
     concat_gates,
+    expand_rank,
     inverse_rms,
-    kept_rows,
+    mask_rows,
     vary_alike,
 )
 
-# kernel_HG, rows_EF, and gain_G where the gates' products are normalised. F are the four gates, and
-# then perhaps the H scales.
-Weights = tuple[jax.Array, jax.Array, jax.Array | None]
+
+class Weights(NamedTuple):
+    """What the loop over time reads at every step; F are the 4H gates and, if any, the H scales."""
+
+    kernel_HG: jax.Array
+    rows_EF: jax.Array | None  # input part by id; None where the inputs are preactivations
+    gain_G: jax.Array | None  # None without RMS norm
+
+
+class LocalGrads(NamedTuple):
+    """Derivatives within one time step."""
+
+    by_sums_TBG: jax.Array  # of c by the sums of i, f and g, and of h by the sum of o
+    dh_by_dc_TBH: jax.Array
+    dc_by_c_before_TBH: jax.Array
+
+
+class Residuals(NamedTuple):
+    """What the backward pass reads of each time step."""
+
+    ids_TB: jax.Array | None  # None where the inputs are preactivations
+    scale_TBH: jax.Array | None  # None where it is looked up by id, or there is none
+    keep_TB: jax.Array | None
+    h_before_TBH: jax.Array
+    local_grads: LocalGrads
+    normed: Any  # (normalised product_TBG, inverse_rms_TB1), or None without RMS norm
 
 
 def fused_lstm(
@@ -39,22 +65,22 @@ def fused_lstm(
 ) -> tuple[LayerCarry, jax.Array]:
     """Run one LSTM layer over time with as few, as large matrix products as possible.
 
-    Arguments, result and gradients are those of flax_lstm. The gradient itself can be
-    differentiated, in either mode: jax.grad(jax.grad(f)) and jax.jvp(jax.grad(f)) work, and so do
-    Hessian-vector products. Forward mode on the function itself does not: jax.jvp(f),
-    jax.linearize(f) and jax.grad of them raise, and need flax_lstm. What reaches the gates from
-    vectors is one product for all time steps, and from ids a row looked up at each.
+    Arguments, results and gradients are those of flax_lstm. Input vectors are multiplied by the
+    input kernel once for all time steps; ids look up one row per time step.
 
-    Differentiation keeps 7 floats per B·T·H, six local derivatives and h, an eighth where vectors
-    scale the hidden state, and four where sums are normalised. Under jax.checkpoint it keeps them
-    during the backward pass only, which for a single layer saves nothing.
+    The gradient can be differentiated again in either mode: jax.grad(jax.grad(f)),
+    jax.jvp(jax.grad(f)) and Hessian-vector products work. Forward mode on the function itself
+    (jax.jvp(f), jax.linearize(f)) raises TypeError; use flax_lstm there.
 
-    `num_shards` is the number of devices that share the rows. The gradient of the
-    weights is then summed over time for the rows of each apart, and once over all. Otherwise XLA
-    would let the devices add theirs up at every chunk of time steps.
+    Residuals take 7 floats per B·T·H: six local derivatives and h. Input vectors with `scale` add
+    one float, `norm` adds four. jax.checkpoint around a single layer saves no memory.
+
+    `num_shards` is the number of devices that share the rows. The gradient of the weights is then
+    summed over time on each device first, and across devices once. With 1 on many devices, XLA
+    adds them across devices after every chunk of time steps.
     """
     params, carry, inputs = vary_alike((params, carry, inputs))
-    # Since sigmoid(s) = (1 + tanh(s / 2)) / 2, with halved sums one tanh serves all four gates.
+    # sigmoid(s) = (1 + tanh(s / 2)) / 2: with halved sums one tanh serves all four gates.
     halve_G = jnp.repeat(jnp.array([0.5, 0.5, 1.0, 0.5], dtype), carry[0].shape[-1])
     input_kernel_EG = concat_gates(params, "i") * halve_G[None]
     recurrent_kernel_HG, gain_G = concat_gates(params, "h"), None
@@ -65,92 +91,42 @@ def fused_lstm(
     bias_F = jnp.concatenate([params[f"h{gate}"]["bias"] for gate in GATES]) * halve_G
     input_kernel_EF = input_kernel_EG
     if "scale" in params:
-        # Scales are looked up, or computed, as what drives the gates is, and beside it.
+        # One lookup or product gives the preactivations and the scales.
         input_kernel_EF = jnp.concatenate([input_kernel_EG, params["scale"]["kernel"]], axis=1)
         bias_F = jnp.concatenate([bias_F, jnp.ones_like(params["hi"]["bias"])])
+    rows_EF = None
     if are_integers(inputs):
-        # The bias joins the rows that are looked up, which are fewer than the time steps.
+        # There are fewer rows than time steps to add the bias to.
         rows_EF = (input_kernel_EF + bias_F[None]).astype(dtype)
     else:
-        rows_EF = jnp.zeros((0, bias_F.size), dtype)
         inputs = inputs.astype(dtype) @ input_kernel_EF.astype(dtype)
-        inputs = inputs + aligned(bias_F.astype(dtype), inputs)
-    recur = partial(_recur, norm_epsilon, (recurrent_kernel_HG.astype(dtype), rows_EF, gain_G))
-    return _by_shards(recur, num_shards)(carry, inputs, keep_TB, mask_BH)
+        inputs = inputs + expand_rank(bias_F.astype(dtype), inputs)
+    weights = Weights(recurrent_kernel_HG.astype(dtype), rows_EF, gain_G)
+    recur = partial(_recur, norm_epsilon, weights)
+    if num_shards > 1 and inputs.shape[1] % num_shards == 0:
+        return _recur_by_shards(recur, num_shards, carry, inputs, keep_TB, mask_BH)
+    return recur(carry, inputs, keep_TB, mask_BH)
 
 
-def _scan(
-    norm_epsilon: float,
-    weights: Weights,
+def _recur_by_shards(
+    recur: Callable[..., Any],
+    num_shards: int,
     carry: LayerCarry,
     inputs: jax.Array,
     keep_TB: jax.Array | None,
     mask_BH: jax.Array | None,
-    with_slopes: bool,
-) -> tuple[LayerCarry, Any]:
-    kernel_HG, rows_EF, gain_G = weights
+) -> tuple[LayerCarry, jax.Array]:
+    """Apply `recur` to `num_shards` groups of rows independently, by jax.vmap."""
+    num_steps, batch_size = inputs.shape[:2]
 
-    def step(carry: LayerCarry, given: Any) -> tuple[LayerCarry, Any]:
-        inputs_B, keep_B = given
-        c_before_BH, h_BH = (kept_rows(leaf_BH, keep_B) for leaf_BH in carry)
-        # Looked up here, where it stays in the cache, and not for all time steps before.
-        preact_BF = rows_EF[inputs_B] if are_integers(inputs) else inputs_B
-        gated_h_BH = _product(h_BH, _scale(preact_BF, h_BH.shape[-1]), mask_BH)
-        product_BG = jnp.dot(
-            gated_h_BH.astype(kernel_HG.dtype), kernel_HG, preferred_element_type=c_before_BH.dtype
-        )
-        normed = None
-        if gain_G is not None:
-            root_B1 = inverse_rms(product_BG, norm_epsilon)
-            normed = product_BG * root_B1, root_B1
-            product_BG = normed[0] * gain_G[None]
-        tanh_BG = jnp.tanh(preact_BF[..., : product_BG.shape[-1]] + product_BG)
-        i_BH, f_BH, g_BH, o_BH = jnp.split(tanh_BG, 4, axis=-1)
-        i_BH, f_BH, o_BH = ((1 + tanh_BH) / 2 for tanh_BH in (i_BH, f_BH, o_BH))
-        c_BH = f_BH * c_before_BH + i_BH * g_BH
-        tanh_c_BH = jnp.tanh(c_BH)
-        h_BH = o_BH * tanh_c_BH
-        if not with_slopes:
-            return (c_BH, h_BH), (h_BH,)
-        factors_BG = jnp.concatenate([g_BH / 2, c_before_BH / 2, i_BH, tanh_c_BH / 2], axis=-1)
-        dc_by_dc_BH = kept_rows(f_BH, keep_B)
-        local_grads = (1 - tanh_BG**2) * factors_BG, o_BH * (1 - tanh_c_BH**2), dc_by_dc_BH
-        return (c_BH, h_BH), (h_BH, local_grads, normed)
+    def split(leaf: jax.Array, axis: int) -> jax.Array:
+        return leaf.reshape(*leaf.shape[:axis], num_shards, -1, *leaf.shape[axis + 1 :])
 
-    return jax.lax.scan(step, carry, (inputs, keep_TB))
-
-
-def _scale(drive_XF: jax.Array, hidden_size: int) -> jax.Array | None:
-    """Return scale_XH, which stands behind the four gates, if it does; X are any other axes."""
-    scale_XH = drive_XF[..., 4 * hidden_size :]
-    return scale_XH if scale_XH.shape[-1] else None
-
-
-def _product(h_XH: jax.Array, *factors: jax.Array | None) -> jax.Array:
-    """Return `h_XH` times the factors that there are; X are any other axes."""
-    there = (aligned(factor, h_XH) for factor in factors if factor is not None)
-    return math.prod(there, start=h_XH)
-
-
-def _by_shards(recur: Callable[..., Any], num_shards: int) -> Callable[..., Any]:
-    """Return recur of the same arguments, for groups of rows that know nothing of another."""
-
-    def recur_by_shards(carry: LayerCarry, inputs: jax.Array, keep_TB: Any, mask_BH: Any) -> Any:
-        batch_size = inputs.shape[1]
-        if num_shards == 1 or batch_size % num_shards:
-            return recur(carry, inputs, keep_TB, mask_BH)
-
-        def cut(leaf: jax.Array, axis: int) -> jax.Array:
-            return leaf.reshape(*leaf.shape[:axis], num_shards, -1, *leaf.shape[axis + 1 :])
-
-        over_time = jax.tree.map(partial(cut, axis=1), (inputs, keep_TB))
-        by_rows, mask_DBH = jax.tree.map(partial(cut, axis=0), (carry, mask_BH))
-        shards = by_rows, *over_time, mask_DBH
-        carry, hidden_TDBH = jax.vmap(recur, (0, 1, 1, 0), (0, 1))(*shards)
-        carry = jax.tree.map(lambda leaf_DBH: leaf_DBH.reshape(batch_size, -1), carry)
-        return carry, hidden_TDBH.reshape(*inputs.shape[:2], -1)
-
-    return recur_by_shards
+    inputs, keep_TB = jax.tree.map(partial(split, axis=1), (inputs, keep_TB))
+    carry, mask_BH = jax.tree.map(partial(split, axis=0), (carry, mask_BH))
+    carry, hidden_TDBH = jax.vmap(recur, (0, 1, 1, 0), (0, 1))(carry, inputs, keep_TB, mask_BH)
+    carry = jax.tree.map(lambda leaf_DBH: leaf_DBH.reshape(batch_size, -1), carry)
+    return carry, hidden_TDBH.reshape(num_steps, batch_size, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -162,9 +138,8 @@ def _recur(
     keep_TB: jax.Array | None,
     mask_BH: jax.Array | None,
 ) -> tuple[LayerCarry, jax.Array]:
-    """Run the recurrence on halved sums; `inputs` are ids_TB of rows_EF, or drive_TBF itself."""
-    given = carry, inputs, keep_TB, mask_BH
-    carry, (hidden_TBH,) = _scan(norm_epsilon, weights, *given, with_slopes=False)
+    """Run the recurrence; `inputs` are ids_TB of weights.rows_EF, or preact_TBF themselves."""
+    carry, (hidden_TBH, *_) = _scan(norm_epsilon, weights, carry, inputs, keep_TB, mask_BH, False)
     return carry, hidden_TBH
 
 
@@ -177,71 +152,132 @@ def _recur_forward(
     mask_BH: jax.Array | None,
 ) -> tuple[tuple[LayerCarry, jax.Array], Any]:
     last_carry, (hidden_TBH, local_grads, normed) = _scan(
-        norm_epsilon, weights, carry, inputs, keep_TB, mask_BH, with_slopes=True
+        norm_epsilon, weights, carry, inputs, keep_TB, mask_BH, True
     )
-    h_before_TBH = kept_rows(jnp.concatenate([carry[1][None], hidden_TBH[:-1]]), keep_TB)
-    # The backward pass reads only the scales of what drives the gates, a fifth of it.
-    given = inputs if are_integers(inputs) else _scale(inputs, carry[1].shape[-1])
-    kept = given, keep_TB, mask_BH, h_before_TBH, local_grads, normed
-    return (last_carry, hidden_TBH), (weights, kept)
+    h_before_TBH = mask_rows(jnp.concatenate([carry[1][None], hidden_TBH[:-1]]), keep_TB)
+    ids_TB = inputs if are_integers(inputs) else None
+    scale_TBH = None if are_integers(inputs) else _scale(inputs, hidden_TBH.shape[-1])
+    residuals = Residuals(ids_TB, scale_TBH, keep_TB, h_before_TBH, local_grads, normed)
+    return (last_carry, hidden_TBH), (weights, mask_BH, residuals)
+
+
+def _scan(
+    norm_epsilon: float,
+    weights: Weights,
+    carry: LayerCarry,
+    inputs: jax.Array,
+    keep_TB: jax.Array | None,
+    mask_BH: jax.Array | None,
+    with_residuals: bool,
+) -> tuple[LayerCarry, Any]:
+    """Return the last carry and (hidden_TBH, LocalGrads or None, normed or None)."""
+    kernel_HG, rows_EF, gain_G = weights
+
+    def step(carry: LayerCarry, inputs: Any) -> tuple[LayerCarry, Any]:
+        inputs_B, keep_B = inputs
+        c_before_BH, h_BH = (mask_rows(leaf_BH, keep_B) for leaf_BH in carry)
+        # Looked up here and not for all time steps at once: the rows stay in the cache.
+        preact_BF = inputs_B if rows_EF is None else rows_EF[inputs_B]
+        gated_h_BH = _product(h_BH, _scale(preact_BF, h_BH.shape[-1]), mask_BH)
+        product_BG = jnp.dot(
+            gated_h_BH.astype(kernel_HG.dtype), kernel_HG, preferred_element_type=c_before_BH.dtype
+        )
+        normed = None
+        if gain_G is not None:
+            inverse_rms_B1 = inverse_rms(product_BG, norm_epsilon)
+            normed = product_BG * inverse_rms_B1, inverse_rms_B1
+            product_BG = normed[0] * gain_G[None]
+        tanh_BG = jnp.tanh(preact_BF[..., : product_BG.shape[-1]] + product_BG)
+        i_BH, f_BH, g_BH, o_BH = jnp.split(tanh_BG, 4, axis=-1)
+        i_BH, f_BH, o_BH = ((1 + tanh_BH) / 2 for tanh_BH in (i_BH, f_BH, o_BH))
+        c_BH = f_BH * c_before_BH + i_BH * g_BH
+        tanh_c_BH = jnp.tanh(c_BH)
+        h_BH = o_BH * tanh_c_BH
+        if not with_residuals:
+            return (c_BH, h_BH), (h_BH, None, None)
+        factors_BG = jnp.concatenate([g_BH / 2, c_before_BH / 2, i_BH, tanh_c_BH / 2], axis=-1)
+        dc_by_c_before_BH = mask_rows(f_BH, keep_B)
+        local_grads = LocalGrads(
+            (1 - tanh_BG**2) * factors_BG, o_BH * (1 - tanh_c_BH**2), dc_by_c_before_BH
+        )
+        return (c_BH, h_BH), (h_BH, local_grads, normed)
+
+    return jax.lax.scan(step, carry, (inputs, keep_TB))
+
+
+def _scale(preact_XF: jax.Array, hidden_size: int) -> jax.Array | None:
+    """Return scale_XH, the part after the four gates, or None without one; X are any axes."""
+    scale_XH = preact_XF[..., 4 * hidden_size :]
+    return scale_XH if scale_XH.shape[-1] else None
+
+
+def _product(h_XH: jax.Array, *factors: jax.Array | None) -> jax.Array:
+    """Return `h_XH` times all factors that are not None; X are any axes."""
+    arrays = (expand_rank(factor, h_XH) for factor in factors if factor is not None)
+    return math.prod(arrays, start=h_XH)
 
 
 def _recur_backward(norm_epsilon: float, residuals: Any, grads: Any) -> tuple[Any, ...]:
-    del norm_epsilon  # it is in the root that was kept
-    weights, (given, keep_TB, mask_BH, h_before_TBH, local_grads, normed) = residuals
-    kernel_HG, rows_EF, gain_G = weights
-    last_carry_grad, hidden_grad_TBH = grads
-    num_steps, batch_size, hidden_size = h_before_TBH.shape
-    dtype = kernel_HG.dtype
-    is_lookup = rows_EF.shape[0] > 0  # otherwise `given` is scale_TBH, or None
-    scale_EH = _scale(rows_EF, hidden_size)
-    step = partial(_step_back, kernel_HG.T, gain_G, mask_BH)
-
-    def chunk_step(state: Any, chunk: Any) -> tuple[Any, jax.Array | None]:
-        carry_grad, kernel_grad_HG, rows_grad_EF, gain_grad_G = state
-        *kept, h_before_tBH, given_tB = chunk
-        # Of None there are no rows.
-        scale_tBH = jax.tree.map(lambda s: s[given_tB], scale_EH) if is_lookup else given_tB
-        kept = *kept, scale_tBH, h_before_tBH
-        carry_grad, drive_grad_tBF = jax.lax.scan(step, carry_grad, kept, reverse=True)
-        sums_grad_tBG = drive_grad_tBF[..., : kernel_HG.shape[-1]]
-        product_grad_tBG = _product_grad(sums_grad_tBG, gain_G, kept[2])
-        gated_h_tBH = _product(h_before_tBH, scale_tBH, mask_BH)
-        # One product over the rows of many time steps, where step would add small ones.
-        kernel_grad_HG += jnp.einsum(
-            "tbh,tbg->hg",
-            gated_h_tBH.astype(dtype),
-            product_grad_tBG.astype(dtype),
-            preferred_element_type=kernel_grad_HG.dtype,
-        )
-        if gain_grad_G is not None:
-            normed_tBG = kept[2][0]
-            gain_grad_G += jnp.sum(sums_grad_tBG * normed_tBG, axis=(0, 1))
-        if not is_lookup:
-            return (carry_grad, kernel_grad_HG, rows_grad_EF, gain_grad_G), drive_grad_tBF
-        # On CPUs adding takes a sixth of the product's time; on GPUs its order is left to chance,
-        # and TPUs are slow at it.
-        rows_grad_EF = jax.lax.platform_dependent(
-            rows_grad_EF, given_tB, drive_grad_tBF, cpu=add_in_place, default=add_by_product
-        )
-        return (carry_grad, kernel_grad_HG, rows_grad_EF, gain_grad_G), None
-
-    # In chunks, so that the gradient of the sums need not be kept for all time steps.
+    del norm_epsilon  # inverse_rms contains it
+    weights, mask_BH, steps = residuals
+    carry_grad, hidden_grad_TBH = grads
+    num_steps, batch_size = steps.h_before_TBH.shape[:2]
     length = _chunk_length(num_steps, batch_size)
+    # In chunks, to store the preactivations' gradients of a few time steps only.
     chunks = jax.tree.map(
         lambda leaf_T: leaf_T.reshape(num_steps // length, length, *leaf_T.shape[1:]),
-        (hidden_grad_TBH, local_grads, normed, keep_TB, h_before_TBH, given),
+        (hidden_grad_TBH, steps),
     )
-    zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, h_before_TBH.dtype), weights)
-    (carry_grad, *grads_of_weights), inputs_grad = jax.lax.scan(
-        chunk_step, (last_carry_grad, *zeros), chunks, reverse=True
+    zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, steps.h_before_TBH.dtype), weights)
+    (carry_grad, weights_grad), inputs_grad = jax.lax.scan(
+        partial(_chunk_back, weights, mask_BH), (carry_grad, zeros), chunks, reverse=True
     )
     if inputs_grad is not None:
         inputs_grad = inputs_grad.reshape(num_steps, batch_size, -1)
-    weights_grad = jax.tree.map(
-        lambda grad, leaf: grad.astype(leaf.dtype), tuple(grads_of_weights), weights
-    )
+    weights_grad = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), weights_grad, weights)
     return weights_grad, carry_grad, inputs_grad, None, None
+
+
+def _chunk_back(
+    weights: Weights,
+    mask_BH: jax.Array | None,
+    grads: tuple[LayerCarry, Weights],
+    chunk: tuple[jax.Array, Residuals],
+) -> tuple[tuple[LayerCarry, Weights], jax.Array | None]:
+    """Go back over the t time steps of a chunk, and add to the gradients of the weights.
+
+    Also return the gradient of the inputs, preact_grad_tBF, where they are preactivations.
+    """
+    carry_grad, (kernel_grad_HG, rows_grad_EF, gain_grad_G) = grads
+    hidden_grad_tBH, steps = chunk
+    kernel_HG, rows_EF, gain_G = weights
+    hidden_size, dtype = len(kernel_HG), kernel_HG.dtype
+    if rows_EF is not None and (scale_EH := _scale(rows_EF, hidden_size)) is not None:
+        steps = steps._replace(scale_TBH=scale_EH[steps.ids_TB])
+    step_back = partial(_step_back, kernel_HG.T, gain_G, mask_BH)
+    carry_grad, preact_grad_tBF = jax.lax.scan(
+        step_back, carry_grad, (hidden_grad_tBH, steps), reverse=True
+    )
+    sums_grad_tBG = preact_grad_tBF[..., : 4 * hidden_size]
+    product_grad_tBG = _product_grad(sums_grad_tBG, gain_G, steps.normed)
+    gated_h_tBH = _product(steps.h_before_TBH, steps.scale_TBH, mask_BH)
+    # One product over the rows of many time steps is faster than one per step.
+    kernel_grad_HG += jnp.einsum(
+        "tbh,tbg->hg",
+        gated_h_tBH.astype(dtype),
+        product_grad_tBG.astype(dtype),
+        preferred_element_type=kernel_grad_HG.dtype,
+    )
+    if gain_grad_G is not None:
+        normed_tBG, _ = steps.normed
+        gain_grad_G += jnp.sum(sums_grad_tBG * normed_tBG, axis=(0, 1))
+    if rows_EF is None:
+        return (carry_grad, Weights(kernel_grad_HG, None, gain_grad_G)), preact_grad_tBF
+    # A CPU adds in a sixth of the product's time; GPUs add in any order, and TPUs slowly.
+    rows_grad_EF = jax.lax.platform_dependent(
+        rows_grad_EF, steps.ids_TB, preact_grad_tBF, cpu=add_in_place, default=add_by_product
+    )
+    return (carry_grad, Weights(kernel_grad_HG, rows_grad_EF, gain_grad_G)), None
 
 
 def _step_back(
@@ -249,18 +285,18 @@ def _step_back(
     gain_G: jax.Array | None,
     mask_BH: jax.Array | None,
     carry_grad: LayerCarry,
-    kept: Any,
-) -> tuple[LayerCarry, Any]:
-    """Return the gradient of the carry before a time step, and that of what drives its gates."""
+    step: tuple[jax.Array, Residuals],
+) -> tuple[LayerCarry, jax.Array]:
+    """Return the gradients of the carry before one time step and of its preactivations."""
     dc_BH, dh_BH = carry_grad
-    hidden_grad_BH, local_grads, normed, keep_B, scale_BH, h_before_BH = kept
-    local_grads_BG, dh_by_dc_BH, dc_by_dc_BH = local_grads
+    hidden_grad_BH, (_, scale_BH, keep_B, h_before_BH, local_grads, normed) = step
+    by_sums_BG, dh_by_dc_BH, dc_by_c_before_BH = local_grads
     dh_BH = dh_BH + hidden_grad_BH
     dc_BH = dc_BH + dh_BH * dh_by_dc_BH
     by_gate_BG = jnp.concatenate([dc_BH, dc_BH, dc_BH, dh_BH], axis=-1)
-    sums_grad_BG = local_grads_BG * by_gate_BG
+    sums_grad_BG = by_sums_BG * by_gate_BG
     preact_grad_BF = sums_grad_BG.astype(kernel_GH.dtype)
-    # Found once more for many time steps, since XLA is slow at writing it beside the sums' here.
+    # _chunk_back computes this again: XLA is slow at writing both gradients from this loop.
     product_grad_BG = _product_grad(sums_grad_BG, gain_G, normed).astype(kernel_GH.dtype)
     dh_BH = jnp.dot(product_grad_BG, kernel_GH, preferred_element_type=dc_BH.dtype)
     dh_BH = _product(dh_BH, mask_BH)
@@ -268,26 +304,26 @@ def _step_back(
         scale_grad_BH = (dh_BH * h_before_BH).astype(kernel_GH.dtype)
         preact_grad_BF = jnp.concatenate([preact_grad_BF, scale_grad_BH], axis=-1)
         dh_BH = dh_BH * scale_BH
-    return (dc_BH * dc_by_dc_BH, kept_rows(dh_BH, keep_B)), preact_grad_BF
+    return (dc_BH * dc_by_c_before_BH, mask_rows(dh_BH, keep_B)), preact_grad_BF
 
 
 def _product_grad(sums_grad_XG: jax.Array, gain_G: jax.Array | None, normed: Any) -> jax.Array:
-    """Return the gradient of the recurrent products, given that of the sums; X are any axes."""
+    """Return the gradient of the recurrent products from that of the sums; X are any axes."""
     if gain_G is None:
         return sums_grad_XG
-    normed_XG, root_X1 = normed
-    grad_XG = sums_grad_XG * aligned(gain_G, sums_grad_XG)
+    normed_XG, inverse_rms_X1 = normed
+    grad_XG = sums_grad_XG * expand_rank(gain_G, sums_grad_XG)
     along_X1 = jnp.mean(grad_XG * normed_XG, axis=-1, keepdims=True)
-    return root_X1 * (grad_XG - normed_XG * along_X1)
+    return inverse_rms_X1 * (grad_XG - normed_XG * along_X1)
 
 
 def add_in_place(rows_EF: jax.Array, ids_TB: jax.Array, values_TBF: jax.Array) -> jax.Array:
-    """Return `rows_EF` with each of the values added to the row of its id."""
+    """Return `rows_EF` with each value added to the row of its id."""
     return rows_EF.at[ids_TB].add(values_TBF.astype(rows_EF.dtype))
 
 
 def add_by_product(rows_EF: jax.Array, ids_TB: jax.Array, values_TBF: jax.Array) -> jax.Array:
-    """Return what add_in_place does, as a product with one-hot vectors."""
+    """Return the result of add_in_place, by a product with one-hot vectors."""
     one_hot_TBE = jax.nn.one_hot(ids_TB, rows_EF.shape[0], dtype=values_TBF.dtype)
     return rows_EF + jnp.einsum(
         "tbe,tbf->ef", one_hot_TBE, values_TBF, preferred_element_type=rows_EF.dtype
@@ -295,7 +331,7 @@ def add_by_product(rows_EF: jax.Array, ids_TB: jax.Array, values_TBF: jax.Array)
 
 
 def _chunk_length(num_steps: int, batch_size: int) -> int:
-    """Return the smallest divisor of T that gives the weight gradient's product 1024 rows."""
+    """Return the smallest divisor of T that gives the kernel gradient's product 1,024 rows."""
     divisors = (n for n in range(1, num_steps) if num_steps % n == 0 and n * batch_size >= 1024)
     return next(divisors, num_steps)
 

@@ -1,22 +1,22 @@
 """The LSTM over time: its parameters, and the Flax cell scanned.
 
-flax_lstm and its twins, fused_lstm and cudnn_lstm, are pure functions
-(params, carry, inputs) -> (carry, hidden_TBH) on exactly the parameter tree of Flax's LSTM cells:
-kernels `ii if ig io` from the input, kernels and biases `hi hf hg ho` from the hidden state, for
-the input gate, the forget gate, the candidate and the output gate.
+flax_lstm, fused_lstm and cudnn_lstm are pure functions (params, carry, inputs) ->
+(carry, hidden_TBH) of the same parameters, the tree of Flax's LSTM cells: kernels `ii if ig io`
+from the input, kernels and biases `hi hf hg ho` from the hidden state, for the input gate, the
+forget gate, the candidate and the output gate.
 
     i, f, o = sigmoid(x W_i* + h W_h* + b_*)     g = tanh(x W_ig + h W_hg + b_g)
     c' = f c + i g                               h' = o tanh(c')
 
-A layer may have one kernel more, `scale` from the input: its gates then see (1 + x W_scale) * h in
-place of h, so that what the cell recalls depends on what it reads. That is the multiplicative LSTM
-(Krause et al. 2016, arXiv 1609.07959) without its own recurrent kernel, or one round of the
-Mogrifier (Melis et al. 2019, arXiv 1909.01792) without its sigmoid.
+A multiplicative layer has one more kernel, `scale`, from the input: its gates read
+(1 + x W_scale) * h in place of h. This is the multiplicative LSTM (Krause et al. 2016,
+arXiv 1609.07959) without its own recurrent kernel, or one round of the Mogrifier (Melis et al.
+2019, arXiv 1909.01792) without its sigmoid.
 
-And it may have `norm`, a gain for each of the 4H sums: what the gates get from the hidden state,
-h W_h*, is then divided by the root mean square of all four products, and multiplied by the gain.
-That is RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) in the place where Cooijmans et al. 2016
-(arXiv 1603.09025) normalise a batch, and Ba et al. 2016 (arXiv 1607.06450) a layer.
+A layer with recurrent RMS norm has `norm`, a gain for each of the 4H sums: the recurrent products
+h W_h* are divided by the root mean square of all four and multiplied by the gain. This is RMSNorm
+(Zhang and Sennrich 2019, arXiv 1910.07467) at the place of the recurrent batch norm of Cooijmans et
+al. 2016 (arXiv 1603.09025) and the layer norm of Ba et al. 2016 (arXiv 1607.06450).
 
 Sources: Hochreiter and Schmidhuber 1997; Gers et al. 2000 (the forget gate); Greff et al. 2015,
 arXiv 1503.04069 ('vanilla LSTM', here without peepholes).
@@ -33,19 +33,19 @@ LayerCarry = tuple[jax.Array, jax.Array]
 
 
 class LayerStates(NamedTuple):
-    """What one layer holds at each character that it reads."""
+    """States and gates of one layer at each character."""
 
     c_BTH: jax.Array  # the cell state after the character
-    h_BTH: jax.Array  # the hidden state after it, which is the layer's output
-    input_gate_BTH: jax.Array  # how much of the candidate is written, 0 to 1
-    forget_gate_BTH: jax.Array  # how much of the cell state before is kept, 0 to 1
-    candidate_BTH: jax.Array  # what may be written, -1 to 1
-    output_gate_BTH: jax.Array  # how much of tanh(c) is shown, 0 to 1
+    h_BTH: jax.Array  # the hidden state after the character, which is the layer's output
+    input_gate_BTH: jax.Array  # factor of the candidate, 0 to 1
+    forget_gate_BTH: jax.Array  # factor of the previous cell state, 0 to 1
+    candidate_BTH: jax.Array  # new content of the cell, -1 to 1
+    output_gate_BTH: jax.Array  # factor of tanh(c), 0 to 1
 
 
 GATES = "ifgo"
-# Much less makes the sums after an empty carry as large as all others, and rounding errors with
-# them: with 1e-5 a run on eight devices was 2 % off that on one after 50 steps.
+# A much smaller value scales the sums after a zero carry up to the size of all others, and their
+# rounding errors too.
 NORM_EPSILON = 0.1
 
 
@@ -56,13 +56,12 @@ def init_lstm(
     multiplicative: bool = False,
     recurrent_rms_norm: bool = False,
 ) -> Params:
-    """Return the initial parameters of one layer, drawn as Keras draws them.
+    """Return the initial parameters of one layer, from the distributions of Keras.
 
-    The four gates side by side make one input kernel, Glorot-uniform, and one recurrent kernel
-    with orthonormal rows (Saxe et al. 2013, arXiv 1312.6120). The forget bias is 1, so that the
-    cell remembers until it learns to forget (Jozefowicz et al. 2015); other biases are 0. So is
-    the kernel of a `multiplicative` layer, whose scales are 1 at first. The gains of
-    `recurrent_rms_norm` are 1.
+    The concatenated gates have a Glorot-uniform input kernel and a recurrent kernel with
+    orthonormal rows (Saxe et al. 2013, arXiv 1312.6120). The forget bias is 1, so that the cell
+    starts by remembering (Jozefowicz et al. 2015); the other biases are 0. With `multiplicative`
+    the kernel `scale` is 0, which makes every scale 1; with `recurrent_rms_norm` the gains are 1.
     """
     input_key, recurrent_key = jax.random.split(key)
     glorot, orthogonal = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
@@ -96,17 +95,17 @@ def flax_lstm(
     norm_epsilon: float = NORM_EPSILON,
     dtype: Any = jnp.float32,
 ) -> tuple[LayerCarry, jax.Array]:
-    """Run one LSTM layer over time by scanning the Flax cell: the readable twin.
+    """Run one LSTM layer over time by scanning the Flax cell: the reference implementation.
 
     Args:
-      params: of a Flax LSTM cell with H hidden units, and perhaps `scale` and `norm`.
+      params: parameters of a Flax LSTM cell with H hidden units, optionally `scale` and `norm`.
       carry: (c_BH, h_BH).
-      inputs: inputs_TBE, or integers ids_TB that stand for one-hot vectors.
+      inputs: inputs_TBE, or integers ids_TB in place of one-hot vectors.
       keep_TB: bool, False where a time step starts from a zero carry; None means True everywhere.
-      mask_BH: what the hidden state is multiplied by before the gates see it, such as a mask of
-        dropout, the same at all time steps; no gradient flows to it. None is 1 everywhere.
-      norm_epsilon: added to the mean square, where `norm` normalises.
-      dtype: the type to compute the gates in.
+      mask_BH: multiplies the hidden state that the gates read, at all time steps, such as a
+        dropout mask; it gets no gradient. None means 1 everywhere.
+      norm_epsilon: added to the mean square of the recurrent products, with `norm`.
+      dtype: type of the gates.
 
     Returns:
       The carry after the last time step, and hidden_TBH, the output of every time step.
@@ -119,18 +118,18 @@ def flax_lstm(
 
     def step(carry: LayerCarry, inputs: Any) -> tuple[LayerCarry, jax.Array]:
         inputs_BE, keep_B = inputs
-        c_BH, h_BH = (kept_rows(leaf_BH, keep_B) for leaf_BH in carry)
+        c_BH, h_BH = (mask_rows(leaf_BH, keep_B) for leaf_BH in carry)
         if "scale" in params:
             scale_BH = 1 + inputs_BE.astype(dtype) @ params["scale"]["kernel"].astype(dtype)
             h_BH = (h_BH * scale_BH).astype(h_BH.dtype)
         if mask_BH is not None:
             h_BH = h_BH * jax.lax.stop_gradient(mask_BH)
         if "norm" in params:
-            # To divide what the cell makes of h is to divide h.
+            # The cell's products are linear in h, so scaling h scales them.
             product_BG = h_BH.astype(dtype) @ recurrent_kernel_HG
             h_BH = h_BH * inverse_rms(product_BG.astype(h_BH.dtype), norm_epsilon)
         new_carry, _ = flax_cell.apply({"params": cell_params}, (c_BH, h_BH), inputs_BE)
-        # Rounding the cell state at every step would lose what it has to remember.
+        # The carry stays in its own type: rounding it at every step loses small changes.
         c_BH, h_BH = (new.astype(old.dtype) for new, old in zip(new_carry, carry, strict=True))
         return (c_BH, h_BH), h_BH
 
@@ -146,9 +145,9 @@ def trace_lstm(
     norm_epsilon: float = NORM_EPSILON,
     dtype: Any = jnp.float32,
 ) -> tuple[LayerCarry, LayerStates]:
-    """Run one LSTM layer over time and return every state and gate: the equations, written out.
+    """Run one LSTM layer over time and return every state and gate, by the plain equations.
 
-    The arguments are those of flax_lstm, and the states agree with it.
+    Arguments and states are those of flax_lstm.
     """
     params, carry, inputs = vary_alike((params, carry, inputs))
     input_kernel_EG, recurrent_kernel_HG = (
@@ -156,9 +155,9 @@ def trace_lstm(
     )
     bias_1G = jnp.concatenate([params[f"h{gate}"]["bias"] for gate in GATES])[None].astype(dtype)
 
-    def step(carry: LayerCarry, given: Any) -> tuple[LayerCarry, Any]:
-        x_BE, keep_B = given
-        c_BH, h_BH = (kept_rows(leaf_BH, keep_B) for leaf_BH in carry)
+    def step(carry: LayerCarry, inputs: Any) -> tuple[LayerCarry, Any]:
+        x_BE, keep_B = inputs
+        c_BH, h_BH = (mask_rows(leaf_BH, keep_B) for leaf_BH in carry)
         x_BE, gated_h_BH = x_BE.astype(dtype), h_BH.astype(dtype)
         if "scale" in params:
             gated_h_BH = gated_h_BH * (1 + x_BE @ params["scale"]["kernel"].astype(dtype))
@@ -178,16 +177,16 @@ def trace_lstm(
     return carry, LayerStates(*(leaf_TBH.swapaxes(0, 1) for leaf_TBH in states))
 
 
-def aligned(leaf: jax.Array, like: jax.Array) -> jax.Array:
-    """Return `leaf` with as many axes as `like`, new ones in front."""
+def expand_rank(leaf: jax.Array, like: jax.Array) -> jax.Array:
+    """Return `leaf` with new leading axes, as many axes as `like` has."""
     return jnp.expand_dims(leaf, tuple(range(like.ndim - leaf.ndim)))
 
 
 def vary_alike(tree: Any) -> Any:
-    """Return `tree` with all numbers varying over the same axes of jax.shard_map.
+    """Make all numeric leaves of `tree` vary over the same axes of jax.shard_map.
 
-    Loop carries and custom gradients need this where `check_vma=True`, since rows vary from device
-    to device, and parameters and an empty carry do not. Outside shard_map `tree` is unchanged.
+    Loop carries and custom gradients need this with `check_vma=True`: rows vary between devices;
+    parameters and a zero carry do not. Outside shard_map `tree` is unchanged.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return tree
@@ -202,39 +201,39 @@ def vary_alike(tree: Any) -> Any:
 
 
 def concat_gates(params: Params, side: str) -> jax.Array:
-    """Return the four kernels from one side, 'i' or 'h', as one."""
+    """Concatenate the four kernels of the input ('i') or of the hidden state ('h')."""
     return jnp.concatenate([params[f"{side}{gate}"]["kernel"] for gate in GATES], axis=1)
 
 
 def _with_gains(params: Params) -> Params:
-    """Return the parameters of the Flax cell alone, with the gains within its kernels."""
+    """Return the Flax cell's own parameters, with the gains multiplied into the kernels."""
     cell = {name: leaf for name, leaf in params.items() if name not in ("scale", "norm")}
     if "norm" not in params:
         return cell
     for gate, gain_H in zip(GATES, jnp.split(params["norm"]["gain"], 4), strict=True):
         kernel_HH = cell[f"h{gate}"]["kernel"]
-        cell[f"h{gate}"] = cell[f"h{gate}"] | {"kernel": kernel_HH * aligned(gain_H, kernel_HH)}
+        cell[f"h{gate}"] = cell[f"h{gate}"] | {"kernel": kernel_HH * expand_rank(gain_H, kernel_HH)}
     return cell
 
 
 def inverse_rms(product_BG: jax.Array, epsilon: float) -> jax.Array:
-    """Return one over the root mean square of each row, with its axis."""
+    """Return the reciprocal root mean square of each row, inverse_rms_B1."""
     mean_B1 = jnp.mean(jnp.square(product_BG), axis=-1, keepdims=True)
     return jax.lax.rsqrt(mean_B1 + epsilon)
 
 
 def are_integers(inputs: jax.Array) -> bool:
-    """Return whether `inputs` are integers, which stand for one-hot vectors."""
+    """Return whether `inputs` are ids in place of one-hot vectors."""
     return jnp.issubdtype(inputs.dtype, jnp.integer)
 
 
-def kept_rows(leaf_BH: jax.Array, keep_B: jax.Array | None) -> jax.Array:
-    """Return `leaf_BH` with zeros in the rows that are reset."""
+def mask_rows(leaf_BH: jax.Array, keep_B: jax.Array | None) -> jax.Array:
+    """Return `leaf_BH` with zeros in the rows where `keep_B` is False."""
     return leaf_BH if keep_B is None else jnp.where(keep_B[..., None], leaf_BH, 0)
 
 
 def as_one_hot(params: Params, inputs: jax.Array, dtype: Any) -> jax.Array:
-    """Return inputs_TBE; ids become one-hot vectors."""
+    """Return inputs_TBE, with ids as one-hot vectors."""
     if not are_integers(inputs):
         return inputs
     return jax.nn.one_hot(inputs, params["ii"]["kernel"].shape[0], dtype=dtype)
