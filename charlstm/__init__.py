@@ -60,7 +60,7 @@ __all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use, so that a mistyped flag is answered before JAX is imported.
+    # Imported on first use: a launcher reports a mistyped flag without importing JAX.
     if name not in _HOME:
         raise AttributeError(f"module 'charlstm' has no attribute {name!r}")
     return getattr(import_module(f"charlstm.{_HOME[name]}"), name)

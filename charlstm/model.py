@@ -1,4 +1,4 @@
-"""The language model: characters in, logits of the next character out."""
+"""The language model: logits of the next character from the characters so far."""
 
 from __future__ import annotations  # help() then shows names such as TrainStep
 
@@ -19,6 +19,7 @@ from charlstm.lstm.reference import (
     NORM_EPSILON,
     LayerCarry,
     LayerStates,
+    expand_rank,
     flax_lstm,
     init_lstm,
     trace_lstm,
@@ -36,35 +37,34 @@ DTYPES = ("float32", "bfloat16")
 
 
 class CharLSTM(nn.Module):
-    """N layers of LSTM between a view of the characters and a dense layer.
+    """A character-level language model: an input layer, N LSTM layers and a dense layer.
 
     Attributes:
       vocab_size: V.
-      hidden_size: H, the units of each layer.
+      hidden_size: H, the number of units of each layer.
       num_layers: N.
       dropout_rate: dropout of each layer's output.
       variational_dropout: use one dropout mask for all time steps of a call (Gal and Ghahramani
         2016, arXiv 1512.05287) in place of a new mask per time step.
-      recurrent_dropout: the share of each layer's hidden state that its own gates do not see while
-        training, one mask a row for all of a call, as in hidden_mask.
-      multiplicative: let what each layer reads scale the hidden state that its gates see, as in
-        charlstm.lstm.reference.
+      recurrent_dropout: dropout rate of the hidden state that each layer's gates read, with one
+        mask per row and call (hidden_mask).
+      multiplicative: scale the hidden state that the gates read by a function of the layer's
+        input, as in charlstm.lstm.reference.
       recurrent_rms_norm: divide the recurrent product of the gates by its root mean square.
-      norm_epsilon: what `recurrent_rms_norm` adds to the mean square.
+      norm_epsilon: added to the mean square by `recurrent_rms_norm`.
       input: 'one_hot', 'embed' (a learnt vector), or 'scaled' (the id divided by V).
-      embed_size: E, where input is 'embed'.
-      tie_embeddings: make the logits the product of a dense layer of size E with the vectors of
-        the input, and a bias (Press and Wolf 2017, arXiv 1608.05859); where input is 'embed'.
-      end_id: the id that ends a document: reading it begins from an empty carry, so that what is
-        read after it depends on nothing before it. None: there is none.
-      recurrence: 'fused', which has no forward-mode derivative (jax.jvp), but gradients of any
-        order; 'flax', the Flax cell scanned, which is slower and has all derivatives; or 'cudnn',
-        on NVIDIA GPUs only and not yet run on one.
-      dtype: 'float32' or 'bfloat16' to compute in; parameters, carry and logits are float32.
-      num_shards: on how many devices the rows of a batch lie; 'fused' needs it to be fast.
+      embed_size: E, used with input='embed'.
+      tie_embeddings: compute the logits from a dense layer of size E and the transposed embedding
+        table, plus a bias (Press and Wolf 2017, arXiv 1608.05859); needs input='embed'.
+      end_id: id of the character that ends a document and resets the carry; None without documents.
+      recurrence: 'fused' (fast; gradients of any order, no forward mode), 'flax' (the scanned Flax
+        cell: slower, all derivatives) or 'cudnn' (NVIDIA GPUs only, not yet run on one).
+      dtype: 'float32' or 'bfloat16', the type of computations; parameters, carry and logits are
+        float32.
+      num_shards: number of devices that share the rows of a batch; makes 'fused' fast there.
 
     Raises:
-      ValueError: for a field with a value that is not allowed.
+      ValueError: if a field has an invalid value.
     """
 
     vocab_size: int
@@ -90,12 +90,8 @@ class CharLSTM(nn.Module):
             check_count(name, getattr(self, name))
         for name in ("dropout_rate", "recurrent_dropout"):
             check_rate(name, getattr(self, name))
-        choices = {
-            "input": INPUTS,
-            "recurrence": RECURRENCES,
-        }
-        for name, allowed in choices.items():
-            check_choice(name, getattr(self, name), allowed)
+        check_choice("input", self.input, INPUTS)
+        check_choice("recurrence", self.recurrence, RECURRENCES)
         check_choice("dtype", getattr(self.dtype, "__name__", str(self.dtype)), DTYPES)
         if not self.norm_epsilon > 0:
             raise ValueError(f"norm_epsilon={self.norm_epsilon!r}: must be above 0")
@@ -114,19 +110,19 @@ class CharLSTM(nn.Module):
 
         Args:
           ids_BT: integers from 0 to V - 1.
-          carry: (c_BH, h_BH) for every layer, such as zero_carry gives.
-          train: apply dropout, with the random key of the name 'dropout'.
+          carry: (c_BH, h_BH) for every layer, for example zero_carry.
+          train: apply dropout, with the random key named 'dropout'.
 
         Raises:
-          ValueError: if the carry is not that of a model of this size, or an id is not below V.
-            The ids of traced arrays are not known: there, one that is not below V makes its row
-            NaN, up to the end of its document.
+          ValueError: if the carry has other shapes, or an id is outside 0 to V - 1. The values of
+            traced arrays are unknown; there, an invalid id makes its row NaN up to the end of its
+            document.
         """
         recur = RECURRENCES[self.recurrence]
-        if self.recurrence == "flax":
+        if self.recurrence != "cudnn":
             recur = partial(recur, norm_epsilon=self.norm_epsilon)
         if self.recurrence == "fused":
-            recur = partial(recur, norm_epsilon=self.norm_epsilon, num_shards=self.num_shards)
+            recur = partial(recur, num_shards=self.num_shards)
         check_ids("ids_BT", ids_BT, self.vocab_size)
         ids_BT = jnp.asarray(ids_BT)
         check_carry(carry, ids_BT.shape[0], self.hidden_size, self.num_layers)
@@ -137,11 +133,8 @@ class CharLSTM(nn.Module):
         shared = (0,) if self.variational_dropout else ()
         new_carry = []
         for index, layer_carry in enumerate(carry):
-            sizes, parts = (
-                (input_size, self.hidden_size),
-                (self.multiplicative, self.recurrent_rms_norm),
-            )
-            params = self.param(f"lstm_{index}", init_lstm, *sizes, *parts)
+            parts = self.multiplicative, self.recurrent_rms_norm
+            params = self.param(f"lstm_{index}", init_lstm, input_size, self.hidden_size, *parts)
             mask_BH = None
             if train and self.recurrent_dropout:
                 rng = self.make_rng("dropout")
@@ -165,7 +158,7 @@ class CharLSTM(nn.Module):
 
     def _embed_inputs(self, ids_TB: jax.Array) -> tuple[jax.Array, nn.Embed | None]:
         if self.input == "one_hot":
-            return ids_TB, None  # both recurrences take ids for one-hot vectors
+            return ids_TB, None  # the recurrences take ids in place of one-hot vectors
         if self.input == "embed":
             embed = nn.Embed(self.vocab_size, self.embed_size, dtype=self.dtype, name="embed")
             return embed(ids_TB), embed
@@ -181,20 +174,21 @@ class CharLSTM(nn.Module):
             return dense(layer_TBH)
         dense = nn.Dense(self.embed_size, kernel_init=kernel_init, dtype=self.dtype, name="dense")
         bias_V = self.param("bias", nn.initializers.zeros_init(), (self.vocab_size,))
-        return embed.attend(dense(layer_TBH)) + bias_V.astype(self.dtype)
+        logits_TBV = embed.attend(dense(layer_TBH))
+        return logits_TBV + expand_rank(bias_V.astype(self.dtype), logits_TBV)
 
 
 def hidden_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """Return mask_BH: 0 for the share `rate` of each row's units, 1 / (1 - `rate`) for the others.
+    """Return a dropout mask_BH: 0 with probability `rate`, otherwise 1 / (1 - `rate`).
 
-    One mask for all time steps, as Gal and Ghahramani 2016 (arXiv 1512.05287) have it.
+    It is for all time steps of a call (Gal and Ghahramani 2016, arXiv 1512.05287).
     """
     is_kept_BH = jax.random.bernoulli(key, jnp.float32(1 - rate), shape)
     return is_kept_BH.astype(jnp.float32) / (1 - rate)
 
 
 def model_from_config(config: ConfigDict, vocab: Vocab) -> CharLSTM:
-    """Return the model of the characters of `vocab` that `config.model` describes."""
+    """Return the model that `config.model` describes, for the characters of `vocab`."""
     has_documents = config.data.document_separator and END in vocab.characters
     end_id = vocab.characters.index(END) if has_documents else None
     return CharLSTM(vocab_size=len(vocab), end_id=end_id, **config.model.to_dict())
@@ -207,7 +201,7 @@ def predict(
     carry: Carry,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, Carry]:
-    """Return logits_BTV and the new carry; with a `dropout_key`, as in training."""
+    """Return logits_BTV and the new carry; apply dropout if there is a `dropout_key`."""
     if dropout_key is None:
         return model.apply({"params": params}, ids_BT, carry)  # type: ignore[return-value]
     rngs = {"dropout": dropout_key}
@@ -217,10 +211,9 @@ def predict(
 def hidden_states(
     model: CharLSTM, params: Any, ids_BT: jax.Array, carry: Carry
 ) -> tuple[LayerStates, ...]:
-    """Return the states and gates of each layer at each character, N LayerStates.
+    """Return LayerStates for each layer: its states and gates at each character.
 
-    Pure, for any `recurrence`, and without dropout: the states are those from which `predict`
-    computes its logits, up to rounding.
+    They are the states of `predict` without dropout, up to rounding, for any `recurrence`.
 
     Raises:
       ValueError: as CharLSTM does.
@@ -230,11 +223,11 @@ def hidden_states(
 
 
 def zero_carry(model: CharLSTM, batch_size: int) -> Carry:
-    """Return the empty carry of `model` for B sequences: (c_BH, h_BH) of zeros for each layer."""
+    """Return (c_BH, h_BH) of zeros for each layer of `model`, for B sequences."""
     return _zeros(batch_size, model.hidden_size, model.num_layers)
 
 
-# Compiled, since jax.transfer_guard forbids to make zeros from a number of Python's.
+# Compiled, since eager jnp.zeros transfers a Python number, which jax.transfer_guard forbids.
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _zeros(batch_size: int, hidden_size: int, num_layers: int) -> Carry:
     def zeros() -> jax.Array:
@@ -244,7 +237,7 @@ def _zeros(batch_size: int, hidden_size: int, num_layers: int) -> Carry:
 
 
 def check_carry(carry: Any, batch_size: int, hidden_size: int, num_layers: int) -> None:
-    """Raise ValueError if `carry` has other shapes; Flax's cells would take them silently."""
+    """Raise ValueError if `carry` has other shapes; Flax's cells accept them silently."""
     wanted = (((batch_size, hidden_size),) * 2,) * num_layers
     found = jax.tree.map(jnp.shape, carry)
     if found != wanted:
@@ -255,8 +248,8 @@ def check_carry(carry: Any, batch_size: int, hidden_size: int, num_layers: int) 
 
 
 def poison_rows(carry: Carry, ids_BT: jax.Array, vocab_size: int) -> Carry:
-    """Return `carry` with NaN for h of the first layer in the rows that have an id not below V."""
-    # A lookup with such an id takes another row, silently.
+    """Set h of the first layer to NaN in the rows that have an id outside 0 to V - 1."""
+    # Indexing with such an id silently reads another row.
     is_valid_B = jnp.all((ids_BT >= 0) & (ids_BT < vocab_size), axis=1)
     (c_BH, h_BH), *others = carry
     return ((c_BH, jnp.where(is_valid_B[:, None], h_BH, jnp.nan)), *others)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and optimizers, all optax's own, and the average of the weights."""
+"""Learning-rate schedules, optimizers and weight averaging, as optax transformations."""
 
 import inspect
 from typing import Any, NamedTuple
@@ -10,16 +10,17 @@ from ml_collections import ConfigDict
 
 
 def make_schedule(config: ConfigDict, num_steps: int, rate_scale: float = 1.0) -> optax.Schedule:
-    """Return the learning rate as a function of the step: a linear warm-up, then the schedule.
+    """Return the learning rate by step: a linear warm-up, then `config.optimizer.schedule`.
 
     Args:
-      config: the run's; reads config.optimizer.
-      num_steps: the length of the run, at which 'cosine' and 'linear' reach their final share.
-      rate_scale: multiplies all of it.
+      config: config of the run, with a section `optimizer`.
+      num_steps: number of steps after which 'cosine' and 'linear' reach
+        `config.optimizer.end_lr_ratio` of the peak.
+      rate_scale: multiplies the whole schedule.
     """
     peak = config.optimizer.learning_rate * rate_scale
     end_lr_ratio = config.optimizer.end_lr_ratio
-    # A run shorter than its warm-up would otherwise never train at its own rate.
+    # A run shorter than its warm-up must reach the peak, too.
     warmup_steps = min(config.optimizer.warmup_steps, num_steps // 2)
     rest = max(1, num_steps - warmup_steps)
     after = {
@@ -29,16 +30,16 @@ def make_schedule(config: ConfigDict, num_steps: int, rate_scale: float = 1.0) -
     }[config.optimizer.schedule]
     if warmup_steps == 0:
         return after
-    # Begins above 0, so that the first step already moves.
+    # From above 0, so that the first step has an effect.
     warmup = optax.linear_schedule(peak / warmup_steps, peak, warmup_steps)
     return optax.join_schedules([warmup, after], [warmup_steps])
 
 
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Return the optimizer that `config.optimizer` describes, with its `schedule`.
+    """Return the optimizer that `config.optimizer` describes, with this `schedule`.
 
-    Its state has the same tree for any schedule. With config.optimizer.average_window it holds the
-    average of the parameters, which averaged_params gives.
+    The tree of its state is the same for any schedule. With config.optimizer.average_window the
+    state contains an average of the parameters; averaged_params returns it.
     """
     b2, epsilon = config.optimizer.b2, config.optimizer.epsilon
     rule = {
@@ -68,64 +69,63 @@ def update_with(
     params: Any,
     extra_args: dict[str, Any],
 ) -> tuple[Any, Any]:
-    """Return optimizer.update's result, given those of `extra_args` that it takes.
+    """Call optimizer.update with those of `extra_args` that it accepts.
 
     Raises:
-      ValueError: if it needs others.
+      ValueError: if it needs other arguments.
     """
     parameters = inspect.signature(optimizer.update).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    taken = {name: arg for name, arg in extra_args.items() if takes_any or name in parameters}
+    accepted = {name: arg for name, arg in extra_args.items() if takes_any or name in parameters}
     try:
-        return optimizer.update(grads, opt_state, params, **taken)
+        return optimizer.update(grads, opt_state, params, **accepted)
     except (AttributeError, TypeError) as error:
         raise ValueError(
-            f"optimizer: its update failed ({error}); it gets a plain tree of parameters, which "
-            f"optax.lookahead does not take, and {', '.join(taken) or 'no extra arguments'}"
+            f"optimizer: update failed ({error}); its arguments are a plain tree of parameters "
+            f"(optax.lookahead needs another) and {', '.join(accepted) or 'no extra arguments'}"
         ) from error
 
 
 def cautious(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Return a rule that moves as `rule` does, but nothing against the gradient of its own step.
+    """Drop the updates of `rule` whose sign disagrees with the current gradient.
 
-    Momentum would do that. What is left of each array of d numbers, n of them not 0, is multiplied
-    by d / (n + 1), so that as a whole it moves about as far (Liang et al. 2024, arXiv 2411.16085,
-    algorithm 1).
+    If n of the d updates of an array remain, they are multiplied by d / (n + 1) to keep the size of
+    the whole update (Liang et al. 2024, arXiv 2411.16085, algorithm 1).
     """
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         directions, state = rule.update(grads, state, params)
 
-        def agreeing(direction: jax.Array, grad: jax.Array) -> jax.Array:
+        def mask(direction: jax.Array, grad: jax.Array) -> jax.Array:
             agrees = direction * grad > 0
             return jnp.where(agrees, direction * (agrees.size / (jnp.sum(agrees) + 1)), 0)
 
-        return jax.tree.map(agreeing, directions, grads), state
+        return jax.tree.map(mask, directions, grads), state
 
     return optax.GradientTransformation(rule.init, update)
 
 
 class AverageState(NamedTuple):
-    """What average_params keeps."""
+    """State of average_params."""
 
-    count: jax.Array  # type: ignore[assignment]  # int32, how many steps have been taken
-    average: Any  # as the parameters
+    count: jax.Array  # type: ignore[assignment]  # int32, number of steps
+    average: Any  # the tree of the parameters
 
 
-def average_params(share: float) -> optax.GradientTransformation:
-    """Return a rule that leaves the updates as they are, and keeps an average of what they lead to.
+def average_params(window: float) -> optax.GradientTransformation:
+    """Average the parameters after each update, and leave the updates unchanged.
 
-    Step t enters the average with the weight 1 / (1 + share t), so that it reaches back over about
-    this share of all steps so far: 'polynomial decay' (Shamir and Zhang 2013, arXiv 1212.1824,
-    section 4), with eta = 1 / share - 1. It has to be the last of a chain.
+    Step t has the weight 1 / (1 + window t), so the average covers about the last `window` of all
+    steps so far, a fraction: polynomial-decay averaging (Shamir and Zhang 2013, arXiv 1212.1824,
+    section 4) with eta = 1 / window - 1. It must be the last transformation of a chain.
     """
 
     def init(params: Any) -> AverageState:
-        # A copy, because a donated state must not contain an array twice.
+        # A copy, since a donated state must not contain an array twice.
         return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
 
     def update(updates: Any, state: AverageState, params: Any) -> tuple[Any, AverageState]:
-        weight = 1 / (1 + share * state.count)
+        weight = 1 / (1 + window * state.count)
         average = optax.incremental_update(
             optax.apply_updates(params, updates), state.average, weight
         )
@@ -135,14 +135,14 @@ def average_params(share: float) -> optax.GradientTransformation:
 
 
 def averaged_params(params: Any, opt_state: Any) -> Any:
-    """Return the average of the parameters that `opt_state` holds, or `params` if it holds none."""
+    """Return the averaged parameters in `opt_state`, or `params` if it has none."""
     is_average = lambda node: isinstance(node, AverageState)  # noqa: E731
     nodes = jax.tree.leaves(opt_state, is_leaf=is_average)
     return next((node.average for node in nodes if is_average(node)), params)
 
 
 def keras_adam(schedule: optax.Schedule, b2: float, epsilon: float) -> optax.GradientTransformation:
-    """Return Adam as Keras has it, where epsilon is added before the correction for bias.
+    """Return Adam as in Keras, which adds epsilon before the bias correction.
 
     This is the 'epsilon hat' of Kingma and Ba 2014 (arXiv 1412.6980, end of section 2). Early steps
     differ where gradients are as small as epsilon, as in most of an untrained recurrent kernel.
