@@ -28,15 +28,22 @@ FLOAT64 = 1e-10  # float64 against an oracle
 
 
 def assert_close(found, wanted, relative=FLOAT32):
-    """Compare two trees: each error is at most `relative` times the leaf's largest value."""
+    """Compare two trees: each error is at most `relative` times the leaf's largest value.
+
+    Integers and booleans have to be equal.
+    """
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     # Moved to NumPy first: JAX would compile each operation for each shape.
-    found, wanted = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (found, wanted))
+    found, wanted = jax.tree.map(np.asarray, (found, wanted))
     for (path, leaf), other in zip(
         jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True
     ):
         name = jax.tree_util.keystr(path)
         assert leaf.shape == other.shape, name
+        if other.dtype.kind in "biu":
+            np.testing.assert_array_equal(leaf, other, name)
+            continue
+        leaf, other = np.float64(leaf), np.float64(other)
         error, largest = (np.max(np.abs(x), initial=0) for x in (leaf - other, other))
         assert error <= relative * largest, f"{name}: off by {error}, largest value {largest}"
 

@@ -1,4 +1,4 @@
-"""The public API as a stranger meets it: README's program, help, saved states, exported steps."""
+"""The public API: README's program, help, saved states, exported steps, errors."""
 
 import contextlib
 import inspect
@@ -15,6 +15,7 @@ import optax
 import pytest
 from conftest import ROOT
 from flax import serialization
+from helpers import assert_equal
 
 import charlstm
 from charlstm import Batch, CharLSTM, Streams, init_state, make_train_step
@@ -23,7 +24,12 @@ MODEL = CharLSTM(vocab_size=5, hidden_size=4)
 BATCHES = Streams(np.arange(40) % 5, batch_size=2, seq_len=3)
 
 
-def test_the_program_of_the_readme_runs_as_printed(book, tmp_path, monkeypatch):
+def jitted_init(optimizer, key):
+    return jax.jit(partial(init_state, MODEL, optimizer, batch_size=2))(key)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # open(...).read(), for brevity
+def test_program_in_readme_runs(book, tmp_path, monkeypatch):
     [program] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_text("I " + book[:1000], encoding="utf-8")
@@ -35,7 +41,7 @@ def test_the_program_of_the_readme_runs_as_printed(book, tmp_path, monkeypatch):
     assert set(printed.getvalue()) <= set(book)
 
 
-def test_help_and_completion_show_all_public_names():
+def test_help_and_completion_list_public_names():
     assert set(charlstm.__all__) <= set(dir(charlstm))
     page = pydoc.render_doc(charlstm, renderer=pydoc.plaintext)
     for name in charlstm.__all__:
@@ -44,37 +50,37 @@ def test_help_and_completion_show_all_public_names():
     assert re.search("-> '?TrainStep\\b", page)
 
 
-def test_the_package_has_a_version_and_types():
+def test_package_has_a_version_and_types():
     assert charlstm.__version__ == metadata.version("charlstm")
     assert os.path.exists(os.path.join(os.path.dirname(charlstm.__file__), "py.typed"))
 
 
-def test_a_state_goes_through_flax_serialization_with_the_numbers_of_its_key():
+def test_state_survives_flax_serialization():
     optimizer = optax.adam(0.1)
-    state = init_state(MODEL, optimizer, jax.random.key(0), 2)
+    state = jitted_init(optimizer, jax.random.key(0))
     saved = serialization.to_bytes(state._replace(key=jax.random.key_data(state.key)))
-    other = init_state(MODEL, optimizer, jax.random.key(1), 2)
+    other = jitted_init(optimizer, jax.random.key(1))
     like = other._replace(key=jax.random.key_data(other.key))
     found = serialization.from_bytes(like, saved)
     found = found._replace(key=jax.random.wrap_key_data(found.key))
     step = jax.jit(make_train_step(MODEL, optimizer))
     one, other = (step(start, BATCHES(0))[0] for start in (state, found))
-    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+    assert_equal(one.params, other.params)
 
 
-def test_a_training_step_is_exported_and_read_back():
+def test_training_step_survives_export():
     pytest.importorskip("flatbuffers")  # JAX needs it to serialize
     with contextlib.suppress(ValueError):  # where another test has done it
         jax.export.register_namedtuple_serialization(optax.EmptyState, serialized_name="empty")
     optimizer = optax.sgd(0.1)
-    state, batch = init_state(MODEL, optimizer, jax.random.key(0), 2), Batch(*BATCHES(0))
+    state, batch = jitted_init(optimizer, jax.random.key(0)), Batch(*BATCHES(0))
     step = jax.jit(make_train_step(MODEL, optimizer))
     read_back = jax.export.deserialize(jax.export.export(step)(state, batch).serialize())
     found, metrics = read_back.call(state, batch)
     assert type(found) is type(state)
     wanted, wanted_metrics = step(state, batch)
-    jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
-    jax.tree.map(np.testing.assert_array_equal, metrics, wanted_metrics)
+    assert_equal(found.params, wanted.params)
+    assert_equal(metrics, wanted_metrics)
 
 
 def wrong_batch(**changes):
@@ -93,23 +99,23 @@ def wrong_batch(**changes):
         (Streams(np.arange(40) % 5, 3, 3)(0), "carry: has the shapes .*; 3 rows of ids"),
     ],
 )
-def test_a_batch_that_makes_no_sense_is_refused(batch, message):
+def test_an_invalid_batch_raises(batch, message):
     make = partial(init_state, MODEL, optax.sgd(0.1), batch_size=2)
     state = jax.eval_shape(make, jax.random.key(0))
     with pytest.raises(ValueError, match=message):
-        # Traced with the batch's own numbers, as where a program has them as constants.
+        # The batch is a constant of the program.
         jax.eval_shape(lambda state: make_train_step(MODEL, optax.sgd(0.1))(state, batch), state)
 
 
 @pytest.mark.parametrize("wrong", [5, -1])
 @pytest.mark.parametrize("name", ["inputs_BT", "targets_BT"])
-def test_a_compiled_step_skips_a_batch_with_an_id_of_no_character(name, wrong):
-    state = init_state(MODEL, optax.sgd(0.1), jax.random.key(0), 2)
+def test_compiled_step_skips_a_batch_with_an_invalid_id(name, wrong):
+    state = jitted_init(optax.sgd(0.1), jax.random.key(0))
     batch = BATCHES(0)
     getattr(batch, name)[0, 1] = wrong
     new_state, metrics = jax.jit(make_train_step(MODEL, optax.sgd(0.1)))(state, batch)
     assert metrics["skipped"]
-    jax.tree.map(np.testing.assert_array_equal, new_state.params, state.params)
+    assert_equal(new_state.params, state.params)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +126,7 @@ def test_a_compiled_step_skips_a_batch_with_an_id_of_no_character(name, wrong):
         ({"loss": lambda logits_BTV, batch: logits_BTV.sum()}, "loss: must return .*; it returned"),
     ],
 )
-def test_options_of_a_step_that_make_no_sense_are_refused(options, message):
+def test_invalid_options_of_a_step_raise(options, message):
     make = partial(init_state, MODEL, optax.sgd(0.1), batch_size=2)
     state = jax.eval_shape(make, jax.random.key(0))
     with pytest.raises(ValueError, match=message):
@@ -141,12 +147,12 @@ def test_options_of_a_step_that_make_no_sense_are_refused(options, message):
         ),
     ],
 )
-def test_parameters_of_another_model_are_refused(change, message):
-    params = init_state(MODEL, optax.sgd(0.1), jax.random.key(0), 2).params
+def test_parameters_of_another_model_raise(change, message):
+    params = jitted_init(optax.sgd(0.1), jax.random.key(0)).params
     with pytest.raises(ValueError, match=message):
         init_state(MODEL, optax.sgd(0.1), jax.random.key(0), 2, params=change(params))
 
 
-def test_an_evaluation_of_nothing_is_refused():
+def test_evaluation_without_batches_raises():
     with pytest.raises(ValueError, match="batches: no character"):
         charlstm.evaluate(charlstm.make_eval_step(MODEL), {}, (), [])

@@ -1,4 +1,4 @@
-"""The training step with optax's optimizers, those that need more than a gradient included."""
+"""The training step with optax's optimizers, also those that need more than a gradient."""
 
 from functools import partial
 
@@ -12,11 +12,11 @@ from charlstm import Batch, CharLSTM, init_state, make_train_step
 
 V, B, T, H = 3, 2, 3, 4
 MODEL = CharLSTM(V, H)
-IDS_BM = np.array([[0, 1, 2, 0], [2, 0, 1, 2]], np.int32)  # each character decides the next
+IDS_BM = np.array([[0, 1, 2, 0], [2, 0, 1, 2]], np.int32)  # each id determines the next
 BATCH = Batch(IDS_BM[:, :-1], IDS_BM[:, 1:], np.ones((B, T), np.float32), np.ones(B, bool))
 contrib = optax.contrib
 
-# What the state holds, or what the update takes, differs from one to the next.
+# They differ in the kind of state or in the arguments of update.
 OPTIMIZERS = {
     "adafactor": optax.adafactor(0.1),
     "apply_if_finite of MultiSteps": optax.apply_if_finite(
@@ -47,7 +47,7 @@ def params():
 
 
 def run(optimizer, params, num_steps=40, model=MODEL, **options):
-    """Return the loss of each step, all in one compiled loop with a donated state."""
+    """Return the loss of each step of one compiled loop with a donated state."""
     state = init_state(model, optimizer, jax.random.key(0), B, params=params)
     step = make_train_step(model, optimizer, **options)
     scan = jax.jit(
@@ -60,13 +60,13 @@ def run(optimizer, params, num_steps=40, model=MODEL, **options):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_of_optax_learns(name, params):
+def test_optax_optimizer_learns(name, params):
     losses = run(OPTIMIZERS[name], params)
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_a_line_search_finds_the_minimum_of_its_batch_with_dropout_held_fixed(params):
-    # The same key at each evaluation: otherwise the search would compare different functions.
+def test_line_search_evaluates_with_fixed_dropout_masks(params):
+    # With other masks at each evaluation the search would compare different functions.
     losses = run(optax.lbfgs(), params, model=CharLSTM(V, H, dropout_rate=0.1))
     assert losses[-1] < 0.5 * losses[0]
 
@@ -80,7 +80,7 @@ def wrapped_sophia():
     return optax.GradientTransformationExtraArgs(sophia.init, update)
 
 
-def test_an_optimizer_that_differentiates_twice_gets_the_loss_by_a_wrapper(params):
+def test_a_wrapper_passes_the_loss_to_sophia(params):
     losses = run(wrapped_sophia(), params)
     assert losses[-1] < 0.7 * losses[0]
 
@@ -95,7 +95,7 @@ def test_an_optimizer_that_differentiates_twice_gets_the_loss_by_a_wrapper(param
     ],
     ids=["lookahead", "sophia", "lbfgs with micro-batches", "sam in a chain"],
 )
-def test_an_optimizer_that_needs_what_it_cannot_get_is_refused(optimizer, options, message):
+def test_an_optimizer_with_other_arguments_raises(optimizer, options, message):
     make = partial(init_state, MODEL, optimizer, batch_size=B)
     state = jax.eval_shape(make, jax.random.key(0))
     step = make_train_step(MODEL, optimizer, **options)

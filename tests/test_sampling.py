@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -374,7 +375,7 @@ def test_sample_step_works_in_a_loop_of_ones_own():
         options = for_rows(B, temperature=0.7)
         carry, ids_B = step_compiled(PARAMS, carry, ids_B, key, **options)
         np.testing.assert_array_equal(ids_B, scanned_B)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), last_carry, carry)
+    assert_close(last_carry, carry)
     assert len(set(np.asarray(scanned_LB).flat)) > 4
 
 
@@ -391,7 +392,7 @@ def test_sample_step_maps_over_keys_and_over_models():
         params, (found_carry, found_B) = jax.tree.map(lambda leaf, i=index: leaf[i], (many, found))
         wanted_carry, wanted_B = step_compiled(params, carry, ids_B, key, **for_rows(B))
         np.testing.assert_array_equal(found_B, wanted_B)
-        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), found_carry, wanted_carry)
+        assert_close(found_carry, wanted_carry)
     assert len({tuple(row) for row in np.asarray(found[1])}) > 1
 
 

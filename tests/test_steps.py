@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import SUM_ORDER, assert_close, assert_equal
 
 from charlstm import (
     Batch,
@@ -40,10 +41,6 @@ def random_ids(size: int, seed: int = 0) -> np.ndarray:
 @pytest.fixture
 def batches() -> Streams:
     return Streams(random_ids(300), batch_size=B, seq_len=T)
-
-
-def assert_trees_close(actual, desired, rtol=1e-5, atol=1e-6):
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, desired)
 
 
 def initial_state(model, optimizer=SGD, seed=0):
@@ -87,9 +84,9 @@ def test_a_step_is_the_optimizer_applied_to_the_gradient_of_the_mean_loss(batche
     desired = jax.tree.map(lambda param, grad: param - 0.5 * grad, state.params, grads)
     new_state, metrics = compiled_step(PLAIN)(state, batch)
     assert 0 < metrics["count"] < B * T
-    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
-    assert_trees_close(new_state.params, desired)
+    assert_close(metrics["loss"], loss)
+    assert_close(metrics["grad_norm"], optax.tree.norm(grads))
+    assert_close(new_state.params, desired)
     assert new_state.step == 1
 
 
@@ -102,7 +99,7 @@ def test_a_position_of_weight_zero_has_no_influence(batches):
     )
     assert (changed.targets_BT != batch.targets_BT).any()
     step = compiled_step(DROPPED)
-    assert_trees_close(step(state, batch)[0].params, step(state, changed)[0].params, 0, 0)
+    assert_equal(step(state, batch)[0].params, step(state, changed)[0].params)
 
 
 @pytest.mark.parametrize("cause", ["loss", "gradient", "parameters"])
@@ -142,7 +139,7 @@ def test_the_carry_is_handed_on_and_reset_where_a_row_begins_anew(batches):
     both_BT = np.concatenate([batches(0).inputs_BT, batches(1).inputs_BT], axis=1)
     apply = jax.jit(PLAIN.apply)
     _, whole = apply({"params": state.params}, both_BT, zero_carry(PLAIN, B))
-    assert_trees_close(state.carry, whole)
+    assert_close(state.carry, whole)
 
     reset_B = np.array([False, True, False, True])
     batch = batches(2)._replace(reset_B=reset_B)
@@ -152,8 +149,7 @@ def test_the_carry_is_handed_on_and_reset_where_a_row_begins_anew(batches):
     for after_BH, kept_BH, fresh_BH in zip(
         *map(jax.tree.leaves, (after, kept, fresh)), strict=True
     ):
-        desired_BH = np.where(reset_B[:, None], fresh_BH, kept_BH)
-        np.testing.assert_allclose(after_BH, desired_BH, rtol=1e-5, atol=1e-6)
+        assert_close(after_BH, np.where(reset_B[:, None], fresh_BH, kept_BH))
         assert np.abs(kept_BH - fresh_BH).max() > 1e-3
 
 
@@ -169,7 +165,7 @@ def test_one_compilation_serves_all_steps_from_parameters_of_ones_own(batches):
     optimizer = optax.adam(1e-3)
     own = initial_state(DROPPED).params
     state = init_state(DROPPED, optimizer, jax.random.key(1), B, params=own)
-    assert_trees_close(state.params, own, 0, 0)
+    assert_equal(state.params, own)
     step = jax.jit(make_train_step(DROPPED, optimizer), donate_argnums=0)
     for index in range(batches.steps_per_epoch + 1):
         state, _ = step(state, batches(index))
@@ -188,8 +184,8 @@ def test_many_steps_in_one_call_equal_as_many_calls(batches):
             looped, metrics = step(looped, batches(index))
             losses.append(float(metrics["loss"]))
         together, metrics = steps(state, stacked, count)
-        assert_trees_close(unkeyed(together), unkeyed(looped), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(metrics["loss"], losses + [0] * (5 - count), rtol=1e-5)
+        assert_close(unkeyed(together), unkeyed(looped))
+        assert_close(metrics["loss"], np.array(losses + [0] * (5 - count)))
     assert steps._cache_size() == 1
 
 
@@ -204,7 +200,7 @@ def test_four_seeds_at_once_equal_each_alone(batches):
         together.append(metrics["loss"])
     for seed in range(4):
         _, alone = run_steps(init(keys[seed]), batches, 3, DROPPED)
-        np.testing.assert_allclose(np.array(together)[:, seed], alone, rtol=1e-5)
+        assert_close(np.array(together)[:, seed], alone)
     assert len(set(np.array(together)[-1].tolist())) == 4
 
 
@@ -224,9 +220,9 @@ def test_many_learning_rates_at_once_in_a_scan_equal_each_in_a_loop(batches):
     params, losses = jax.tree.map(np.asarray, scan(rates))
     for index, rate in enumerate(rates):
         last, alone = run_steps(with_rate(state, rate), batches, 3, DROPPED)
-        np.testing.assert_allclose(losses[index], alone, rtol=1e-5)
+        assert_close(losses[index], alone)
         found = jax.tree.map(lambda leaf, index=index: leaf[index], params)
-        assert_trees_close(found, last.params, rtol=1e-4, atol=1e-5)
+        assert_close(found, last.params)
     assert losses[2, 2] < losses[0, 2]
 
 
@@ -239,8 +235,8 @@ def test_micro_batches_equal_the_whole_batch(batches):
     wanted, wanted_metrics = compiled_step(PLAIN)(state, batch)
     step = jax.jit(make_train_step(PLAIN, SGD, micro_batches=2))
     found, metrics = step(state, batch)
-    assert_trees_close(metrics, wanted_metrics, 1e-6, 1e-6)
-    assert_trees_close(unkeyed(found), unkeyed(wanted), 1e-6, 1e-6)
+    assert_close(metrics, wanted_metrics, SUM_ORDER)
+    assert_close(unkeyed(found), unkeyed(wanted), SUM_ORDER)
 
 
 def test_each_micro_batch_draws_its_own_dropout_masks(batches):
@@ -266,9 +262,9 @@ def test_a_users_own_loss_is_minimised(batches):
     loss, grads = jax.jit(jax.value_and_grad(mean))(state.params)
     step = jax.jit(make_train_step(PLAIN, SGD, loss=squared))
     found, metrics = step(state, batch)
-    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    assert_close(metrics["loss"], loss)
     moved = jax.tree.map(lambda param, grad: param - 0.5 * grad, state.params, grads)
-    assert_trees_close(found.params, moved)
+    assert_close(found.params, moved)
 
 
 def test_weights_that_sum_to_less_than_one_give_a_mean_too(batches):
@@ -276,11 +272,11 @@ def test_weights_that_sum_to_less_than_one_give_a_mean_too(batches):
     light = batch._replace(weights_BT=batch.weights_BT * np.float32(1e-3))
     step = compiled_step(PLAIN)
     found, wanted = step(state, light)[1], step(state, batch)[1]
-    np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-5)
+    assert_close(found["loss"], wanted["loss"])
     nothing = batch._replace(weights_BT=np.zeros_like(batch.weights_BT))
     unmoved, metrics = step(state, nothing)
     assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped"] == 0
-    assert_trees_close(unmoved.params, state.params, 0, 0)
+    assert_equal(unmoved.params, state.params)
 
 
 def test_a_users_own_loss_can_be_differentiated_through_the_eval_step(batches):
@@ -314,7 +310,7 @@ def test_evaluation_counts_every_character_once_without_dropout():
     batches = one_stream.epoch()
     result = evaluate(jax.jit(make_eval_step(model)), params, zero_carry(model, 1), batches)
     assert result["count"] == 202
-    np.testing.assert_allclose(result["loss"], nats, rtol=1e-5)
+    assert_close(result["loss"], nats)
     np.testing.assert_allclose(result["accuracy"], accuracy, rtol=1e-6)
 
 

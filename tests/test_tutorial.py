@@ -1,4 +1,4 @@
-"""Promise 2: with the tutorial's config and Keras's own initial weights, all goes as in Keras."""
+"""With the tutorial's config and Keras's initial weights, training and sampling match Keras."""
 
 import importlib.util
 import random
@@ -19,14 +19,21 @@ from charlstm.sampling import make_sampler
 from charlstm.steps import init_state, make_train_step
 
 keras = pytest.importorskip("keras")
-# Keras's own, with a newer NumPy than it was written for.
+# Keras calls NumPy in a way that newer versions deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 ROOT = Path(__file__).resolve().parent.parent
-# An epoch of 4 batches, the last of 37 rows: 6 steps include the small batch and go beyond it.
+# An epoch has 4 batches, the last of 37 rows; 6 steps reach the second epoch.
 SMALL_BATCH = 37
 NUM_STEPS = 6
 TEXT_LENGTH = 3 * 128 + SMALL_BATCH + 100
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rank_promotion():
+    """Allow rank promotion, which Keras uses."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +43,14 @@ def config():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
-    # Two libraries never draw the same dropout.
+    # The libraries draw different dropout masks.
     config.model.dropout_rate = 0.0
     return config
 
 
 @pytest.fixture(scope="module")
 def ids_M():
-    """Return the ids of a lower-case text, in the tutorial's way: sorted characters, numbered."""
+    """Return the ids of a lower-case text, numbered as in the tutorial: sorted characters."""
     chooser = random.Random(0)
     words = "the count came down a dark stair and bade me welcome; “i am dracula,” he said.".split()
     text = " ".join(chooser.choices(words, k=TEXT_LENGTH))[:TEXT_LENGTH]
@@ -74,7 +81,7 @@ def initial_state(config, vocab, optimizer):
 
 @pytest.fixture
 def keras_model(config, vocab_size):
-    """Return the tutorial's model without its dropout, compiled as there."""
+    """Return the tutorial's model without dropout, compiled as in the tutorial."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -92,7 +99,7 @@ def keras_inputs(ids_BT, vocab_size):
 
 
 def params_of(keras_model):
-    """Return the weights of a Keras model as our parameters; Keras has the gates as i, f, c, o."""
+    """Return the weights of a Keras model as parameters; Keras orders the gates i, f, c, o."""
     kernel_EG, recurrent_kernel_HG, bias_G, dense_HV, dense_V = keras_model.get_weights()
     blocks = (np.split(array, 4, axis=-1) for array in (kernel_EG, recurrent_kernel_HG, bias_G))
     lstm = {}
@@ -103,8 +110,8 @@ def params_of(keras_model):
     return jax.tree.map(jnp.array, tree)
 
 
-def test_logits_equal_those_of_keras(config, ids_M, vocab_size, vocab, keras_model):
-    # Initial biases are 0 and initial logits nearly so: weights as they are would hide mistakes.
+def test_logits_match_keras(config, ids_M, vocab_size, vocab, keras_model):
+    # Initial biases are 0 and initial logits nearly 0, which would hide mistakes.
     rng = np.random.default_rng(1)
     keras_model.set_weights([w + rng.normal(0, 0.1, w.shape) for w in keras_model.get_weights()])
     inputs_BT = training_batches(ids_M, config)(0).inputs_BT[:8]
@@ -117,7 +124,7 @@ def test_logits_equal_those_of_keras(config, ids_M, vocab_size, vocab, keras_mod
     np.testing.assert_allclose(found_BV, np.log(probs_BV), atol=1e-5)
 
 
-def test_losses_follow_those_of_keras(
+def test_losses_match_keras(
     config, ids_M, vocab_size, vocab, optimizer, initial_state, keras_model
 ):
     state = initial_state._replace(params=params_of(keras_model))
@@ -130,21 +137,21 @@ def test_losses_follow_those_of_keras(
         state, metrics = train_step(state, batch)
         losses.append(float(metrics["loss"]))
         counts.append(int(metrics["count"]))
-        # Keras gets just the windows that count, each with the one character after it.
+        # Keras gets only the windows with weight, each with its next character.
         real_B = batch.weights_BT[:, -1] > 0
         inputs_BT1 = keras_inputs(batch.inputs_BT[real_B], vocab_size)
         targets_BV = np.eye(vocab_size)[batch.targets_BT[real_B, -1]]
-        keras_model.reset_metrics()  # else it returns the mean over all batches so far
+        keras_model.reset_metrics()  # otherwise train_on_batch returns a running mean
         wanted.append(float(keras_model.train_on_batch(inputs_BT1, targets_BV)))
     assert counts == [128] * 3 + [SMALL_BATCH] + [128] * 2
-    # It has learnt something, so the losses agree about more than a constant.
+    # The losses fall, so that their agreement means something.
     assert wanted[-1] < wanted[0] - 0.1
-    # With equal rules the losses differ by 2e-7; a step of Adam multiplies what differs.
+    # Adam magnifies rounding errors at every step.
     np.testing.assert_allclose(losses, wanted, rtol=1e-4)
 
 
-def test_adam_moves_weights_as_the_adam_of_keras_does(optimizer):
-    # Gradients as they are in this model: of the recurrent kernels, half are below 1e-6.
+def test_keras_adam_matches_keras(optimizer):
+    # The sizes of gradients in this model: half of the recurrent kernels' are below 1e-6.
     rng = np.random.default_rng(2)
     scale_N = 10.0 ** rng.uniform(-8, -1, size=200)
     start_N = rng.normal(size=200).astype(np.float32)
@@ -161,8 +168,8 @@ def test_adam_moves_weights_as_the_adam_of_keras_does(optimizer):
     np.testing.assert_allclose(weights_N, wanted_N, atol=1e-5)
 
 
-def test_greedy_text_equals_that_of_keras(config, ids_M, vocab_size, vocab, keras_model):
-    # Initial weights repeat one character for ever; a strong input makes the text vary.
+def test_greedy_text_matches_keras(config, ids_M, vocab_size, vocab, keras_model):
+    # Initial weights repeat one character; larger input weights make the text vary.
     kernel_EG, *others, dense_HV, dense_V = keras_model.get_weights()
     keras_model.set_weights([100 * kernel_EG, *others, 10 * dense_HV, dense_V])
     seed_T = ids_M[: config.seq_len]
@@ -173,7 +180,7 @@ def test_greedy_text_equals_that_of_keras(config, ids_M, vocab_size, vocab, kera
         wanted.append(int(np.argmax(probs_V)))
         window_T = np.append(window_T[1:], wanted[-1])
         second, first = np.sort(np.log(probs_V))[-2:]
-        # Else rounding would decide which character is the most probable.
+        # Rounding must not decide which character is the most probable.
         assert first - second > 1e-3
     assert len(set(wanted)) >= 3
 
@@ -195,7 +202,7 @@ def test_initial_weights_have_the_distributions_of_keras(
     if whose == "ours":
         params = initial_state.params
     else:
-        params = params_of(keras_model)  # these checks describe Keras, then
+        params = params_of(keras_model)  # the checks below hold for Keras, too
     hidden_size = config.model.hidden_size
     kernel_EG, recurrent_kernel_HG = (
         np.concatenate([params["lstm_0"][side + gate]["kernel"] for gate in "ifgo"], axis=1)
@@ -215,8 +222,7 @@ def test_initial_weights_have_the_distributions_of_keras(
 def assert_uniform(kernel, limit):
     kernel = np.asarray(kernel)
     assert 0.98 * limit < np.max(np.abs(kernel)) <= limit
-    # Of n uniform numbers the mean is off by limit / sqrt(3 n), the variance by a share of
-    # sqrt(0.8 / n); five times that.
+    # Five standard errors: limit / sqrt(3 n) of the mean, a fraction sqrt(0.8 / n) of the variance.
     assert abs(np.mean(kernel)) < 5 * limit / np.sqrt(3 * kernel.size)
     share = 5 * np.sqrt(0.8 / kernel.size)
     np.testing.assert_allclose(np.var(kernel), limit**2 / 3, rtol=share)

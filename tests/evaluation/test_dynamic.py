@@ -1,8 +1,11 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import SUM_ORDER, assert_close, assert_equal
 
 from charlstm import Batch, CharLSTM, init_state, zero_carry
 from charlstm.data.batches import Streams
@@ -29,7 +32,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return init_state(model, optax.identity(), jax.random.key(0), 1).params
+    init = jax.jit(partial(init_state, model, optax.identity(), batch_size=1))
+    return jax.tree.map(np.asarray, init(jax.random.key(0)).params)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +41,20 @@ def texts():
     return list(np.random.default_rng(0).integers(0, V, (7, 11)))
 
 
-def mean_nats(model, params, ids_T, carry, weights_T):
+@partial(jax.jit, static_argnums=0)
+@partial(jax.grad, argnums=1)
+def gradient(model, params, ids_T, carry, weights_T):
+    """Return the gradient of the weighted mean of the losses in nats."""
     logits_1TV, _ = model.apply({"params": params}, ids_T[None, :-1], carry)
     log_probs_TV = jax.nn.log_softmax(logits_1TV[0])
     nats = [-log_probs_TV[time, ids_T[time + 1]] for time in range(len(weights_T))]
     return sum(w * n for w, n in zip(weights_T, nats, strict=True)) / sum(weights_T)
+
+
+@partial(jax.jit, static_argnums=0)
+def dynamic_step(model, rate, decay, anchor, reader, batch):
+    """Take a step with traced rate and decay, to compile it once for all of them."""
+    return make_dynamic_step(model, rate, decay)(anchor, reader, batch)
 
 
 def flat(tree):
@@ -57,7 +70,7 @@ def test_the_scales_are_root_mean_squares_of_clipped_gradients(model, params, te
     squares = []
     steep = jax.tree.map(lambda leaf: 5 * leaf, params)
     for ids_T in texts:
-        grads = flat(jax.grad(mean_nats, 1)(model, steep, ids_T, zero_carry(model, 1), np.ones(10)))
+        grads = flat(gradient(model, steep, ids_T, zero_carry(model, 1), np.ones(10)))
         squares.append(clipped(grads) ** 2)
         assert np.linalg.norm(grads) > CLIP_NORM
     scales = flat(make_anchor(model, steep, texts).scales)
@@ -71,14 +84,14 @@ def test_a_step_scores_first_and_then_moves_as_the_formula_says(model, params, t
     ids_T, weights_T = texts[0][: T + 1].astype(np.int32), np.array([1, 1, 1, 1, 0])
     batch = Batch(ids_T[None, :-1], ids_T[None, 1:], weights_T[None], np.zeros(1, bool))
     carry = jax.tree.map(lambda leaf: leaf + 0.1, zero_carry(model, 1))
-    reader, scored = make_dynamic_step(model, rate, decay)(anchor, Reader(moved, carry), batch)
+    reader, scored = dynamic_step(model, rate, decay, anchor, Reader(moved, carry), batch)
 
-    static_carry, static = make_score_step(model)(moved, carry, batch)
-    np.testing.assert_allclose(scored[0], static[0], rtol=1e-5)
+    static_carry, static = jax.jit(make_score_step(model))(moved, carry, batch)
+    assert_close(scored[0], static[0])
     np.testing.assert_array_equal(scored[1], static[1])
-    np.testing.assert_allclose(flat(reader.carry), flat(static_carry), rtol=1e-5)
+    assert_close(reader.carry, static_carry)
 
-    grads = clipped(flat(jax.grad(mean_nats, 1)(model, moved, ids_T, carry, weights_T)))
+    grads = clipped(flat(gradient(model, moved, ids_T, carry, weights_T)))
     scales, here, home = flat(anchor.scales), flat(moved), flat(params)
     wanted = here - rate * grads / (scales + FLOOR * scales.mean())
     wanted += np.minimum(decay * scales / scales.mean(), 1) * (home - here)
@@ -89,14 +102,12 @@ def test_a_step_scores_first_and_then_moves_as_the_formula_says(model, params, t
 def test_a_document_begins_from_an_empty_carry(model, params, texts):
     anchor = make_anchor(model, params, texts)
     batch = Batch(texts[0][None, :-1], texts[0][None, 1:], np.ones((1, 10)), np.ones(1, bool))
-    step = make_dynamic_step(model)
+    step = jax.jit(make_dynamic_step(model))
     full = jax.tree.map(lambda leaf: leaf + 1, zero_carry(model, 1))
-    for one, other in zip(
-        jax.tree.leaves(step(anchor, Reader(params, full), batch)),
-        jax.tree.leaves(step(anchor, Reader(params, zero_carry(model, 1)), batch)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(one, other)
+    found, wanted = (
+        step(anchor, Reader(params, carry), batch) for carry in (full, zero_carry(model, 1))
+    )
+    assert_equal(found, wanted)
 
 
 def test_a_text_that_repeats_itself_is_learnt_while_it_is_read(model, params, texts):
@@ -125,6 +136,6 @@ def test_without_a_rate_nothing_moves_and_with_full_decay_all_goes_home(model, p
     moved = jax.tree.map(lambda leaf: leaf + 1, params)
     batch = Batch(texts[0][None, :-1], texts[0][None, 1:], np.ones((1, 10)), np.ones(1, bool))
     for decay, wanted in ((0.0, moved), (1.0, params), (7.0, params)):
-        step = make_dynamic_step(model, 0.0, decay)
-        reader, _ = step(Anchor(params, ones), Reader(moved, zero_carry(model, 1)), batch)
-        np.testing.assert_allclose(flat(reader.params), flat(wanted), atol=1e-6)
+        reader = Reader(moved, zero_carry(model, 1))
+        reader, _ = dynamic_step(model, 0.0, decay, Anchor(params, ones), reader, batch)
+        assert_close(reader.params, wanted, SUM_ORDER)
