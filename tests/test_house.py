@@ -21,8 +21,8 @@ TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 ORDER = """
     errors files system.paths system.tables system.console system.native_output
     config config_check checks keys
-    data.gutenberg data.encoding data.vocab data.cleaning data.find data.sources data.corpus
-    data.batches
+    data.gutenberg data.encoding data.vocab data.cleaning data.find data.sources data.passes
+    data.corpus data.batches
     lstm.reference lstm.fused lstm.cudnn model optim steps sampling
     parallel.sharding parallel.processes
     runs.plots runs.metrics runs.folder runs.checksums runs.orbax_calls runs.checkpoints

@@ -1,8 +1,8 @@
 """Clean the characters of a text as a stream."""
 
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,39 +11,48 @@ from ml_collections import ConfigDict
 from charlstm.data.gutenberg import cut_gutenberg
 from charlstm.data.vocab import END, code_points
 
-MAX_WORD_CHARS = 2**17  # one word may be held back
+MAX_WORD_CHARS = 2**17  # of a word that is buffered
+
+
+@dataclass
+class CleaningStats:
+    """What cleaning removes from a text and replaces in it."""
+
+    num_cut: int = 0  # characters of Project Gutenberg's headers, footers and licences
+    num_separators: int = 0
 
 
 class Cleaning(NamedTuple):
-    """What is done to the characters of a text before they become ids."""
+    """How the characters of a text are cleaned before they become ids."""
 
     lowercase: bool = False
-    strip_punctuation: bool = False  # drops the characters of Unicode's categories P and S
-    separator: str = ""  # becomes END, which each file then ends with
+    strip_punctuation: bool = False  # removes the Unicode categories P and S
+    separator: str = ""  # is replaced by END, which then also ends each file
 
     @classmethod
     def from_config(cls, data: ConfigDict) -> "Cleaning":
         """Return the cleaning that `config.data` asks for."""
-        # A text's line ends are newlines when the separator is looked for.
+        # The separator is searched in text whose line ends are newlines.
         separator = normalize_newlines(data.document_separator)
         return cls(data.lowercase, data.strip_punctuation, separator)
 
     def apply(
-        self, chunks: Iterable[str], tally: Counter[str], is_file: bool = True
+        self, chunks: Iterable[str], stats: CleaningStats | None = None, is_file: bool = True
     ) -> Iterator[str]:
-        """Yield the cleaned characters of a text in chunks, whose borders mean nothing.
+        """Yield the cleaned characters of a text in chunks, without Project Gutenberg's frames.
 
-        Project Gutenberg's headers, footers and licences are left out.
+        The result does not depend on where the chunks end.
 
         Args:
           chunks: the text, cut anywhere, with newlines as line ends.
-          tally: counts the `cut` characters of headers, footers and licences, and `separators`.
-          is_file: with a separator, END follows the last document.
+          stats: is updated while the text is read.
+          is_file: with a separator, add END after the last document.
         """
-        chunks = _counted(chunks, tally, "cut", 1)
-        chunks = _counted(cut_gutenberg(chunks), tally, "cut", -1)
+        stats = stats or CleaningStats()
+        chunks = _count_cut(chunks, stats, 1)
+        chunks = _count_cut(cut_gutenberg(chunks), stats, -1)
         if self.separator:
-            chunks = replace_separator(chunks, self.separator, tally)
+            chunks = replace_separator(chunks, self.separator, stats)
             chunks = end_document(chunks) if is_file else chunks
         if self.lowercase:
             chunks = map(str.lower, break_at_space(chunks))
@@ -52,8 +61,8 @@ class Cleaning(NamedTuple):
         return chunks
 
     def apply_to(self, text: str) -> str:
-        """Return a text, such as a prompt, cleaned as the files of a text are."""
-        return "".join(self.apply([normalize_newlines(text)], Counter(), is_file=False))
+        """Clean a short text, such as a prompt, as the files of a text are cleaned."""
+        return "".join(self.apply([normalize_newlines(text)], is_file=False))
 
 
 def normalize_newlines(text: str) -> str:
@@ -61,27 +70,27 @@ def normalize_newlines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _counted(chunks: Iterable[str], tally: Counter[str], name: str, factor: int) -> Iterator[str]:
+def _count_cut(chunks: Iterable[str], stats: CleaningStats, sign: int) -> Iterator[str]:
     for chunk in chunks:
-        tally[name] += factor * len(chunk)
+        stats.num_cut += sign * len(chunk)
         yield chunk
 
 
-def replace_separator(chunks: Iterable[str], separator: str, tally: Counter[str]) -> Iterator[str]:
+def replace_separator(chunks: Iterable[str], separator: str, stats: CleaningStats) -> Iterator[str]:
     """Yield a text with END in place of each `separator`."""
-    held = ""
+    buffer = ""
     for chunk in chunks:
-        *documents, held = (held + chunk).split(separator)
-        tally["separators"] += len(documents)
-        # What is held may be the beginning of a separator.
-        cut = max(0, len(held) - len(separator) + 1)
-        yield "".join(document + END for document in documents) + held[:cut]
-        held = held[cut:]
-    yield held
+        *documents, buffer = (buffer + chunk).split(separator)
+        stats.num_separators += len(documents)
+        # The end of the buffer may be the beginning of a separator.
+        cut = max(0, len(buffer) - len(separator) + 1)
+        yield "".join(document + END for document in documents) + buffer[:cut]
+        buffer = buffer[cut:]
+    yield buffer
 
 
 def end_document(chunks: Iterable[str]) -> Iterator[str]:
-    """Yield a text with END after it, unless it ends with one or has no characters."""
+    """Yield a text followed by END, unless it is empty or already ends with END."""
     last = ""
     for chunk in chunks:
         last = chunk[-1:] or last
@@ -91,24 +100,24 @@ def end_document(chunks: Iterable[str]) -> Iterator[str]:
 
 
 def break_at_space(chunks: Iterable[str]) -> Iterator[str]:
-    """Yield the same text in chunks that end with white space, as long as there is some.
+    """Yield the same text in chunks that end with white space, except after very long words.
 
-    Then each can be put into lower case alone, though a final sigma depends on its whole word.
+    Each chunk can be lower-cased alone, because the form of a final sigma depends on its word only.
     """
-    held = ""
+    buffer = ""
     for chunk in chunks:
-        held += chunk
-        cut = max(held.rfind(" "), held.rfind("\n")) + 1
-        if not cut and len(held) > MAX_WORD_CHARS:
-            cut = len(held)
-        yield held[:cut]
-        held = held[cut:]
-    yield held
+        buffer += chunk
+        cut = max(buffer.rfind(" "), buffer.rfind("\n")) + 1
+        if not cut and len(buffer) > MAX_WORD_CHARS:
+            cut = len(buffer)
+        yield buffer[:cut]
+        buffer = buffer[cut:]
+    yield buffer
 
 
-def drop_punctuation(content: str) -> str:
-    """Return `content` without the characters of Unicode's categories P and S."""
-    codes = code_points(content)
+def drop_punctuation(text: str) -> str:
+    """Return `text` without the characters of Unicode's categories P and S."""
+    codes = code_points(text)
     keep = np.ones(int(codes.max(initial=0)) + 1, dtype=bool)
     for code in np.flatnonzero(np.bincount(codes)).tolist():
         keep[code] = unicodedata.category(chr(code))[0] not in "PS"

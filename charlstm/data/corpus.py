@@ -1,11 +1,10 @@
-"""A text of any size as an array of ids: one pass for the characters, one to number them.
+"""A text of any size as an array of ids, in memory or memory-mapped.
 
-A large text's ids lie in the user's cache and are mapped into memory, so that only the pages that
-are read take any:
+The ids of a large text are stored in the user's cache:
 
-texts/KEY/ids.bin      the ids, 1, 2 or 4 bytes each; KEY is a hash of content and preparation
-texts/KEY/about.json   their vocabulary, and what they were made of
-texts/opened/*.json    what the files of a text looked like, and their KEY: saves hashing them
+texts/KEY/ids.bin      the ids, 1, 2 or 4 bytes each; KEY is a hash of content and settings
+texts/KEY/about.json   their vocabulary and origin
+texts/opened/*.json    sizes and times of the files of a text, and its KEY: saves hashing them
 """
 
 import errno
@@ -15,11 +14,8 @@ import logging
 import mmap
 import os
 import shutil
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,41 +25,30 @@ from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from charlstm.data.cleaning import Cleaning
-from charlstm.data.encoding import decode
-from charlstm.data.sources import File, Source, find_source, hash_of, read_blocks
-from charlstm.data.vocab import END, Vocab, count_characters
+from charlstm.data.passes import TextStats, check_stats, collect_stats, encode_text, log_cut
+from charlstm.data.sources import Source, find_source
+from charlstm.data.vocab import Vocab
 from charlstm.errors import DamagedError, RunError, UserError
 from charlstm.files import read_json, write_file
-from charlstm.system.console import reading_bar
 from charlstm.system.paths import cache_folder
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # raised whenever the same text would give other ids
-# Texts of at most this many characters are encoded in memory at each start, in a second.
+FORMAT = 2  # increase it when the same text and settings give other ids
+# Texts of at most this many characters are encoded in memory at each start, in about a second.
 SMALL_CHARS = 2**24
-SMALL_BYTES = 2**24  # on disk; above it the passes are worth a progress bar
 
 
 class Corpus(NamedTuple):
-    """A text as ids, and its origin: `source` is an absolute path or PYTHON_MANUAL."""
+    """The ids of a text and their origin."""
 
     ids_M: np.ndarray
     vocab: Vocab
-    source: str
-    sha256: str  # see source.hash_of
+    source: str  # an absolute path, or PYTHON_MANUAL
+    sha256: str  # see sources.hash_of
     num_bytes: int  # of the files
-    num_cut: int  # characters of Project Gutenberg's headers, footers and licences left out
-    num_unknown: int  # characters that are not in `vocab`, replaced or dropped
-
-
-class TextStats(NamedTuple):
-    """What the first pass finds."""
-
-    counts: np.ndarray  # how often each code point occurs
-    sha256: str
-    num_cut: int
-    num_separators: int
+    num_cut: int  # characters of Project Gutenberg's headers, footers and licences
+    num_unknown: int  # characters outside `vocab`, replaced or dropped
 
 
 def open_corpus(
@@ -75,259 +60,124 @@ def open_corpus(
     unknown: str = "error",
     remedy: str = "give UTF-8 text in config.data.path",
 ) -> Corpus:
-    """Read a text as `config.data` says, in memory of a fixed size but for the ids of a small one.
+    """Return the text at `path`, cleaned as `config.data` asks for.
 
     Args:
-      data: how to clean it.
-      path: what to read: see find_source.
-      source: what an earlier run read.
-      vocab: the characters; None takes the text's own, of which the rare ones are folded.
-      unknown: what to do with others than those of `vocab`: see Vocab.encode.
-      remedy: what to do, for the error of a text that cannot be read.
+      data: the settings `config.data`.
+      path: a file, a folder or a pattern: see find_source.
+      source: the source of the run's text, if any: see find_source.
+      vocab: the vocabulary; None builds one from the text.
+      unknown: what to do with characters outside `vocab`: see Vocab.encode.
+      remedy: what to do about a text that cannot be read, for errors.
 
     Raises:
-      UserError: if it is missing, unreadable, empty, not UTF-8, or changes meanwhile.
+      UserError: if the text is missing, unreadable, empty or not UTF-8, or changes meanwhile.
       RunError: if the ids of a large text cannot be written.
     """
-    found = find_source(path, source, remedy)
+    files = find_source(path, source, remedy)
     cleaning = Cleaning.from_config(data)
-    characters = vocab.characters if vocab else None
-    recipe = [FORMAT, *cleaning, data.min_count, characters, unknown]
-    corpus = _reopen(found, recipe)
+    settings = [FORMAT, *cleaning, data.min_count, vocab and vocab.characters, unknown]
+    is_own = vocab is None
+    corpus = _reopen(files, settings)
     if corpus is None:
-        stats = collect_stats(found, cleaning)
-        check_stats(stats, found, cleaning, remedy, is_own=vocab is None)
-        used = vocab or Vocab.from_counts(stats.counts, data.min_count)
-        if vocab is None and data.min_count > 1:
-            unknown = "replace"
-        corpus = _prepare(found, cleaning, stats, used, unknown, recipe)
-    log_cut(corpus.source, corpus.num_cut, len(corpus.ids_M), is_reported=vocab is None)
+        stats = collect_stats(files, cleaning)
+        check_stats(stats, files, cleaning, remedy, needs_separator=is_own)
+        if vocab is None:
+            vocab, unknown = Vocab.from_counts(stats.counts, data.min_count), "replace"
+        corpus = _encode(files, cleaning, stats, vocab, unknown, settings)
+    log_cut(corpus.source, corpus.num_cut, len(corpus.ids_M), only_warn=is_own)
     return corpus
 
 
-def _prepare(
-    found: Source,
+def _encode(
+    files: Source,
     cleaning: Cleaning,
     stats: TextStats,
     vocab: Vocab,
     unknown: str,
-    recipe: list[Any],
+    settings: list[Any],
 ) -> Corpus:
-    """Return a text whose ids are in memory, or in the cache if there are many."""
-    pieces = number(found, cleaning, vocab, unknown)
+    """Encode a text in memory, or in the cache if it is large."""
     num_chars = int(stats.counts.sum())
-    num_unknown = num_chars - int(stats.counts[[ord(char) for char in vocab.characters]].sum())
-    if num_chars <= SMALL_CHARS:
-        ids_M = np.concatenate(list(pieces))
-        origin = found.path, stats.sha256, found.num_bytes, stats.num_cut, num_unknown
-        return Corpus(ids_M, vocab, *origin)
+    num_known = int(stats.counts[[ord(char) for char in vocab]].sum())
     about = {
-        "vocabulary": vocab.characters,
+        "vocab": vocab.characters,
         "sha256": stats.sha256,
-        "characters_cut": stats.num_cut,
-        "characters_unknown": num_unknown,
+        "num_cut": stats.num_cut,
+        "num_unknown": num_chars - num_known,
     }
-    folder = texts_folder() / _hash([stats.sha256, recipe])
+    pieces = encode_text(files, cleaning, vocab, unknown)
+    if num_chars <= SMALL_CHARS:
+        return _make_corpus(np.concatenate(list(pieces)), about, files)
+    folder = texts_folder() / _hash([stats.sha256, settings])
     num_bytes = num_chars * vocab.dtype.itemsize
-    with cache_writable(num_bytes):
-        with prepared_once(folder):
-            if _open(folder, found) is None:
+    try:
+        with _lock(folder):
+            if _load(folder, files) is None:
                 _store(folder, pieces, about, num_bytes)
-        _remember(found, recipe, folder.name)
-    corpus = _open(folder, found)
+        _remember(files, settings, folder.name)
+    except OSError as error:
+        raise RunError(
+            f"{texts_folder()}: cannot be written ({error.strerror or error}); the text needs "
+            f"{num_bytes:,} bytes there: make room, or set the environment variable "
+            "CHARLSTM_CACHE to another folder"
+        ) from None
+    corpus = _load(folder, files)
     if corpus is None:
-        raise RunError(f"{folder}: has vanished; give the same command again")
+        raise RunError(f"{folder}: was removed meanwhile; give the same command again")
     return corpus
 
 
-def log_cut(path: str, num_cut: int, num_left: int, is_reported: bool = False) -> None:
-    """Log how many characters were left out of a text, if any; a lot is a warning.
-
-    Of a text of which this `is_reported` elsewhere, only the warning is logged.
-    """
-    is_much = 10 * num_cut > num_cut + num_left
-    if is_much or (num_cut and not is_reported):
-        logger.log(
-            logging.WARNING if is_much else logging.INFO,
-            "%s: left out %s characters of Project Gutenberg's headers and licences, %s remain",
-            path,
-            f"{num_cut:,}",
-            f"{num_left:,}",
-        )
-
-
-def read_characters(
-    source: Source,
-    cleaning: Cleaning,
-    tally: Counter[str],
-    on_read: Callable[[File, bytes], Any],
-) -> Iterator[str]:
-    """Yield the cleaned characters of all files in order: see Cleaning.apply and read_blocks."""
-    for file in source.files:
-        blocks = read_blocks(file, partial(on_read, file))
-        yield from cleaning.apply(decode(blocks, file.where), tally)
-
-
-def collect_stats(source: Source, cleaning: Cleaning) -> TextStats:
-    """Read a text for the first time: count its characters and hash its bytes."""
-    tally: Counter[str] = Counter()
-    digests = {file.name: hashlib.sha256() for file in source.files}
-    with reading("counting characters", source) as advance:
-
-        def on_read(file: File, raw: bytes) -> None:
-            digests[file.name].update(raw)
-            advance(len(raw))
-
-        counts = count_characters(read_characters(source, cleaning, tally, on_read))
-    sha256 = hash_of(source, [digest.hexdigest() for digest in digests.values()])
-    return TextStats(counts, sha256, tally["cut"], tally["separators"])
-
-
-def number(source: Source, cleaning: Cleaning, vocab: Vocab, unknown: str) -> Iterator[np.ndarray]:
-    """Yield the ids of a text, which is read for the second time, in pieces.
-
-    Raises:
-      UserError: at the end, if the files are not as they were found.
-    """
-    start = 0
-    with reading("numbering characters", source) as advance:
-        on_read = lambda file, raw: advance(len(raw))  # noqa: E731
-        for chunk in read_characters(source, cleaning, Counter(), on_read):
-            yield vocab.encode(chunk, unknown, start)
-            start += len(chunk)
-        source.refuse_changed()
-
-
-def check_stats(
-    stats: TextStats, source: Source, cleaning: Cleaning, remedy: str, is_own: bool = True
-) -> None:
-    """Raise UserError if a text is empty, or lacks the separator though it `is_own`: the run's."""
-    found = "".join(map(chr, np.flatnonzero(stats.counts))).replace(END, "")
-    if not found.strip():
-        raise UserError(f"{source.path}: the text is empty; {remedy}")
-    if num_nul := stats.counts[0]:
-        logger.warning(
-            "%s: holds %s NUL characters (U+0000), as damaged files do", source.path, f"{num_nul:,}"
-        )
-    is_missing = cleaning.separator and not stats.num_separators
-    if is_own and is_missing and len(source.files) == 1:
-        raise UserError(
-            f"config.data.document_separator={cleaning.separator!r}: is nowhere in {source.path}; "
-            "give the one that stands between its documents, or none"
-        )
-
-
-@contextmanager
-def reading(what: str, source: Source) -> Iterator[Callable[[int], Any]]:
-    """Yield advance(number of bytes) for a pass over a large text: a bar, and at its end a line."""
-    if source.num_bytes <= SMALL_BYTES:
-        yield lambda count: None
-        return
-    begin = time.perf_counter()
-    with reading_bar(what, source.num_bytes) as advance:
-        yield advance
-    seconds, megabytes = time.perf_counter() - begin, source.num_bytes / 1e6
-    speed = megabytes / seconds
-    logger.info("%s: %s MB in %.1f s, %.0f MB/s", what, f"{megabytes:,.0f}", seconds, speed)
+def _make_corpus(ids_M: np.ndarray, about: dict[str, Any], files: Source) -> Corpus:
+    return Corpus(
+        ids_M=ids_M,
+        vocab=Vocab(about["vocab"]),
+        source=files.path,
+        sha256=about["sha256"],
+        num_bytes=files.num_bytes,
+        num_cut=about["num_cut"],
+        num_unknown=about["num_unknown"],
+    )
 
 
 def forget_pages(ids_M: np.ndarray) -> None:
-    """Let go of the pages of a mapped text that have been read; reading them again is cheap.
+    """Release the memory of a memory-mapped text; pages are read again when needed.
 
-    The system would take them back where memory is short, but would count them as used till then.
+    Otherwise the system counts pages as used until memory is short.
     """
     base: Any = ids_M
     while isinstance(base, np.ndarray):
         base = base.base
-    mapped = base.obj if isinstance(base, memoryview) else base
-    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def texts_folder() -> Path:
-    """Return the folder of the cache that holds the ids of large texts."""
+    """Return the folder of the cache for the ids of large texts."""
     return cache_folder() / "texts"
 
 
-@contextmanager
-def cache_writable(num_bytes: int) -> Iterator[None]:
-    """Turn a write that fails within the block into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"{texts_folder()}: could not be written ({error.strerror or error}); the text takes "
-            f"{num_bytes:,} bytes there: make room, or name a folder that has it in the "
-            "environment variable CHARLSTM_CACHE"
-        ) from None
-
-
-@contextmanager
-def prepared_once(folder: Path) -> Iterator[None]:
-    """Let one process at a time into the block for `folder`; a lock ends with its holder."""
+def _lock(folder: Path) -> AbstractContextManager[Any]:
+    """Acquire the lock of `folder`, which the system releases when its holder ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{folder}.lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
-        logger.info("another process prepares this text: waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
-
-
-def _note_of(source: Source, recipe: list[Any]) -> Path:
-    return texts_folder() / "opened" / f"{_hash([source.path, recipe])}.json"
-
-
-def _remember(source: Source, recipe: list[Any], key: str) -> None:
-    path = _note_of(source, recipe)
-    path.parent.mkdir(exist_ok=True)
-    note = {"signature": source.signature, "key": key}
-    write_file(epath.Path(path), json.dumps(note))
-
-
-def _reopen(source: Source, recipe: list[Any]) -> Corpus | None:
-    """Return the text if it was opened before and its files look as they did."""
-    with suppress(UserError, KeyError, TypeError):  # damaged, or there is no cache
-        note = read_json(epath.Path(_note_of(source, recipe)))
-        if note["signature"] == source.signature:
-            return _open(texts_folder() / Path(note["key"]).name, source)
-    return None
-
-
-def _open(folder: Path, source: Source) -> Corpus | None:
-    """Return the text whose ids lie in `folder`, None where they don't, or not whole."""
-    with suppress(DamagedError, LookupError, TypeError, ValueError, OSError):
-        about = read_json(epath.Path(folder / "about.json"))
-        vocab = Vocab(about["vocabulary"])
-        with open(folder / "ids.bin", "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(mapped) == about["bytes"]:
-            ids_M = np.frombuffer(mapped, vocab.dtype)
-            origin = source.path, about["sha256"], source.num_bytes
-            return Corpus(
-                ids_M, vocab, *origin, about["characters_cut"], about["characters_unknown"]
-            )
-    return None
+        logger.info("waiting for another process, which encodes the same text")
+        return lock.acquire()
 
 
 def _store(
     folder: Path, pieces: Iterable[np.ndarray], about: dict[str, Any], num_bytes: int
 ) -> None:
-    """Write the ids of a text as `folder`, whole or not at all; `num_bytes` are enough."""
-    for leftover in folder.parent.glob("*.tmp"):  # of preparations that were killed
+    """Write the ids of a text, at most `num_bytes`, to `folder`: all or nothing."""
+    for leftover in folder.parent.glob("*.tmp"):  # of killed processes
         with suppress(Timeout), FileLock(leftover.with_suffix(".lock"), timeout=0):
             shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)  # not whole
+    shutil.rmtree(folder, ignore_errors=True)  # damaged
     try:
         temporary.mkdir()
         if shutil.disk_usage(temporary).free < num_bytes:
@@ -336,7 +186,41 @@ def _store(
             written = sum(file.write(ids.data) for ids in pieces)
             file.flush()
             os.fsync(file.fileno())
-        (temporary / "about.json").write_text(json.dumps(about | {"bytes": written}))
+        (temporary / "about.json").write_text(json.dumps(about | {"num_bytes": written}))
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _load(folder: Path, files: Source) -> Corpus | None:
+    """Return the text whose ids are in `folder`, or None if they are missing or damaged."""
+    with suppress(DamagedError, LookupError, TypeError, ValueError, OSError):
+        about = read_json(epath.Path(folder / "about.json"))
+        dtype = Vocab(about["vocab"]).dtype
+        ids_M = np.asarray(np.memmap(folder / "ids.bin", dtype, mode="r"))
+        if ids_M.nbytes == about["num_bytes"]:
+            return _make_corpus(ids_M, about, files)
+    return None
+
+
+def _remember(files: Source, settings: list[Any], key: str) -> None:
+    path = _note_path(files, settings)
+    path.parent.mkdir(exist_ok=True)
+    write_file(epath.Path(path), json.dumps({"signature": files.signature, "key": key}))
+
+
+def _reopen(files: Source, settings: list[Any]) -> Corpus | None:
+    """Return a text that was opened before and whose files have not changed, else None."""
+    with suppress(UserError, KeyError, TypeError):  # a damaged note, or no cache
+        note = read_json(epath.Path(_note_path(files, settings)))
+        if note["signature"] == files.signature:
+            return _load(texts_folder() / Path(note["key"]).name, files)
+    return None
+
+
+def _note_path(files: Source, settings: list[Any]) -> Path:
+    return texts_folder() / "opened" / f"{_hash([files.path, settings])}.json"
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]

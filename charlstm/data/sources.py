@@ -1,4 +1,4 @@
-"""Where a text comes from: files, folders, patterns or Dracula, and their bytes, decompressed."""
+"""Find the files of a text, by default Dracula, and read their bytes, decompressed."""
 
 import bz2
 import hashlib
@@ -33,22 +33,22 @@ DRACULA_URLS = (
 )
 PYTHON_MANUAL = "pydoc_data.topics"
 BLOCK = 2**20
-# Of a compressed file, of which a piece may grow ten thousand times.
+# Small, because a block may grow by a factor of ten thousand when it is decompressed.
 COMPRESSED_BLOCK = 2**12
 
 
 class File(NamedTuple):
     """One file of a text."""
 
-    where: str  # for errors
-    name: str  # relative to the folder, the same wherever the folder lies
-    signature: tuple[float, ...]  # size, times, inode: what changes where the content does
-    look: Callable[[], tuple[float, ...]]  # gives the signature of now
+    path: str  # for errors
+    name: str  # relative to the folder of the text
+    signature: tuple[float, ...]  # size, times, inode: changes whenever the content does
+    read_signature: Callable[[], tuple[float, ...]]
     open: Callable[[], BinaryIO]
 
     @property
     def num_bytes(self) -> int:
-        """The size on disk."""
+        """Size on disk."""
         return int(self.signature[0])
 
 
@@ -60,36 +60,36 @@ class Source(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """The size of all files on disk."""
+        """Size of all files on disk."""
         return sum(file.num_bytes for file in self.files)
 
     @property
     def signature(self) -> list[Any]:
-        """Names, sizes and times of all files: equal to the one before if nothing has changed."""
+        """Names, sizes and times of all files, which change whenever the content does."""
         return [[file.name, *file.signature] for file in self.files]
 
     def refuse_changed(self) -> None:
-        """Raise UserError if a file is not as it was found."""
+        """Raise UserError if a file has changed since it was found."""
         for file in self.files:
-            with readable(file.where, "give the same command again"):
-                if file.look() != file.signature:
+            with readable(file.path, "give the same command again"):
+                if file.read_signature() != file.signature:
                     raise UserError(
-                        f"{file.where}: has changed while it was read; give the same command again "
-                        "once it is whole"
+                        f"{file.path}: has changed while it was read; give the same command again "
+                        "when it is complete"
                     )
 
 
 def find_source(path: str, source: str = "", remedy: str = "give another one") -> Source:
-    """Return the files that `path` means.
+    """Find the files of a text.
 
     Args:
-      path: a file, a folder or a pattern: see find_files. Empty means Dracula, downloaded once, or
-        else Python's manual.
-      source: what an earlier run read; PYTHON_MANUAL keeps it from taking Dracula instead.
-      remedy: what to do, for errors.
+      path: a file, a folder or a pattern: see find_files. Empty: Dracula, downloaded once, or else
+        Python's manual.
+      source: PYTHON_MANUAL if the run was started with it, to read it again in place of Dracula.
+      remedy: what to do about a missing or unreadable file, for errors.
 
     Raises:
-      UserError: if there are none, or one cannot be read.
+      UserError: if there is no file, or one cannot be read.
     """
     if not path and source != PYTHON_MANUAL:
         path = fetch_dracula()
@@ -101,10 +101,10 @@ def find_source(path: str, source: str = "", remedy: str = "give another one") -
 
 
 def hash_of(source: Source, digests: list[str]) -> str:
-    """Return a SHA-256 for the content of all files, from that of each.
+    """Return one SHA-256 for all files of a text, given that of each.
 
-    For a single file it is the file's, as sha256sum prints it; for several that of the lines that
-    sha256sum prints of them, in order of their names.
+    For one file it is the hash of the file. For several files it is the hash of the lines that
+    sha256sum prints for them in the order of their names.
     """
     if len(digests) == 1:
         return digests[0]
@@ -115,37 +115,38 @@ def hash_of(source: Source, digests: list[str]) -> str:
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def read_blocks(file: File, on_read: Callable[[bytes], Any] = len) -> Iterator[bytes]:
-    """Yield what a file holds, decompressed, in blocks of BLOCK bytes.
+def read_blocks(file: File, on_bytes: Callable[[bytes], Any] = len) -> Iterator[bytes]:
+    """Yield the content of a file, decompressed, in non-empty blocks of about BLOCK bytes.
 
     Args:
-      file: compressed if its name says so.
-      on_read: called with each piece as it lies on the disk, in order.
+      file: a file, compressed if its name has one of the endings of DECOMPRESSORS.
+      on_bytes: called with each piece of the file as it is on disk, in order.
 
     Raises:
-      UserError: if it cannot be read, or decompressed to its end.
+      UserError: if the file cannot be read or is damaged.
     """
     ending = ending_of(file.name)
-    make = DECOMPRESSORS.get(ending)
     try:
-        with readable(file.where, "mend it, or leave it out"), file.open() as stream:
-            size = COMPRESSED_BLOCK if make else BLOCK
-            pieces = _reported(iter(lambda: stream.read(size), b""), on_read)
-            yield from _regroup(_decompress(pieces, ending)) if make else pieces
+        with readable(file.path, "repair or remove it"), file.open() as stream:
+            if ending in DECOMPRESSORS:
+                pieces = _read_pieces(stream, COMPRESSED_BLOCK, on_bytes)
+                yield from _regroup(_decompress(pieces, ending))
+            else:
+                yield from _read_pieces(stream, BLOCK, on_bytes)
     except DecompressionError as error:
         raise UserError(
-            f"{file.where}: cannot be decompressed ({error}); fetch or compress it again"
+            f"{file.path}: cannot be decompressed ({error}); download or compress it again"
         ) from None
 
 
-def _reported(pieces: Iterable[bytes], on_read: Callable[[bytes], Any]) -> Iterator[bytes]:
-    for piece in pieces:
-        on_read(piece)
+def _read_pieces(stream: BinaryIO, size: int, on_bytes: Callable[[bytes], Any]) -> Iterator[bytes]:
+    while piece := stream.read(size):
+        on_bytes(piece)
         yield piece
 
 
 class DecompressionError(Exception):
-    """A compressed file that is not as it was written."""
+    """A damaged compressed file."""
 
 
 DECOMPRESSORS: dict[str, Callable[[], Any]] = {
@@ -158,7 +159,7 @@ DECOMPRESSORS: dict[str, Callable[[], Any]] = {
 
 def _decompress(pieces: Iterable[bytes], ending: str) -> Iterator[bytes]:
     """Yield the content of concatenated compressed files."""
-    # Not by the libraries' own readers: some take half a file for a whole one, or ignore its end.
+    # The libraries' file readers accept truncated (zstd) or trailing (bz2, xz) data.
     make = DECOMPRESSORS[ending]
     decompressor, is_first = make(), True
     for piece in pieces:
@@ -180,33 +181,34 @@ def _decompress(pieces: Iterable[bytes], ending: str) -> Iterator[bytes]:
 
 
 def _regroup(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    held = bytearray()
+    buffer = bytearray()
     for piece in pieces:
-        held += piece
-        if len(held) >= BLOCK:
-            yield bytes(held)
-            held.clear()
-    yield bytes(held)
+        buffer += piece
+        if len(buffer) >= BLOCK:
+            yield bytes(buffer)
+            buffer.clear()
+    if buffer:
+        yield bytes(buffer)
 
 
 def _file(path: epath.Path, name: str, remedy: str) -> File:
-    where = os.fspath(path)
+    shown = os.fspath(path)
 
-    def look() -> tuple[float, ...]:
+    def read_signature() -> tuple[float, ...]:
         if not is_local(path):
-            found = path.stat()
-            return found.length, found.mtime or 0
+            remote = path.stat()
+            return remote.length, remote.mtime or 0
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{where}: is no regular file, which can be read twice; {remedy}")
+            raise UserError(f"{shown}: not a regular file, and a text is read twice; {remedy}")
         return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
-    with readable(where, remedy):
-        return File(where, name, look(), look, lambda: path.open("rb"))
+    with readable(shown, remedy):
+        return File(shown, name, read_signature(), read_signature, lambda: path.open("rb"))
 
 
 def _python_manual() -> File:
-    from pydoc_data.topics import topics  # half a megabyte that most runs don't need
+    from pydoc_data.topics import topics  # half a megabyte that most runs do not need
 
     raw = "\n".join(topics[key] for key in sorted(topics)).encode()
     size = (len(raw),)
@@ -214,17 +216,15 @@ def _python_manual() -> File:
 
 
 def fetch_dracula() -> str:
-    """Return the path of Dracula in the user's cache, downloaded if need be; '' if that fails.
+    """Return the path of Dracula in the user's cache, or '' if it cannot be downloaded.
 
-    A process tries, and warns, only once.
+    A process tries once, and logs one warning on failure.
     """
     return _fetch_into(cache_folder())
 
 
 @cache
 def _fetch_into(folder: Path) -> str:
-    import requests  # comes with pooch, which raises its errors
-
     target = folder / "pg345.txt"
     if target.exists():
         return str(target)
@@ -233,7 +233,7 @@ def _fetch_into(folder: Path) -> str:
     logger.info("downloading Dracula from Project Gutenberg to %s", target)
     for url in DRACULA_URLS:
         try:
-            # Gutenberg mends its books now and then, so the bytes have no lasting hash.
+            # No hash, because Project Gutenberg corrects its books now and then.
             pooch.retrieve(
                 url,
                 known_hash=None,
@@ -241,16 +241,16 @@ def _fetch_into(folder: Path) -> str:
                 path=folder,
                 downloader=pooch.HTTPDownloader(timeout=5),
             )
-        except (requests.RequestException, OSError, ValueError) as error:
+        except OSError as error:  # among them all errors of requests
             reason = f"{type(error).__name__} from {url}"
             continue
         if b"Dracula" in target.read_bytes()[:2000]:
             return str(target)
-        target.unlink()  # a captive portal's page, say
-        reason = f"{url} sent something else"
+        target.unlink()  # the login page of a network, for example
+        reason = f"{url} is another page"
     logger.warning(
-        "Dracula could not be downloaded (%s): using the manual that Python carries "
-        "(pydoc_data.topics) instead; --config.data.path=FILE takes any text",
+        "Dracula cannot be downloaded (%s): using Python's manual (pydoc_data.topics) instead; "
+        "to use another text, set --config.data.path=FILE",
         reason,
     )
     return ""

@@ -1,13 +1,12 @@
 """Texts of a sweep: each without its last tenth, which no trial sees."""
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from charlstm.data.cleaning import Cleaning
-from charlstm.data.corpus import TextStats, check_stats, collect_stats, log_cut, read_characters
+from charlstm.data.passes import TextStats, check_stats, collect_stats, log_cut, read_characters
 from charlstm.data.sources import Source, find_source
 from charlstm.data.vocab import END
 
@@ -51,7 +50,7 @@ def write_seen_part(text: Text, cleaning: Cleaning, path: Path) -> None:
         return
     path.parent.mkdir(exist_ok=True)
     num_chars = int(text.stats.counts.sum())
-    chunks = read_characters(text.source, cleaning, Counter(), lambda file, raw: None)
+    chunks = read_characters(text.source, cleaning)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for chunk in first_chars(chunks, num_chars - round(UNSEEN_FRACTION * num_chars)):

@@ -7,7 +7,6 @@ import os
 import pickle
 import threading
 import unicodedata
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -303,7 +302,7 @@ def test_a_prompt_is_cleaned_as_a_text_is(text, lowercase, strip, separator):
     data.lowercase, data.strip_punctuation, data.document_separator = lowercase, strip, separator
     cleaning = Cleaning.from_config(data)
     blocks = [f"{text}b".encode()]
-    of_file = "".join(cleaning.apply(decode(blocks, "name"), Counter()))
+    of_file = "".join(cleaning.apply(decode(blocks, "name")))
     assert cleaning.apply_to(f"{text}b") == (of_file.removesuffix(END) if separator else of_file)
 
 

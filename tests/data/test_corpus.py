@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from launching import WarmLauncher
 
 import charlstm.data.corpus
+import charlstm.data.passes
 from charlstm.config import base_config
 from charlstm.data import find
 from charlstm.data.cleaning import Cleaning
@@ -103,7 +104,7 @@ def blocks_of(raw, size):
 @example(f"x\n{START}\n\n\nB\n\n\n{FINISH}\nx", 1, Cleaning())
 def test_a_file_cut_anywhere_is_cleaned_as_the_whole(text, size, cleaning):
     raw = text.encode()
-    chunks = cleaning.apply(decode(blocks_of(raw, size), "name"), Counter())
+    chunks = cleaning.apply(decode(blocks_of(raw, size), "name"))
     assert "".join(chunks) == cleaned_whole(raw, cleaning)
 
 
@@ -320,9 +321,9 @@ WRONG_KINDS = {
     "zip": (b"PK\x03\x04" + bytes(99), ".txt", "a zip archive"),
     "PDF": (b"%PDF-1.7\n%\xe2\xe3", ".txt", "a PDF"),
     "program": (b"\x7fELF\x02\x01" + bytes(500), ".txt", "NUL bytes"),
-    "twice": (gzip.compress(gzip.compress(b"A text.")), ".gz", "name that ends in .gz"),
+    "twice": (gzip.compress(gzip.compress(b"A text.")), ".gz", "end in .gz"),
     "xz as gz": (lzma.compress(b"A text."), ".txt.gz", "its name should end in .xz"),
-} | {f"{end} as txt": (make(b"A"), ".txt", f"ends in {end}") for end, make in COMPRESS.items()}
+} | {f"{end} as txt": (make(b"A"), ".txt", f"end in {end}") for end, make in COMPRESS.items()}
 
 
 @pytest.mark.parametrize("kind", WRONG_KINDS)
@@ -370,7 +371,7 @@ def cache(tmp_path, monkeypatch):
     """Return an empty cache, for which 1,000 characters are many."""
     monkeypatch.setenv("CHARLSTM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(charlstm.data.corpus, "SMALL_CHARS", 1000)
-    monkeypatch.setattr(charlstm.data.corpus, "SMALL_BYTES", 1000)
+    monkeypatch.setattr(charlstm.data.passes, "LARGE_BYTES", 1000)
     monkeypatch.setattr(logging.getLogger("charlstm"), "propagate", True)
     return tmp_path / "cache" / "texts"
 
@@ -410,7 +411,7 @@ def test_a_small_text_leaves_nothing_in_the_cache(cache, book_path, monkeypatch)
 
 def test_a_second_start_reads_nothing(cache, book_path, monkeypatch):
     first = open_corpus(data_with(), str(book_path))
-    monkeypatch.setattr(charlstm.data.corpus, "read_blocks", refuse)
+    monkeypatch.setattr(charlstm.data.passes, "read_blocks", refuse)
     second = open_corpus(data_with(), str(book_path))
     np.testing.assert_array_equal(second.ids_M, first.ids_M)
     assert second.vocab.characters == first.vocab.characters
@@ -482,12 +483,12 @@ import os, signal, sys
 from charlstm.data import corpus
 from charlstm.config import base_config
 corpus.SMALL_CHARS = 1000
-whole = corpus.number
+whole = corpus.encode_text
 def half(*args):
     for ids in whole(*args):
         yield ids[: len(ids) // 2]
         os.kill(os.getpid(), signal.SIGKILL)
-corpus.number = half
+corpus.encode_text = half
 corpus.open_corpus(base_config().data, sys.argv[1])
 """
 
@@ -521,7 +522,7 @@ def test_a_disk_that_fills_is_one_line_and_leaves_nothing(cache, book, book_path
     command = [sys.executable, "-c", FULL, str(book_path)]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert len(answer.stdout.splitlines()) == 1, answer
-    assert f"{texts_folder()}: could not be written (File too large)" in answer.stdout
+    assert f"{texts_folder()}: cannot be written (File too large)" in answer.stdout
     assert f"{len(book):,} bytes" in answer.stdout
     assert "CHARLSTM_CACHE" in answer.stdout
     assert [path for path in cache.rglob("*") if path.suffix != ".lock"] == []
@@ -581,7 +582,7 @@ def test_of_two_that_prepare_a_text_one_does_and_the_other_waits(
     threads[0].start()
     assert is_in.wait(60)
     threads[1].start()
-    while "another process prepares this text" not in caplog.text:
+    while "waiting for another process" not in caplog.text:
         assert threads[1].is_alive()
         threads[1].join(0.01)
     assert found == []
@@ -598,7 +599,7 @@ def test_each_pass_over_a_large_text_is_told(cache, book_path, caplog):
     caplog.set_level(logging.INFO)
     open_corpus(data_with(), str(book_path))
     lines = [record.getMessage() for record in caplog.records]
-    assert [line.split(":")[0] for line in lines] == ["counting characters", "numbering characters"]
+    assert [line.split(":")[0] for line in lines] == ["counting characters", "encoding characters"]
     assert all(re.search(r"0 MB in [0-9.]+ s, [0-9]+ MB/s$", line) for line in lines)
 
 
