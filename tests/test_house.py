@@ -31,7 +31,7 @@ ORDER = """
     evaluation.scoring evaluation.dynamic evaluation.baselines evaluation.memorization
     evaluation.report evaluation.sample_check evaluation.measure evaluation.writing
     cli.streams cli.signals cli.notebook cli.runtime cli.folders cli.options cli.usage
-    planning.rules planning.timing planning.plan
+    planning.rules planning.timing planning.memory planning.report planning.planner
     sweep.texts sweep.trials sweep.grid sweep.table sweep.search
     bench.cases bench.race bench.ours bench.peers bench.entropy bench.quality bench.worker
     bench.quality_report bench.report bench.sections bench.scaling bench.scaling_report

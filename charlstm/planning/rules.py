@@ -1,26 +1,10 @@
-"""The rule behind plan.py --minutes: settings for the best text in a time, by text and machine.
+"""Rules that choose settings for a text, a time and a machine.
 
-A wider model learns more from each character and reads fewer of them. The recipes found on two CPU
-cores with Dracula, configs/default.py, medium.py and large.py, read 3.7, 2.3 and 4.5 characters per
-parameter. The rule:
-
-- the widest model that still reads CHARS_PER_PARAM characters a parameter in the time;
-- the text at most MAX_EPOCHS times, and so a width that needs no more of it;
-- 8 streams of 100 on a CPU below five minutes, since many updates win over full vector units, and
-  then 16 of 64, which a wide model reads faster; 128 on an accelerator, where few rows cost as much
-  as many (not yet tried there);
-- dropout of 0.06 for each time that the text is read, up to 0.4;
-- where it is read MANY_EPOCHS times and more, a hundredth of the hidden state hidden from the gates
-  for each time, up to 0.15: read four times, that did not pay;
-- a learning rate of 0.012 up to 448 units, falling with their number beyond;
-- where the text is read so often, a rate that ends at 0.4 of its peak: lower ones learn it by heart
-  (512 units, 12 times over Dracula: 1.80 bits at a rate of 0, 1.74 before).
-
-That characters and parameters should grow together is Hoffmann et al. 2022 (arXiv 2203.15556).
+A wider model learns more per character, but reads fewer characters in the same time; parameters and
+data should grow together (Hoffmann et al. 2022, arXiv 2203.15556). README.md lists the rules.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -28,7 +12,7 @@ from ml_collections import ConfigDict
 from charlstm.config import flatten
 from charlstm.planning.cost import count_params, flops_per_char
 
-# Hidden units and layers; two layers where they are wide (Karpathy et al. 2015, arXiv 1506.02078).
+# Hidden units and layers; wide models have two layers (Karpathy et al. 2015, arXiv 1506.02078).
 WIDTHS = (
     *((64, 1), (96, 1), (128, 1), (192, 1), (256, 1), (320, 1), (384, 1), (512, 1), (640, 1)),
     *((768, 1), (768, 2), (1024, 2), (1536, 2), (2048, 2)),
@@ -38,13 +22,12 @@ MAX_EPOCHS = 20
 MANY_EPOCHS = 6
 MAX_EVALUATIONS = 5
 EVALUATION_SHARE = 0.1  # of the time
-VAL_CHARS_PER_SECOND = 500
-VAL_CHARS = 100_000
-# Above it a learnt vector has fewer weights than one-hot characters, and is shared by them.
-MANY_CHARACTERS = 512
+VAL_CHARS_PER_SECOND = 500  # of the time
+MIN_VAL_CHARS = 100_000
+LARGE_VOCAB = 512  # above it embeddings take fewer parameters than one-hot characters
 FIRST_WIDTH = (256, 1)  # to be timed
-PROVISIONAL_STEPS = 10_000  # until the time of one is known
-ALWAYS = {
+PROVISIONAL_STEPS = 10_000  # until the time of a step is known
+PROPOSED_KEYS = {
     *("batch_size", "seq_len", "num_steps", "eval_every_steps", "optimizer.learning_rate"),
     *("model.hidden_size", "model.num_layers", "model.dropout_rate", "optimizer.end_lr_ratio"),
     "model.recurrent_dropout",
@@ -52,16 +35,16 @@ ALWAYS = {
 
 
 class Shape(NamedTuple):
-    """B and T."""
+    """The shape [B, T] of a batch."""
 
     batch_size: int
     seq_len: int
 
 
 def choose_shape(seconds: float, num_chars: int, is_cpu: bool) -> Shape:
-    """Return streams and window for a text of `num_chars` characters to train on.
+    """Return B and T for a training text of `num_chars` characters.
 
-    Each stream has at least one window; a text too short for that has fewer and shorter ones.
+    They are reduced for a short text, so that each stream has at least one window.
     """
     batch_size, seq_len = (8, 100) if seconds < 300 else (16, 64)
     if not is_cpu:
@@ -71,23 +54,21 @@ def choose_shape(seconds: float, num_chars: int, is_cpu: bool) -> Shape:
 
 
 def with_streams(config: ConfigDict) -> ConfigDict:
-    """Return a copy of `config` that reads the text as streams and learns from each character."""
+    """Return a copy of `config` that reads streams and computes the loss on all characters."""
     config = config.copy_and_resolve_references()
     config.data.order, config.data.loss_on = "streams", "all"
     return config
 
 
-def with_text(config: ConfigDict, seconds: float, text: Mapping[str, Any]) -> ConfigDict:
-    """Return a copy of `config` for a `text`, described as in config.json.
-
-    A held-out part that would take more than its share of the time is cut; and thousands of
-    characters are learnt as vectors.
-    """
+def with_text_limits(
+    config: ConfigDict, seconds: float, num_val_chars: int, vocab_size: int
+) -> ConfigDict:
+    """Return a copy of `config` with limits for a large validation text and a large vocabulary."""
     config = config.copy_and_resolve_references()
-    most = max(VAL_CHARS, round(VAL_CHARS_PER_SECOND * seconds))
-    if text["validation_characters"] > most:
-        config.data.max_val_chars = min(most, config.data.max_val_chars or most)
-    if text["vocabulary"] > MANY_CHARACTERS:
+    max_val_chars = max(MIN_VAL_CHARS, round(VAL_CHARS_PER_SECOND * seconds))
+    if num_val_chars > max_val_chars:
+        config.data.max_val_chars = min(max_val_chars, config.data.max_val_chars or max_val_chars)
+    if vocab_size > LARGE_VOCAB:
         config.model.input = "embed"
     config.num_steps = PROVISIONAL_STEPS
     return config
@@ -103,14 +84,16 @@ def with_width(config: ConfigDict, width: tuple[int, int]) -> ConfigDict:
 def widest(
     config: ConfigDict, vocab_size: int, num_chars: int, seconds: float, flops: float
 ) -> tuple[int, int]:
-    """Return the hidden_size and num_layers that the rule asks for.
+    """Return hidden_size and num_layers of the widest model for a text and a time.
+
+    It reads at least CHARS_PER_PARAM characters per parameter, in at most MAX_EPOCHS epochs.
 
     Args:
       config: all other settings.
       vocab_size: V.
-      num_chars: of the text to train on.
-      seconds: for steps alone.
-      flops: operations of the forward pass for which training takes a second.
+      num_chars: the number of training characters.
+      seconds: the time for steps alone.
+      flops: how many operations of the forward pass are trained per second.
     """
     chosen = WIDTHS[0]
     for width in WIDTHS:
@@ -124,7 +107,7 @@ def widest(
 
 
 def with_rates(config: ConfigDict, num_epochs: float) -> ConfigDict:
-    """Return a copy of `config` with dropout and learning rate for `num_epochs` of the text."""
+    """Return a copy of `config` with dropout and learning rate for `num_epochs` epochs."""
     config = config.copy_and_resolve_references()
     is_many = num_epochs >= MANY_EPOCHS
     config.model.dropout_rate = 0.0 if num_epochs < 1 else min(0.4, round(1.2 * num_epochs) / 20)
@@ -136,20 +119,22 @@ def with_rates(config: ConfigDict, num_epochs: float) -> ConfigDict:
 
 
 def choose_evaluations(seconds: float, evaluation_seconds: float) -> int:
-    """Return how many evaluations, the last one included, leave the time to training."""
+    """Return the number of evaluations that take at most EVALUATION_SHARE of `seconds`."""
     fitting = seconds * EVALUATION_SHARE / max(evaluation_seconds, 1e-9)
     return int(max(1, min(MAX_EVALUATIONS, fitting)))
 
 
 def with_length(config: ConfigDict, num_steps: int, num_evaluations: int) -> ConfigDict:
-    """Return a copy of `config` for `num_steps` steps, with its last evaluation at the end."""
+    """Return a copy of `config` with `num_steps` steps and the last evaluation at the end."""
     config = config.copy_and_resolve_references()
     config.num_steps = num_steps
     config.eval_every_steps = math.ceil(num_steps / num_evaluations)
     return config
 
 
-def settings_of(proposed: ConfigDict, given: ConfigDict) -> dict[str, Any]:
-    """Return the settings to give: all that the rule is about, and what else was changed."""
+def proposed_settings(proposed: ConfigDict, given: ConfigDict) -> dict[str, Any]:
+    """Return the settings of `proposed` that a rule chose or that differ from `given`."""
     after, before = flatten(proposed), flatten(given)
-    return {key: value for key, value in after.items() if key in ALWAYS or value != before[key]}
+    return {
+        key: value for key, value in after.items() if key in PROPOSED_KEYS or value != before[key]
+    }

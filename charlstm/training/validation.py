@@ -29,7 +29,11 @@ def compile_eval_step(setup: Setup) -> EvalStep:
 
 
 def validate(
-    setup: Setup, eval_step: EvalStep, params: Any, poll: Callable[[], None]
+    setup: Setup,
+    eval_step: EvalStep,
+    params: Any,
+    poll: Callable[[], None],
+    max_batches: int | None = None,
 ) -> dict[str, float]:
     """Return val/loss (nats per character), val/bits_per_char and val/accuracy of `params`.
 
@@ -38,6 +42,7 @@ def validate(
       eval_step: that of compile_eval_step.
       params: the parameters to evaluate.
       poll: called before each batch; it may raise an exception to end the validation.
+      max_batches: how many batches to evaluate at most; all by default.
     """
     batches = setup.val_batches
     assert batches
@@ -45,7 +50,7 @@ def validate(
     rows = local_rows(sharding, batches.batch_size)
 
     def read() -> Iterator[Batch]:
-        for index in range(batches.steps_per_epoch):
+        for index in range(batches.steps_per_epoch)[:max_batches]:
             poll()
             yield put_batch(batches(index, rows), sharding, batches.batch_size)
 

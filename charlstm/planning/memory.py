@@ -1,0 +1,70 @@
+"""Memory of a compiled training step, and the largest batch that fits."""
+
+from typing import Any
+
+import jax
+
+from charlstm.data.batches import Batch
+from charlstm.optim import make_optimizer, make_schedule
+from charlstm.parallel.sharding import by_rows, init_sharded
+from charlstm.planning import cost
+from charlstm.runs.machine import memory_bytes
+from charlstm.steps import make_train_step
+from charlstm.training.setup import Setup
+
+ROW_FACTOR = 4  # at least, between the two batch sizes that are compiled
+PROCESS_BYTES = 500 * 2**20  # of Python and its modules, which XLA does not count
+MEMORY_SHARE = 0.9  # because processes take more memory than XLA counts
+
+
+def memory_costs(setup: Setup) -> dict[str, Any]:
+    """Return the bytes of a step as XLA compiles it, and the largest batch that fits."""
+    batch_size = setup.run.config.batch_size
+    available = memory_bytes()
+    if jax.default_backend() == "cpu":
+        available /= len(setup.mesh.local_devices)  # which share the memory of the machine
+    usable = MEMORY_SHARE * available - PROCESS_BYTES
+    # The larger size is near the answer, because XLA compiles small batches to other programs.
+    larger = max(ROW_FACTOR * batch_size, rows_by_formula(setup, usable))
+    points = [(rows, step_bytes(setup, rows)) for rows in (batch_size, larger)]
+    return {
+        "compiled_step_bytes": points[0][1],
+        "memory_bytes": available,
+        "largest_batch": largest_batch(points[0], points[1], usable),
+    }
+
+
+def step_bytes(setup: Setup, batch_size: int) -> int:
+    """Return the bytes per device of a step with B = `batch_size`, compiled but not executed.
+
+    By XLA, or by formula on a device for which XLA does not report them.
+    """
+    config = setup.run.config
+    optimizer = make_optimizer(config, make_schedule(config, setup.num_steps))
+    sharding = by_rows(setup.mesh, batch_size)
+    ids, weights, reset = (
+        jax.ShapeDtypeStruct((batch_size, config.seq_len)[:rank], dtype, sharding=sharding)
+        for rank, dtype in ((2, "int32"), (2, "float32"), (1, "bool"))
+    )
+    key = setup.run.key(config.seed)
+    abstract_state, _ = init_sharded(setup.model, optimizer, key, batch_size, setup.mesh)
+    train_step = jax.jit(make_train_step(setup.model, optimizer), donate_argnums=0)
+    compiled = train_step.lower(abstract_state, Batch(ids, ids, weights, reset)).compile()
+    used = compiled.memory_analysis()
+    if used is None:
+        return cost.device_bytes(config, setup.model.vocab_size, setup.mesh.size)
+    new = used.output_size_in_bytes - used.alias_size_in_bytes
+    return used.argument_size_in_bytes + used.temp_size_in_bytes + new
+
+
+def rows_by_formula(setup: Setup, usable: float) -> int:
+    """Return how many rows fit if each device has `usable` bytes, by the formulas of cost."""
+    config, vocab_size = setup.run.config, setup.model.vocab_size
+    fixed = cost.state_bytes(config, vocab_size) + cost.gradient_bytes(config, vocab_size)
+    return setup.mesh.size * int((usable - fixed) / cost.activation_bytes(config, vocab_size, 1))
+
+
+def largest_batch(small: tuple[int, int], large: tuple[int, int], usable: float) -> int:
+    """Return how many rows fit into `usable` bytes, on the line through two (rows, bytes)."""
+    slope = (large[1] - small[1]) / (large[0] - small[0])
+    return max(0, int((usable - small[1]) / slope + small[0]))

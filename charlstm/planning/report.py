@@ -1,0 +1,87 @@
+"""A table of the costs of a run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from charlstm.planning.cost import StepTime
+from charlstm.planning.timing import CommandTimes
+from charlstm.system.tables import plain_text
+
+
+def cost_table(costs: Mapping[str, Any]) -> str:
+    """Return a table with a row per cost; the keys are those of `launch/plan.py --json`."""
+    rows = _counted(costs)
+    if "command_seconds" in costs:
+        rows |= _measured(costs)
+    if "accelerator" in costs:
+        rows |= _accelerator(costs["accelerator"])
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return plain_text(table)
+
+
+def _counted(costs: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "text": costs["text"],
+        "training characters": f"{costs['training_characters']:,}",
+        "vocabulary": f"{costs['vocabulary']:,}",
+        "model": f"{costs['layers']} x {costs['hidden_size']} LSTM",
+        "parameters": f"{costs['parameters']:,}",
+        "flops per character": f"{costs['forward_flops_per_char']:,}",
+        "flops per trained character": f"{costs['training_flops_per_char']:,}",
+        "activations": _size(costs["activation_bytes"]),
+        "gradient": _size(costs["gradient_bytes"]),
+        "optimizer state": _size(costs["optimizer_bytes"]),
+        "checkpoint": _size(costs["checkpoint_bytes"]),
+        "batch": f"{costs['batch_size']:,} x {costs['seq_len']:,}",
+        "steps": f"{costs['steps']:,}",
+        "steps per epoch": f"{costs['steps_per_epoch']:,}",
+    }
+
+
+def _measured(costs: Mapping[str, Any]) -> dict[str, str]:
+    seconds = costs["command_seconds"]
+    flops = costs["training_flops_per_char"] * costs["chars_per_second"]
+    return {
+        "devices": costs["devices"],
+        "memory of a device": _size(costs["memory_bytes"]),
+        "memory of a step": _size(costs["compiled_step_bytes"]),
+        "largest batch that fits": f"{costs['largest_batch']:,}",
+        "step": _duration(costs["step_seconds"]),
+        "characters per second": f"{costs['chars_per_second']:,.0f}",
+        "Gflop per second": f"{flops / 1e9:,.0f}",
+        "epoch": _duration(costs["epoch_seconds"]),
+        "whole command": _duration(seconds["total"]),
+    } | {f"- {name}": _duration(seconds[name]) for name in CommandTimes._fields}
+
+
+def _accelerator(costs: Mapping[str, Any]) -> dict[str, str]:
+    name = f"{costs['chips']:,} x {costs['chip']}"
+    fits = "fits" if costs["fits"] else "does not fit"
+    return {
+        f"step on {name}, by formula": _duration(costs["step_seconds"]),
+        **{
+            f"- {part.replace('_', '-')}": _duration(costs["seconds"][part])
+            for part in StepTime._fields
+        },
+        f"characters per second on {name}": f"{costs['chars_per_second']:,.0f}",
+        f"memory per {costs['chip']}": f"{_size(costs['bytes_per_chip'])}, {fits}",
+        f"source of {costs['chip']}": costs["source"],
+    }
+
+
+def _size(num_bytes: float) -> str:
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:,.1f} GiB"
+    return f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.2f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
