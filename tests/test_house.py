@@ -33,8 +33,9 @@ ORDER = """
     cli.streams cli.signals cli.notebook cli.runtime cli.folders cli.options cli.usage
     planning.rules planning.timing planning.memory planning.report planning.planner
     sweep.texts sweep.trials sweep.grid sweep.table sweep.search
-    bench.cases bench.race bench.ours bench.peers bench.entropy bench.quality bench.worker
-    bench.quality_report bench.report bench.sections bench.scaling bench.scaling_report
+    bench.cases bench.entropy bench.jax_backend bench.torch_backend bench.keras_backend
+    bench.timing bench.command bench.report bench.time_to_quality bench.measure
+    bench.scaling bench.scaling_report
 """.split()
 # The sections of a config that are handed on as **config.SECTION.to_dict().
 SPREAD = ("model", "sample")

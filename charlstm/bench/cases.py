@@ -1,88 +1,86 @@
-"""What bench.py asks of every contender, and on which characters.
+"""Define what the backends are timed on, and what they share.
 
-A contender gets a Case and gives a Call, which does the case's work once, waits for the result and
-returns a figure that tells whether all do the same work: the loss, or how many characters there
-are.
-
-Equal for all: float32, one-hot characters, a loss in nats at every time step, gradients clipped to
-a norm of 1, Adam with a rate of 0.001, the carry handed on.
+All backends use float32, one-hot inputs, a loss in nats at every time step, gradients clipped to
+norm 1 and Adam with learning rate 0.001, and pass the carry from batch to batch. The exception is
+"default", which follows the default recipe.
 """
 
-import sys
+import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 TEMPERATURE = 0.8
-HELD_OUT_WINDOWS = 5000  # of 'quality', where each predicts a single character
-SPACING = 1.1  # of 'quality': the least ratio of the seconds of a point and of the one before
-PRODUCT_SIZE = 1024  # of the square product whose rate is taken as the machine's
+SCORED_BATCHES = 40  # of windows, each of which predicts one character per row
+
+# Does the work of a case once, waits for the result and returns a value that shows whether all
+# backends do the same work: the loss, or the number of generated characters.
+Call = Callable[[], float]
 
 
 class Case(NamedTuple):
-    """What is to be done, and its sizes."""
+    """One task and its sizes."""
 
     task: str  # train, generate or evaluate
     batch_size: int
-    seq_len: int  # of 'generate': how many characters each text is continued by
+    seq_len: int  # for generate: characters generated per text
     hidden_size: int
-    vocab_size: int
-    num_layers: int
-    dropout_rate: float = 0.0
-    num_characters: int = 0  # of the text that 'evaluate' reads
+    vocab_size: int = 70
+    num_layers: int = 1
+    num_windows: int = 1  # for evaluate: windows of T characters, read one after another
 
     @property
     def characters(self) -> int:
-        """How many characters one call handles."""
-        return self.num_characters or self.batch_size * self.seq_len
+        """Characters that one call processes."""
+        return self.batch_size * self.seq_len * self.num_windows
+
+    def __str__(self) -> str:
+        return "{} B={} T={} H={} V={} N={}".format(*self)
 
 
-Call = Callable[[], float]
-Made = tuple[Call, str]  # and what the contender was given, in words
-
-
-def random_ids(case: Case, *shape: int) -> Any:
-    """Return the characters that every contender gets for `case`."""
-    import numpy as np
-
+def random_ids(case: Case) -> np.ndarray:
+    """Return ids_BM of all windows and one more character, the same for every backend."""
+    shape = case.batch_size, case.seq_len * case.num_windows + 1
     return np.random.default_rng(0).integers(case.vocab_size, size=shape, dtype=np.int32)
 
 
-def inputs_and_targets(case: Case) -> tuple[Any, Any]:
-    """Return ids_BT of a training batch, and those that follow."""
-    ids_BT = random_ids(case, case.batch_size, case.seq_len + 1)
-    return ids_BT[:, :-1], ids_BT[:, 1:]
-
-
-def evaluation_streams(case: Case) -> Any:
-    """Return the batches of a held-out text, as a run reads it."""
-    from charlstm.data.batches import Streams
-
-    ids_M = random_ids(case, case.num_characters + 1)
-    return Streams(ids_M, case.batch_size, case.seq_len, context=case.seq_len)
-
-
-def sampled_starts(num_windows: int) -> Any:
-    """Return where HELD_OUT_WINDOWS of so many windows begin, evenly spread, or all if fewer."""
-    import numpy as np
-
-    count = min(HELD_OUT_WINDOWS, num_windows)
-    return np.arange(count) * num_windows // count
-
-
-def describe_sample(num_windows: int) -> str:
-    """Return in words which characters the windows that `sampled_starts` chooses predict."""
-    count = min(HELD_OUT_WINDOWS, num_windows)
-    return f"{count:,} of {num_windows:,} characters, evenly spread, each after its own window"
-
-
-def most_memory(usage: Any) -> int:
-    """Return the bytes of ru_maxrss in a result of getrusage or wait4."""
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def scored_steps(num_windows: int, batch_size: int) -> range:
+    """Return evenly spaced batches of windows, because scoring all of them takes too long."""
+    num_batches = -(-num_windows // batch_size)
+    return range(0, num_batches, max(1, num_batches // SCORED_BATCHES))
 
 
 def timed(call: Call) -> float:
     """Return the seconds that one call takes."""
-    start = time.perf_counter()
+    begin = time.perf_counter()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - begin
+
+
+@dataclass
+class Checkpoints:
+    """Copies of the weights during a training: the first, the last, and others in between."""
+
+    begin: float  # time.time() at the start
+    max_seconds: float = math.inf
+    spacing: float = math.inf  # least ratio of the elapsed seconds of two copies
+    copies: list[tuple[int, float, Any]] = field(default_factory=list)  # step, seconds, weights
+
+    def add(self, step: int, copy: Callable[[], Any], is_last: bool) -> bool:
+        """Keep a copy of the weights if one is due; return whether the time is over."""
+        seconds = time.time() - self.begin
+        is_over = seconds >= self.max_seconds
+        if is_over or is_last or not self.copies or seconds >= self.spacing * self.copies[-1][1]:
+            weights = copy()  # waits for the step to end
+            self.copies.append((step, time.time() - self.begin, weights))
+        return is_over
+
+    def points(self, score: Callable[[Any], float]) -> list[dict[str, float]]:
+        """Return step, seconds and bits per character of each copy; `score` returns nats."""
+        return [
+            {"step": step, "seconds": seconds, "bits_per_char": score(weights) / math.log(2)}
+            for step, seconds, weights in self.copies
+        ]

@@ -1,0 +1,142 @@
+"""Run the benchmark cases with this package, and measure the machine's rate of matrix products."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from charlstm.bench.cases import TEMPERATURE, Call, Case, Checkpoints, random_ids, scored_steps
+from charlstm.bench.entropy import Source
+from charlstm.config import base_config
+from charlstm.data import batches
+from charlstm.data.corpus import open_corpus
+from charlstm.model import CharLSTM, zero_carry
+from charlstm.optim import averaged_params, make_optimizer, make_schedule
+from charlstm.sampling import make_sampler
+from charlstm.steps import (
+    TrainState,
+    evaluate,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    make_train_steps,
+)
+
+PRODUCT_SIZE = 1024  # rows and columns of the matrices whose product gives the machine's rate
+CALL_STEPS = 10  # training steps between two looks at the clock
+
+
+def build(name: str, case: Case) -> Call:
+    """Return the work of `case`.
+
+    Args:
+      name: 'charlstm', a plain LSTM with the fused gradient; 'flax', the same with the Flax cell;
+        'default', the model and the optimizer of the default recipe; or 'matmul'.
+      case: the task and its sizes.
+    """
+    if name == "matmul":
+        return _product()
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    settings: dict[str, Any] = {"recurrence": "flax" if name == "flax" else "fused"}
+    if name == "default":
+        config = base_config()
+        optimizer = make_optimizer(config, make_schedule(config, num_steps=10_000))
+        settings = config.model.to_dict()
+    settings |= {"hidden_size": case.hidden_size, "num_layers": case.num_layers}
+    model = CharLSTM(case.vocab_size, **settings)
+    state = init_state(model, optimizer, jax.random.key(0), case.batch_size)
+    if case.task == "train":
+        return _train(case, model, optimizer, state)
+    return {"generate": _generate, "evaluate": _evaluate}[case.task](case, model, state)
+
+
+def _read(case: Case) -> list[batches.Batch]:
+    ids_BM, weights_BT = random_ids(case), jnp.ones((case.batch_size, case.seq_len))
+    reset_B = jnp.zeros(case.batch_size, bool)
+    windows = np.split(np.arange(case.seq_len * case.num_windows), case.num_windows)
+    return [
+        batches.Batch(
+            jnp.asarray(ids_BM[:, window]), jnp.asarray(ids_BM[:, window + 1]), weights_BT, reset_B
+        )
+        for window in windows
+    ]
+
+
+def _train(
+    case: Case, model: CharLSTM, optimizer: optax.GradientTransformation, state: TrainState
+) -> Call:
+    [batch] = _read(case)
+    train_step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
+
+    def call() -> float:
+        nonlocal state
+        state, metrics = train_step(state, batch)
+        return float(metrics["loss"])
+
+    return call
+
+
+def _generate(case: Case, model: CharLSTM, state: TrainState) -> Call:
+    sampler = jax.jit(make_sampler(model, case.seq_len))
+    prompt_B1, key = random_ids(case)[:, :1], jax.random.key(1)
+    return lambda: np.asarray(sampler(state.params, prompt_B1, key, temperature=TEMPERATURE)).size
+
+
+def _evaluate(case: Case, model: CharLSTM, state: TrainState) -> Call:
+    windows, eval_step = _read(case), jax.jit(make_eval_step(model))
+    return lambda: evaluate(eval_step, state.params, state.carry, windows)["loss"]
+
+
+def _product() -> Call:
+    # One large float32 product; a call returns the number of its operations.
+    matrix = jax.random.normal(jax.random.key(0), (PRODUCT_SIZE, PRODUCT_SIZE))
+    product = jax.jit(lambda left, right: left @ right)
+
+    def call() -> float:
+        product(matrix, matrix).block_until_ready()
+        return 2.0 * PRODUCT_SIZE**3
+
+    return call
+
+
+def train(
+    settings: dict[str, Any], checkpoints: Checkpoints, source: Source | None = None
+) -> list[dict[str, float]]:
+    """Train by a config, given as a dict, and return the points of the checkpoints.
+
+    The text is that of `source`, or else at config.data.path.
+    """
+    config = ConfigDict(settings)
+    if source is None:
+        text = open_corpus(config.data, config.data.path)
+        source = Source(text.source, text.ids_M, len(text.vocab))
+    train_M, held_out_M = batches.split(source.ids_M, config.data)
+    read = batches.training_batches(train_M, config)
+    num_steps = config.num_steps or config.num_epochs * read.steps_per_epoch
+    model = CharLSTM(source.vocab_size, **config.model.to_dict())
+    optimizer = make_optimizer(config, make_schedule(config, num_steps))
+    state = init_state(model, optimizer, jax.random.key(config.seed), config.batch_size)
+    train_steps = jax.jit(make_train_steps(make_train_step(model, optimizer)), donate_argnums=0)
+    for first in range(0, num_steps, CALL_STEPS):
+        count = min(CALL_STEPS, num_steps - first)
+        batch = batches.read_steps(read, first, count, CALL_STEPS)
+        state, _ = jax.block_until_ready(train_steps(state, batch, count))
+        is_last = first + count == num_steps
+        if checkpoints.add(first + count, partial(_copy_averaged, state), is_last):
+            break
+    held_out = batches.evaluation_batches(held_out_M, config)
+    steps = range(held_out.steps_per_epoch)
+    if isinstance(held_out, batches.Windows):
+        steps = scored_steps(held_out.num_windows, held_out.batch_size)
+    eval_step, carry = jax.jit(make_eval_step(model)), zero_carry(model, held_out.batch_size)
+    return checkpoints.points(
+        lambda params: evaluate(eval_step, params, carry, map(held_out, steps))["loss"]
+    )
+
+
+def _copy_averaged(state: TrainState) -> Any:
+    return jax.device_get(averaged_params(state.params, state.opt_state))
