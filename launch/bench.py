@@ -3,18 +3,19 @@
   python launch/bench.py [--what=SECTION,...] [--quick]
 
 step      a training step
-growth    a training step over batch size, window, hidden size, layers and vocabulary (bench.png)
-generate  generated characters per second
-evaluate  evaluated characters per second
+growth    a training step over batch, window and hidden size, layers and vocabulary (bench.png)
+generate  generation of text
+evaluate  evaluation of a held-out text
 loop      launch/train.py as a whole, against its start-up and the training steps alone
 entropy   bits per character on texts whose entropy rate is known exactly
 quality   seconds to a number of held-out bits per character: the default recipe, the tutorial, and
           the tutorial in Keras, each for at most --minutes (quality.png)
 
 Without --what all but quality. Each backend has a process of its own, and rounds alternate between
-backends. The limit of a training step is the time of its matrix products, at the rate of one large
-product. Tables go to stdout, all results to DIR/bench.json. --quick takes small sizes and few
-rounds, and leaves out growth and entropy. torch and keras come with pip install -e '.[peers]'.
+backends. 'charlstm' and 'flax' are plain LSTMs, 'default' is the default recipe, and 'matmul' is
+the limit of a training step: the time of its matrix products at the rate of one large product.
+Tables go to stdout, all results to DIR/bench.json. --quick takes small sizes and few rounds, and
+leaves out growth and entropy. torch and keras come with pip install -e '.[peers]'.
 """
 
 import os
@@ -25,6 +26,7 @@ import app  # first, since it handles signals
 
 # isort: split
 import dataclasses
+import importlib.util
 import json
 import logging
 import re
@@ -45,29 +47,26 @@ BASELINES = ("torch", "keras")
 WHAT = flags.DEFINE_list("what", None, f"sections: {', '.join(SECTIONS)}; none: all but quality")
 MINUTES = flags.DEFINE_float("minutes", None, "limit of each training of quality")
 TEXT = flags.DEFINE(options.ANY_PATH, "text", None, "a UTF-8 text for quality; none: Dracula")
-SHAPES = flags.DEFINE_list(
-    "shapes", None, "BxTxH of the training steps; other sections use the first"
-)
+SHAPES = flags.DEFINE_list("shapes", None, "BxTxH of training steps; other sections use the first")
 REPEATS = flags.DEFINE_integer("repeats", None, "rounds of a comparison", lower_bound=1)
-PEERS = flags.DEFINE_list("peers", ["auto"], "baselines: torch, keras, none, or auto for both")
+PEERS = flags.DEFINE_list("peers", [*BASELINES], "baselines: torch, keras; or none")
 OUT = flags.DEFINE(options.LOCAL_PATH, "out", "runs/bench", "folder for bench.json and pictures")
 QUICK = flags.DEFINE_boolean("quick", False, "small sizes and few rounds")
 
 
-def parse_names(flag: flags.FlagHolder, names: tuple[str, ...]) -> list[str]:
-    """Return the names that a flag lists, in the order of `names`."""
-    for name in flag.value:
-        if name not in names:
-            raise UserError(f"--{flag.name}={name}: must be of {', '.join(names)}")
-    return [name for name in names if name in flag.value]
+def check_names(flag: flags.FlagHolder, allowed: tuple[str, ...]) -> None:
+    """Raise UserError if a flag lists a name that is not allowed."""
+    for name in flag.value or ():
+        if name not in allowed:
+            raise UserError(f"--{flag.name}={name}: must be of {', '.join(allowed)}")
 
 
 def parse_sections() -> list[str]:
     """Return the sections to measure."""
+    check_names(WHAT, SECTIONS)
     left_out = ("growth", "entropy", "quality") if QUICK.value else ("quality",)
-    sections = [name for name in SECTIONS if name not in left_out]
-    if WHAT.value is not None:
-        sections = parse_names(WHAT, SECTIONS)
+    default = [name for name in SECTIONS if name not in left_out]
+    sections = [name for name in SECTIONS if name in WHAT.value] if WHAT.value else default
     for flag in (MINUTES, TEXT):
         if flag.value is not None and "quality" not in sections:
             raise UserError(
@@ -76,44 +75,47 @@ def parse_sections() -> list[str]:
     return sections
 
 
-def parse_baselines() -> list[str]:
-    """Return the baselines to compare with."""
-    if PEERS.value == ["auto"]:
-        return list(BASELINES)
-    return [] if PEERS.value == ["none"] else parse_names(PEERS, BASELINES)
-
-
 def parse_shape(word: str) -> tuple[int, ...]:
     """Return (B, T, H) of a word such as 32x50x256."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", word.strip()):
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", word):
         raise UserError(f"--shapes={word}: must be BxTxH, such as 32x50x256")
     return tuple(map(int, word.split("x")))
 
 
+def installed_baselines() -> list[str]:
+    """Return the baselines to compare with, and log a warning for each that is not installed."""
+    check_names(PEERS, (*BASELINES, "none"))
+    names = [name for name in BASELINES if name in PEERS.value]
+    missing = [name for name in names if not importlib.util.find_spec(name)]
+    for name in missing:
+        logger.warning("%s: not installed; pip install -e '.[peers]'", name)
+    return [name for name in names if name not in missing]
+
+
 def main() -> None:
     """Measure as the flags say."""
-    sections, baselines = parse_sections(), parse_baselines()
+    sections, shapes = parse_sections(), tuple(map(parse_shape, SHAPES.value or ()))
     app.check_minutes(MINUTES.value)
-    changes: dict[str, Any] = {
-        "shapes": SHAPES.value and tuple(parse_shape(word) for word in SHAPES.value),
+    text = TEXT.value and find_source(TEXT.value, remedy="give --text=FILE").path
+    baselines = installed_baselines()
+    out = folders.make_out(OUT.value, "bench.json", {"cpu", "settings"})
+    from charlstm import bench
+
+    flagged: dict[str, Any] = {
+        "shapes": shapes,
         "rounds": REPEATS.value,
         "minutes": MINUTES.value,
-        "text": TEXT.value and find_source(TEXT.value, remedy="give --text=FILE").path,
+        "text": text,
     }
-    out = folders.make_out(OUT.value, "bench.json", {"cpu", "settings"})
-    from charlstm.bench import FULL, describe_machine, measure
-    from charlstm.bench import QUICK as SMALL
-
-    changes = {name: value for name, value in changes.items() if value}
-    settings = dataclasses.replace(SMALL if QUICK.value else FULL, **changes)
-    results = describe_machine() | {"settings": dataclasses.asdict(settings)}
-    print(f"{results['cpu']}, {results['cpus']} CPUs, {results['platform']}")
+    changes = {name: value for name, value in flagged.items() if value}
+    settings = dataclasses.replace(bench.QUICK if QUICK.value else bench.FULL, **changes)
+    report = bench.describe_machine() | {"settings": dataclasses.asdict(settings)}
     for section in sections:
-        measurement = measure(section, settings, baselines)
-        print(measurement)
-        results[section] = measurement.data
+        measurement = bench.measure(section, settings, baselines)
+        print(f"{section}\n{measurement}\n")
+        report[section] = measurement.results
         # After each section, so that an interrupted benchmark leaves its results.
-        write_file(out / "bench.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+        write_file(out / "bench.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
         for name, picture in measurement.pictures.items():
             write_file(out / name, picture)
     logger.info("all results: %s", out / "bench.json")

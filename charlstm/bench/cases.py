@@ -47,6 +47,12 @@ def random_ids(case: Case) -> np.ndarray:
     return np.random.default_rng(0).integers(case.vocab_size, size=shape, dtype=np.int32)
 
 
+def windows_of(ids_BM: Any, case: Case) -> list[Any]:
+    """Return the windows of T + 1 ids, each with the target of its last time step."""
+    starts = range(0, case.seq_len * case.num_windows, case.seq_len)
+    return [ids_BM[:, start : start + case.seq_len + 1] for start in starts]
+
+
 def scored_steps(num_windows: int, batch_size: int) -> range:
     """Return evenly spaced batches of windows, because scoring all of them takes too long."""
     num_batches = -(-num_windows // batch_size)

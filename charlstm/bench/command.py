@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -12,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from charlstm.bench.cases import Case
-from charlstm.bench.timing import max_rss
-from charlstm.cli import signals, streams
+from charlstm.bench.timing import peak_mib
+from charlstm.cli import streams
 from charlstm.errors import RunError
 
 
-def run_training(case: Case, text: Path, num_steps: int) -> tuple[float, int]:
-    """Run launch/train.py with the sizes of `case`; return its seconds and its peak memory.
+def run_training(case: Case, text: Path, num_steps: int) -> tuple[float, float]:
+    """Run launch/train.py with the sizes of `case`; return its seconds and its peak MiB.
 
-    The run folder and the caches of compiled programs and texts lie beside `text`.
+    Called in a new process, whose only child is the command. The run folder and the caches of
+    compiled programs and texts lie beside `text`.
 
     Raises:
       RunError: if the command fails.
@@ -36,20 +38,14 @@ def run_training(case: Case, text: Path, num_steps: int) -> tuple[float, int]:
     ]
     caches = {"CHARLSTM_CACHE": "cache", "JAX_COMPILATION_CACHE_DIR": "compiled"}
     environment = os.environ | {name: str(folder / cache) for name, cache in caches.items()}
-    with tempfile.TemporaryFile("w+") as log:
-        begin = time.perf_counter()
-        command = [sys.executable, f"{streams.LAUNCH}/train.py", *flags]
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        signals.cleanups.append(process.kill)
-        # Unlike the methods of Popen, wait4 returns the memory of this process.
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - begin
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            last_line = (log.read().strip().splitlines() or [""])[-1]
-            raise RunError(f"launch/train.py ended with {process.returncode}: {last_line}")
-    return seconds, max_rss(usage)
+    command = [sys.executable, f"{streams.LAUNCH}/train.py", *flags]
+    begin = time.perf_counter()
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    seconds = time.perf_counter() - begin
+    if ended.returncode:
+        last_line = (ended.stderr.strip().splitlines() or [""])[-1]
+        raise RunError(f"launch/train.py ended with {ended.returncode}: {last_line}")
+    return seconds, peak_mib(resource.RUSAGE_CHILDREN)
 
 
 def write_random_text(path: Path, case: Case, size: int = 850_000) -> Path:

@@ -26,21 +26,15 @@ class Source(NamedTuple):
 
 
 def known_sources(is_small: bool) -> Iterator[tuple[Source, ConfigDict]]:
-    """Yield texts, and configs whose models come within 2 % of the entropy rates.
-
-    The small texts take seconds to learn. Their vocabulary sizes and configs are equal, so that
-    they share compiled programs.
-    """
-    if is_small:
+    """Yield texts, and configs whose models come within 2 % of the entropy rates."""
+    if is_small:  # to learn in seconds, with equal shapes, so that they share compiled programs
         markov = markov_source(1_430_000, num_classes=3, alpha=0.3, vocab_size=6)
-        yield markov, source_config(markov, hidden_size=64, seq_len=32, num_steps=800)
         brackets = bracket_source(1_430_000, num_kinds=3, max_depth=5)
-        yield brackets, source_config(brackets, hidden_size=64, seq_len=32, num_steps=800)
-    else:
-        # Long enough to be read about once, so that nothing is memorized.
-        markov = markov_source(10_600_000)
+        sizes = {"hidden_size": 64, "seq_len": 32, "num_steps": 800}
+        yield from ((source, source_config(source, **sizes)) for source in (markov, brackets))
+    else:  # long enough to be read about once, so that nothing is memorized
+        markov, brackets = markov_source(10_600_000), bracket_source(4_200_000)
         yield markov, source_config(markov, hidden_size=128, seq_len=32, num_steps=10_000)
-        brackets = bracket_source(4_200_000)
         yield brackets, source_config(brackets, hidden_size=128, seq_len=50, num_steps=2400)
 
 
@@ -65,8 +59,7 @@ def markov_source(
     Args:
       size: M.
       num_classes: K; with V each character is its own class.
-      alpha: concentration of the symmetric Dirichlet distribution of the transition probabilities;
-        small values give sharp ones.
+      alpha: concentration of the Dirichlet distribution of the transition probabilities.
       vocab_size: V.
       seed: of the transition probabilities and of the text.
     """

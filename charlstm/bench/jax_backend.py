@@ -9,7 +9,15 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from charlstm.bench.cases import TEMPERATURE, Call, Case, Checkpoints, random_ids, scored_steps
+from charlstm.bench.cases import (
+    TEMPERATURE,
+    Call,
+    Case,
+    Checkpoints,
+    random_ids,
+    scored_steps,
+    windows_of,
+)
 from charlstm.bench.entropy import Source
 from charlstm.config import base_config
 from charlstm.data import batches
@@ -39,7 +47,7 @@ def build(name: str, case: Case) -> Call:
       case: the task and its sizes.
     """
     if name == "matmul":
-        return _product()
+        return _build_product()
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     settings: dict[str, Any] = {"recurrence": "flax" if name == "flax" else "fused"}
     if name == "default":
@@ -49,49 +57,30 @@ def build(name: str, case: Case) -> Call:
     settings |= {"hidden_size": case.hidden_size, "num_layers": case.num_layers}
     model = CharLSTM(case.vocab_size, **settings)
     state = init_state(model, optimizer, jax.random.key(0), case.batch_size)
-    if case.task == "train":
-        return _train(case, model, optimizer, state)
-    return {"generate": _generate, "evaluate": _evaluate}[case.task](case, model, state)
-
-
-def _read(case: Case) -> list[batches.Batch]:
     ids_BM, weights_BT = random_ids(case), jnp.ones((case.batch_size, case.seq_len))
     reset_B = jnp.zeros(case.batch_size, bool)
-    windows = np.split(np.arange(case.seq_len * case.num_windows), case.num_windows)
-    return [
-        batches.Batch(
-            jnp.asarray(ids_BM[:, window]), jnp.asarray(ids_BM[:, window + 1]), weights_BT, reset_B
-        )
-        for window in windows
+    windows = [
+        batches.Batch(jnp.asarray(ids_BT[:, :-1]), jnp.asarray(ids_BT[:, 1:]), weights_BT, reset_B)
+        for ids_BT in windows_of(ids_BM, case)
     ]
-
-
-def _train(
-    case: Case, model: CharLSTM, optimizer: optax.GradientTransformation, state: TrainState
-) -> Call:
-    [batch] = _read(case)
+    if case.task == "generate":
+        sampler = jax.jit(make_sampler(model, case.seq_len))
+        sample = partial(sampler, state.params, ids_BM[:, :1], state.key, temperature=TEMPERATURE)
+        return lambda: np.asarray(sample()).size
+    if case.task == "evaluate":
+        eval_step = jax.jit(make_eval_step(model))
+        return lambda: evaluate(eval_step, state.params, state.carry, windows)["loss"]
     train_step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
 
     def call() -> float:
         nonlocal state
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, windows[0])
         return float(metrics["loss"])
 
     return call
 
 
-def _generate(case: Case, model: CharLSTM, state: TrainState) -> Call:
-    sampler = jax.jit(make_sampler(model, case.seq_len))
-    prompt_B1, key = random_ids(case)[:, :1], jax.random.key(1)
-    return lambda: np.asarray(sampler(state.params, prompt_B1, key, temperature=TEMPERATURE)).size
-
-
-def _evaluate(case: Case, model: CharLSTM, state: TrainState) -> Call:
-    windows, eval_step = _read(case), jax.jit(make_eval_step(model))
-    return lambda: evaluate(eval_step, state.params, state.carry, windows)["loss"]
-
-
-def _product() -> Call:
+def _build_product() -> Call:
     # One large float32 product; a call returns the number of its operations.
     matrix = jax.random.normal(jax.random.key(0), (PRODUCT_SIZE, PRODUCT_SIZE))
     product = jax.jit(lambda left, right: left @ right)

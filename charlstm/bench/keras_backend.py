@@ -82,14 +82,17 @@ def train(settings: dict[str, Any], checkpoints: Checkpoints) -> list[dict[str, 
     starts_N = np.arange(len(train_M) - seq_len)
     num_steps = config.num_epochs * -(-len(starts_N) // batch_size)
 
+    def copy() -> list[np.ndarray]:
+        return callback.model.get_weights()  # only this property synchronizes the weights on JAX
+
     def after_batch(batch: int, logs: Any) -> None:
         step = next(steps)
-        model.stop_training = checkpoints.add(step, model.get_weights, step == num_steps)
+        model.stop_training = checkpoints.add(step, copy, is_last=step == num_steps)
 
-    callbacks = [keras.callbacks.LambdaCallback(on_train_batch_end=after_batch)]
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=after_batch)
     sizes = {"batch_size": batch_size, "verbose": 0}
     inputs_NT1, targets_NV = patterns(train_M, starts_N)
-    model.fit(inputs_NT1, targets_NV, epochs=config.num_epochs, callbacks=callbacks, **sizes)
+    model.fit(inputs_NT1, targets_NV, epochs=config.num_epochs, callbacks=[callback], **sizes)
     starts_N = np.arange(len(held_out_M) - seq_len)
     scored = scored_steps(len(starts_N), batch_size)
     held_out = patterns(held_out_M, starts_N[np.isin(starts_N // batch_size, scored)])

@@ -9,36 +9,32 @@ import logging
 import os
 import runpy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from charlstm.bench.cases import Checkpoints
-from charlstm.bench.timing import call, open_processes
+from charlstm.bench.timing import call, open_processes, try_run
 from charlstm.cli import streams
 from charlstm.config import base_config
-from charlstm.errors import UserError, one_line
-from charlstm.runs.plots import png
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 logger = logging.getLogger("charlstm.bench")
 
 TARGETS = (2.5, 2.3, 2.2, 2.1, 2.0)  # bits per character
 SPACING = 1.1  # least ratio of the elapsed seconds of two checkpoints
-REFERENCE = "default, lower-cased"  # reads the same characters as the tutorials
 
 
-def recipes(text: str) -> dict[str, ConfigDict]:
+def recipes(text: str, with_keras: bool) -> dict[str, ConfigDict]:
     """Return the recipes to compare, on the text at a path; '' is Dracula."""
-    configs = {REFERENCE: base_config(), "default": base_config()}
-    configs[REFERENCE].data.lowercase = True
     path = os.path.join(streams.REPOSITORY, "configs", "tutorial.py")
-    configs["tutorial"] = configs["keras"] = runpy.run_path(path)["get_config"]()
-    configs["tutorial"].data.val_fraction = base_config().data.val_fraction
+    configs = {"default, lower-cased": base_config(), "default": base_config()}
+    for name in ("tutorial", "keras") if with_keras else ("tutorial",):
+        configs[name] = runpy.run_path(path)["get_config"]()
+        configs[name].data.val_fraction = base_config().data.val_fraction
+    # The tutorial reads lower case, and only the first recipe predicts the same characters.
+    configs["default, lower-cased"].data.lowercase = True
     for config in configs.values():
         config.data.path = text
     return configs
@@ -47,73 +43,33 @@ def recipes(text: str) -> dict[str, ConfigDict]:
 def measure_recipes(text: str, seconds: float, with_keras: bool) -> list[dict[str, Any]]:
     """Train the recipes for at most `seconds` each, one after another, and return the results.
 
-    `seconds_to` are the seconds to each target, None where it is not reached; `reference_seconds`
-    are those at which the default recipe reached the final bits per character of this one, if both
-    read the same characters.
+    `default_seconds` are those at which the default recipe reached the final bits per character of
+    this one, None if it did not, or if they do not predict the same characters.
     """
     results: list[dict[str, Any]] = []
-    for name, config in recipes(text).items():
-        if name == "keras" and not with_keras:
-            continue
+    for name, config in recipes(text, with_keras).items():
         logger.info("quality: %s", name)
-        result = {"name": name, "config": config.to_dict()} | train(name, config, seconds)
-        points = result["points"]
-        final = points[-1]["bits_per_char"] if points and config.data.lowercase else -1.0
+        backend = "keras" if name == "keras" else "jax"
+        checkpoints = Checkpoints(time.time(), seconds, SPACING)
+        with (
+            TemporaryDirectory() as cache,
+            open_processes([backend], JAX_COMPILATION_CACHE_DIR=cache) as processes,
+        ):
+            task = f"{backend}_backend.train", config.to_dict(), checkpoints
+            points, error = try_run(name, processes[backend], call, *task)
+        result = {"recipe": name, "config": config.to_dict(), "points": points or []}
         results.append(result)
-        result["seconds_to"] = {str(bits): seconds_to(points, bits) for bits in TARGETS}
-        result["reference_seconds"] = seconds_to(results[0]["points"], final)
+        if error:
+            result["error"] = error
+            continue
+        result |= {f"seconds_to_{bits}": seconds_to(points, bits) for bits in TARGETS}
+        result |= {key: points[-1][key] for key in ("bits_per_char", "seconds")}
+        if config.data.lowercase:
+            default_seconds = seconds_to(results[0]["points"], result["bits_per_char"])
+            result["default_seconds"] = default_seconds
     return results
 
 
-def train(name: str, config: ConfigDict, seconds: float) -> dict[str, Any]:
-    """Train in a new process; return the points, or none and an error."""
-    backend = "keras" if name == "keras" else "jax"
-    checkpoints = Checkpoints(time.time(), seconds, SPACING)
-    with (
-        TemporaryDirectory() as cache,
-        open_processes([backend], JAX_COMPILATION_CACHE_DIR=cache) as processes,
-    ):
-        task = f"{backend}_backend.train", config.to_dict(), checkpoints
-        try:
-            return {"points": processes[backend].submit(call, *task).result()}
-        except UserError:  # such as a text that cannot be read
-            raise
-        except Exception as error:
-            logger.warning("%s failed: %s", name, one_line(error))
-            return {"points": [], "error": one_line(error)}
-
-
-def seconds_to(points: Sequence[Mapping[str, Any]], bits: float) -> float | None:
+def seconds_to(points: Sequence[Mapping[str, float]], bits: float) -> float | None:
     """Return the seconds of the first point with at most `bits`, None if there is none."""
     return next((each["seconds"] for each in points if each["bits_per_char"] <= bits), None)
-
-
-def rows(results: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table: seconds to each target, and bits per character at the end."""
-    for result in results:
-        last = result["points"][-1] if result["points"] else {}
-        yield {
-            "seconds to bits/char": result["name"],
-            **result["seconds_to"],
-            "end": last.get("bits_per_char"),
-            "seconds": last.get("seconds"),
-            "default": result["reference_seconds"],
-        }
-
-
-def picture(results: Sequence[Mapping[str, Any]], machine: str) -> bytes:
-    """Return a PNG of bits per character over seconds."""
-
-    def draw(figure: "Figure") -> None:
-        figure.suptitle(f"Held-out bits per character since the start\n{machine}")
-        axes = figure.subplots()
-        for result in results:
-            seconds, bits = (
-                [point[key] for point in result["points"]] for key in ("seconds", "bits_per_char")
-            )
-            axes.plot(seconds, bits, label=result["name"], marker=".")
-        axes.set(xscale="log", xlabel="seconds", ylabel="bits per character")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
-
-    return png(draw, 9, 6)

@@ -11,33 +11,24 @@ import multiprocessing
 import os
 import resource
 import signal
-import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from charlstm.bench.cases import Call, Case, timed
 from charlstm.cli.runtime import keep_memory
-from charlstm.errors import one_line
+from charlstm.errors import UserError, one_line
 
 logger = logging.getLogger("charlstm.bench")
 
 BASELINES = ("torch", "keras")
 LIMIT = "matmul"  # the backend whose rate gives the time limit of a training step
-
-
-class Timing(NamedTuple):
-    """Measurements of one backend on one case."""
-
-    value: float  # what a call returns
-    seconds: tuple[float, ...]  # of one call, by round
-    peak_bytes: int
 
 
 # --- in the process of a backend ---
@@ -94,14 +85,9 @@ def time_round() -> float:
     return (time.perf_counter() - begin) / _calls_per_round
 
 
-def peak_bytes() -> int:
-    """Return the peak memory of this process."""
-    return max_rss(resource.getrusage(resource.RUSAGE_SELF))
-
-
-def max_rss(usage: resource.struct_rusage) -> int:
-    """Return ru_maxrss in bytes."""
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak_mib(who: int = resource.RUSAGE_SELF) -> float:
+    """Return the peak memory of this process, or of the largest of its ended children."""
+    return resource.getrusage(who).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # --- in the parent ---
@@ -118,36 +104,48 @@ def open_processes(names: Iterable[str], **environment: str) -> Iterator[dict[st
         yield {name: stack.enter_context(pool) for name, pool in pools.items()}
 
 
+def try_run(
+    name: str, process: Executor, function: Callable[..., Any], *arguments: Any
+) -> tuple[Any, str]:
+    """Run a function in the process of a backend; return its result and '', or None and an error.
+
+    A UserError, such as for a text that cannot be read, is raised.
+    """
+    try:
+        return process.submit(function, *arguments).result(), ""
+    except UserError:
+        raise
+    except Exception as error:
+        message = one_line(f"{type(error).__name__}: {error}")
+        logger.warning("%s failed: %s", name, message)
+        return None, message
+
+
 def time_interleaved(
     processes: Mapping[str, Executor], case: Case, rounds: int, round_seconds: float
-) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Time all backends on `case`; a backend that fails does not stop the others.
+) -> list[dict[str, Any]]:
+    """Return a result of each backend on `case`; one that fails does not stop the others.
 
     Args:
       processes: one for each backend.
       case: the work.
       rounds: number of measurements of each backend.
       round_seconds: least duration of a measurement, which has at least one call.
-
-    Returns:
-      The timings of the backends that worked, and the errors of the others.
     """
-    values: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in processes}
     errors: dict[str, str] = {}
 
     def run(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return None if name in errors else processes[name].submit(function, *arguments).result()
-        except Exception as error:
-            errors[name] = one_line(f"{type(error).__name__}: {error}")
-            logger.warning("%s failed: %s", name, errors[name])
+        if name in errors:
+            return None
+        result, error = try_run(name, processes[name], function, *arguments)
+        if error:
+            errors[name] = error
+        return result
 
-    def run_build(name: str) -> None:
-        values[name] = run(name, build, name, case)
-
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(run_build, processes))  # in parallel, because nothing is timed yet
+    with ThreadPoolExecutor() as threads:  # in parallel, because nothing is timed yet
+        built = threads.map(lambda name: run(name, build, name, case), processes)
+        values = dict(zip(processes, built, strict=True))
     for name in processes:
         run(name, calibrate, name, round_seconds)
     order = list(processes)
@@ -155,13 +153,15 @@ def time_interleaved(
         for name in order:
             seconds[name].append(run(name, time_round))
         order.reverse()  # no backend always follows the same one
-    peaks = {name: run(name, peak_bytes) for name in processes}
-    working = [name for name in processes if name not in errors]
-    timings = {name: Timing(values[name], tuple(seconds[name]), peaks[name]) for name in working}
-    return timings, errors
-
-
-# --- statistics ---
+    memory = {name: {"value": values[name], "peak_mib": run(name, peak_mib)} for name in processes}
+    metrics = summarize({n: s for n, s in seconds.items() if n not in errors}, values, case)
+    about = {"case": str(case), "sizes": case._asdict()}
+    return [
+        about
+        | {"backend": name}
+        | ({"error": errors[name]} if name in errors else metrics[name] | memory[name])
+        for name in processes
+    ]
 
 
 def product_flops(case: Case) -> float:
@@ -177,33 +177,25 @@ def product_flops(case: Case) -> float:
     return 3.0 * ((2 * case.num_layers - 1) * gates + dense)
 
 
-def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Return the median over rounds of the ratio within a round."""
-    return statistics.median(n / d for n, d in zip(numerators, denominators, strict=True))
-
-
 def summarize(
-    timings: Mapping[str, Timing], errors: Mapping[str, str], case: Case
-) -> dict[str, Any]:
-    """Return the measurements of one case in the format of bench.json."""
-    timings = dict(timings)
-    if LIMIT in timings:
-        product = timings[LIMIT]  # one large product
-        scale = product_flops(case) / product.value
-        timings[LIMIT] = product._replace(seconds=tuple(scale * s for s in product.seconds))
-    results: dict[str, Any] = {}
-    for name, timing in timings.items():
-        low, median, high = np.quantile(timing.seconds, (0.25, 0.5, 0.75)).tolist()
-        results[name] = timing._asdict() | {
-            "median_seconds": median,
-            "quartile_seconds": [low, high],
-            "characters_per_second": case.characters / median,
-        }
-        if "charlstm" in timings:
-            ratio = median_ratio(timing.seconds, timings["charlstm"].seconds)
-            results[name]["time_over_ours"] = ratio
-        if LIMIT in timings:
-            share = median_ratio(timings[LIMIT].seconds, timing.seconds)
-            results[name]["share_of_limit"] = share
-    results |= {name: {"error": error} for name, error in errors.items()}
-    return {"case": case._asdict() | {"characters": case.characters}, "results": results}
+    seconds: Mapping[str, Sequence[float]], values: Mapping[str, float], case: Case
+) -> dict[str, dict[str, Any]]:
+    """Return the metrics of each backend from its seconds per call in each round.
+
+    Ratios are medians over rounds of the ratio within a round. The value of LIMIT is the number of
+    operations of a call.
+    """
+    seconds_R = {name: np.array(each) for name, each in seconds.items()}
+    if LIMIT in seconds:
+        seconds_R[LIMIT] *= product_flops(case) / values[LIMIT]
+    metrics: dict[str, dict[str, Any]] = {}
+    for name, each_R in seconds_R.items():
+        low, median, high = (1e3 * np.quantile(each_R, (0.25, 0.5, 0.75))).tolist()
+        metrics[name] = {"ms": (1e3 * each_R).tolist()}
+        metrics[name] |= {"median_ms": median, "low_ms": low, "high_ms": high}
+        metrics[name]["chars_per_second"] = 1e3 * case.characters / median
+        if "charlstm" in seconds_R:
+            metrics[name]["time_over_ours"] = float(np.median(each_R / seconds_R["charlstm"]))
+        if LIMIT in seconds_R:
+            metrics[name]["share_of_limit"] = float(np.median(seconds_R[LIMIT] / each_R))
+    return metrics

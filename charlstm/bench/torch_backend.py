@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from charlstm.bench.cases import TEMPERATURE, Call, Case, random_ids, timed
+from charlstm.bench.cases import TEMPERATURE, Call, Case, random_ids, timed, windows_of
 
 
 class Model(nn.Module):
@@ -89,15 +89,14 @@ def _generate(case: Case) -> Call:
 
 
 def _evaluate(case: Case) -> Call:
-    model, ids_MB = Model(case), torch.tensor(random_ids(case).T).long()
+    model, ids_BM = Model(case), torch.tensor(random_ids(case)).long()
 
     @torch.inference_mode()
     def call() -> float:
         carry, nats, correct = None, 0.0, 0.0
-        for begin in range(0, case.seq_len * case.num_windows, case.seq_len):
-            window_TB = ids_MB[begin : begin + case.seq_len + 1]
-            logits_TBV, carry = model(window_TB[:-1], carry)
-            logits_MV, targets_M = logits_TBV.flatten(0, 1), window_TB[1:].flatten()
+        for ids_BT in windows_of(ids_BM, case):
+            logits_TBV, carry = model(ids_BT[:, :-1].T, carry)
+            logits_MV, targets_M = logits_TBV.flatten(0, 1), ids_BT[:, 1:].T.flatten()
             nats += nn.functional.cross_entropy(logits_MV, targets_M, reduction="sum").item()
             # Not used, but the JAX backends compute it too.
             correct += (logits_MV.argmax(-1) == targets_M).sum().item()
