@@ -159,7 +159,22 @@ def test_resume_keeps_prng_impl_of_the_run(cheaply, book_path, tmp_path):
     assert json.loads((tmp_path / "parts" / "config.json").read_text())["prng_impl"] == "rbg"
 
 
-def test_train_works_under_a_transfer_guard(finished, tmp_path):
+def test_train_works_under_a_transfer_guard(finished, tmp_path, monkeypatch):
+    compile_train_steps = loop.compile_train_steps
+
+    def compile_guarded(*args):
+        train_steps = compile_train_steps(*args)
+
+        # The number of steps is the only argument from the host.
+        def guarded(state, batches, count):
+            count = jax.device_put(count)
+            with jax.transfer_guard("disallow"):
+                return train_steps(state, batches, count)
+
+        return guarded
+
+    # train() itself allows transfers.
+    monkeypatch.setattr(loop, "compile_train_steps", compile_guarded)
     with jax.transfer_guard("disallow"):
         assert train(finished[0], tmp_path / "run")
         load_model(tmp_path / "run")
