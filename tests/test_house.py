@@ -1,14 +1,19 @@
-"""The structure of the code, read from its source."""
+"""The structure of the code, checked in its source."""
 
 import ast
 import inspect
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from charlstm.config import base_config, flatten
+from charlstm.model import CharLSTM
+from charlstm.sampling import stream
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "charlstm").glob("**/*.py"))
@@ -37,15 +42,12 @@ ORDER = """
     bench.timing bench.command bench.report bench.time_to_quality bench.measure
     bench.scaling bench.scaling_report
 """.split()
-# The sections of a config that are handed on as **config.SECTION.to_dict().
-SPREAD = ("model", "sample")
+# Sections of a config that are passed on as **config.SECTION.to_dict().
+SPREAD = {"model": CharLSTM, "sample": stream}
+UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 TOP_LEVEL = set(
     "charlstm configs launch tests BUILD.md pyproject.toml README.md LICENSE .gitignore .ci".split()
 )
-
-
-def each(paths):
-    return pytest.mark.parametrize("path", paths, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 @cache
@@ -57,8 +59,12 @@ def nodes(path: Path, *kinds: type) -> list:
     return [node for node in ast.walk(tree_of(path)) if isinstance(node, kinds)]
 
 
+def functions(path: Path) -> list:
+    return nodes(path, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 def names_imported(path: Path) -> set[str]:
-    """All that a file imports, wherever in it, in dotted form: 'absl', 'absl.flags'."""
+    """Return all imports of a file in dotted form: 'absl', 'absl.flags'."""
     found = {alias.name for node in nodes(path, ast.Import) for alias in node.names}
     for node in nodes(path, ast.ImportFrom):
         assert not node.level, f"{path}: a relative import"
@@ -67,157 +73,149 @@ def names_imported(path: Path) -> set[str]:
 
 
 def module_of(path: Path) -> str:
-    """The name of a module of the package, such as 'data.corpus'."""
+    """Return the name of a module of the package, such as 'data.corpus'."""
     return ".".join(path.relative_to(ROOT / "charlstm").with_suffix("").parts)
 
 
 def dotted(node: ast.AST) -> str:
-    """'config.data.path' for such an expression, with '?' for what is no name."""
+    """Return the text of an expression such as 'config.data.path', with '?' for other parts."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else "?"
 
 
-def test_there_is_something_to_keep():
-    # Every test below is a loop over these.
+def faults(paths: Iterable[Path], check: Callable[[Path], Iterable]) -> dict[str, list]:
+    """Return what `check` finds in each file, without the files in which it finds nothing."""
+    found = {str(path.relative_to(ROOT)): list(check(path)) for path in paths}
+    return {path: faults for path, faults in found.items() if faults}
+
+
+def test_there_are_files_to_check():
     assert len(PACKAGE) > 10
     assert len(LAUNCH) >= 4
     assert len(CONFIGS) >= 3
     assert Path(__file__) in TESTS
 
 
-# --- who may import whom ---
+# --- imports ---
 
 
 def test_order_lists_every_module_once():
     assert sorted(ORDER) == sorted(module_of(path) for path in MODULES)
 
 
-@each(MODULES)
-def test_module_imports_only_modules_before_it(path):
-    imported = {name.removeprefix("charlstm.") for name in names_imported(path)}
-    assert imported & set(ORDER) <= set(ORDER[: ORDER.index(module_of(path))])
+def test_modules_import_only_modules_before_them():
+    def later_modules(path):
+        imported = {name.removeprefix("charlstm.") for name in names_imported(path)}
+        return imported & set(ORDER[ORDER.index(module_of(path)) :])
+
+    assert faults(MODULES, later_modules) == {}
 
 
-@each([path for path in PACKAGE + CONFIGS if path.parent.name != "cli"])
-def test_flags_are_for_launchers_only(path):
+def test_only_launchers_use_flags():
     flags = ("absl.app", "absl.flags", "ml_collections.config_flags")
-    assert not {name for name in names_imported(path) if name.startswith(flags)}
+    paths = [path for path in PACKAGE + CONFIGS if path.parent.name != "cli"]
+    uses = lambda path: [name for name in names_imported(path) if name.startswith(flags)]  # noqa: E731
+    assert faults(paths, uses) == {}
 
 
-@each(PACKAGE + LAUNCH)
-def test_nothing_private_of_jax_is_imported_when_a_module_is(path):
-    imports = [node for node in tree_of(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {alias.name for node in imports for alias in node.names}
-    names |= {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
-    assert not {name for name in names if name.startswith("jax._")}
+def test_no_module_imports_private_jax_at_the_top():
+    def private_imports(path):
+        kinds = ast.Import | ast.ImportFrom
+        imports = [node for node in tree_of(path).body if isinstance(node, kinds)]
+        names = {alias.name for node in imports for alias in node.names}
+        names |= {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
+        return [name for name in names if name.startswith("jax._")]
+
+    assert faults(PACKAGE + LAUNCH, private_imports) == {}
 
 
 # --- settings ---
 
 
-@each(PACKAGE + LAUNCH + CONFIGS)
-def test_defaults_are_in_config_py_only(path):
-    with_default = []
-    for call in nodes(path, ast.Call):
-        is_get = isinstance(call.func, ast.Attribute) and call.func.attr == "get"
-        is_getattr = dotted(call.func) == "getattr" and len(call.args) == 3
-        subject = call.func.value if is_get else call.args[0] if is_getattr else None
-        # config, run.config, config.model ...
-        if subject is not None and "config" in dotted(subject).split("."):
-            with_default.append(ast.unparse(call))
-    assert with_default == []
+def test_defaults_of_settings_are_in_config_py_only():
+    def reads_with_default(path):
+        for call in nodes(path, ast.Call):
+            is_get = isinstance(call.func, ast.Attribute) and call.func.attr == "get"
+            is_getattr = dotted(call.func) == "getattr" and len(call.args) == 3
+            subject = call.func.value if is_get else call.args[0] if is_getattr else None
+            # config, run.config, config.model ...
+            if subject is not None and "config" in dotted(subject).split("."):
+                yield ast.unparse(call)
+
+    assert faults(PACKAGE + LAUNCH + CONFIGS, reads_with_default) == {}
 
 
-def config_keys() -> list[str]:
-    from charlstm.config import base_config, flatten
-
-    return list(flatten(base_config()))
-
-
-def reads_of_settings() -> set[str]:
-    """The ends 'config.seed' and 'data.path' of all that charlstm and launch read."""
+def test_every_setting_is_read():
     readers = [path for path in PACKAGE if not path.stem.startswith("config")] + LAUNCH
-    reads = set()
-    for path in readers:
-        for node in nodes(path, ast.Attribute):
-            if isinstance(node.ctx, ast.Load):
-                reads.add(".".join(dotted(node).split(".")[-2:]))
-    return reads
+    attributes = [node for path in readers for node in nodes(path, ast.Attribute)]
+    reads = [dotted(node) for node in attributes if isinstance(node.ctx, ast.Load)]
+    # 'config.seed' and 'data.path'
+    ends = {".".join(read.split(".")[-2:]) for read in reads}
+    keys = [key for key in flatten(base_config()) if key.split(".")[0] not in SPREAD]
+    assert {key if "." in key else f"config.{key}" for key in keys} <= ends
 
 
-def spreads(path: Path) -> list[str]:
-    """The expressions X of all f(**X) in a file."""
-    return [
-        ast.unparse(keyword.value)
-        for call in nodes(path, ast.Call)
-        for keyword in call.keywords
-        if keyword.arg is None
-    ]
-
-
-@pytest.mark.parametrize("key", [key for key in config_keys() if key.split(".")[0] not in SPREAD])
-def test_every_setting_is_read_by_somebody(key):
-    wanted = key if "." in key else f"config.{key}"
-    assert wanted in reads_of_settings()
-
-
-@pytest.mark.parametrize("section", SPREAD)
-def test_the_sections_that_are_spread_whole_have_a_taker_for_every_setting(section):
-    from charlstm.model import CharLSTM
-    from charlstm.sampling import stream
-
-    taker = {"model": CharLSTM, "sample": stream}[section]
-    keys = {key.split(".")[1] for key in config_keys() if key.startswith(f"{section}.")}
+@pytest.mark.parametrize(("section", "function"), SPREAD.items())
+def test_a_spread_section_has_only_parameters_of_its_function(section, function):
+    keys = {key.split(".")[1] for key in flatten(base_config()) if key.startswith(f"{section}.")}
     assert keys
-    assert keys <= inspect.signature(taker).parameters.keys()
-    assert f"config.{section}.to_dict()" in {text for path in PACKAGE for text in spreads(path)}
+    assert keys <= inspect.signature(function).parameters.keys()
+    calls = [call for path in PACKAGE for call in nodes(path, ast.Call)]
+    spread = [word.value for call in calls for word in call.keywords if word.arg is None]
+    assert f"config.{section}.to_dict()" in map(ast.unparse, spread)
 
 
-# --- nothing that a stranger's file could run ---
+# --- loading executes nothing ---
 
 
-@each(PACKAGE + LAUNCH + CONFIGS)
-def test_nothing_reads_a_file_as_a_program(path):
-    unsafe = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-    imported = names_imported(path)
-    assert not {name for name in imported if name.split(".")[0] in unsafe}
-    called = {dotted(call.func) for call in nodes(path, ast.Call)}
-    assert not called & {"eval", "exec", "builtins.eval", "builtins.exec"}
-    used = {dotted(node) for node in nodes(path, ast.Attribute)} | imported
-    assert not used & {"np.load", "numpy.load", "jnp.load", "jax.numpy.load"}
-    keywords = {keyword.arg or "" for keyword in nodes(path, ast.keyword)}
-    assert not {word for word in keywords | used if "pickle" in word}
+def test_no_module_can_execute_a_file():
+    def unsafe_uses(path):
+        imported = names_imported(path)
+        yield from (name for name in imported if name.split(".")[0] in UNSAFE_MODULES)
+        called = {dotted(call.func) for call in nodes(path, ast.Call)}
+        yield from called & {"eval", "exec", "builtins.eval", "builtins.exec"}
+        used = {dotted(node) for node in nodes(path, ast.Attribute)} | imported
+        yield from used & {"np.load", "numpy.load", "jnp.load", "jax.numpy.load"}
+        keywords = {keyword.arg or "" for keyword in nodes(path, ast.keyword)}
+        yield from (word for word in keywords | used if "pickle" in word)
+
+    assert faults(PACKAGE + LAUNCH + CONFIGS, unsafe_uses) == {}
 
 
-# --- sizes and places ---
+# --- sizes, names and places ---
 
 
-@each(PACKAGE + LAUNCH)
-def test_no_file_is_longer_than_400_lines(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+def test_no_file_has_more_than_400_lines():
+    lengths = {
+        path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE + LAUNCH
+    }
+    assert {path: length for path, length in lengths.items() if length > 400} == {}
 
 
-# The training loop, which reads best as a whole: its parts would hand on all of its variables.
-LONG_FUNCTIONS = {"training.loop.resume": 100}
+# The training loop is easier to follow in one piece.
+LONG = {"resume": 100}
 
 
-@each(PACKAGE + LAUNCH)
-def test_no_function_is_longer_than_60_lines(path):
-    module = module_of(path) if path in PACKAGE else path.stem
-    for node in nodes(path, ast.FunctionDef, ast.AsyncFunctionDef):
-        limit = LONG_FUNCTIONS.get(f"{module}.{node.name}", 60)
-        assert node.end_lineno - node.lineno < limit, node.name
+def test_no_function_has_more_than_60_lines():
+    def long_functions(path):
+        lengths = {f.name: f.end_lineno - f.lineno + 1 for f in functions(path)}
+        return [name for name, length in lengths.items() if length > LONG.get(name, 60)]
+
+    assert faults(PACKAGE + LAUNCH, long_functions) == {}
 
 
-@each([*PACKAGE, *LAUNCH, *CONFIGS, *TESTS, ROOT / "README.md", ROOT / "pyproject.toml"])
-def test_no_file_mentions_a_place_on_one_machine(path):
-    places = [f"/{folder}/" for folder in ("work", "tmp")]
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if any(place in line for place in places)] == []
+def test_no_file_names_a_path_of_one_machine():
+    def paths_in(path):
+        folders = [f"/{folder}/" for folder in ("work", "tmp")]
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [line for line in lines if any(folder in line for folder in folders)]
+
+    files = [*PACKAGE, *LAUNCH, *CONFIGS, *TESTS, ROOT / "README.md", ROOT / "pyproject.toml"]
+    assert faults(files, paths_in) == {}
 
 
-def test_the_top_of_the_repository_holds_nothing_unexpected():
+def test_top_of_the_repository_has_only_known_entries():
     try:
         answer = subprocess.run(
             ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -229,10 +227,10 @@ def test_the_top_of_the_repository_holds_nothing_unexpected():
     assert {"charlstm", "configs", "launch", "pyproject.toml"} <= top
 
 
-# --- the front door ---
+# --- the public API ---
 
 
-def test_the_public_names_are_all_there():
+def test_public_names_can_be_imported():
     import charlstm
 
     assert len(charlstm.__all__) == len(set(charlstm.__all__))
@@ -242,7 +240,7 @@ def test_the_public_names_are_all_there():
         _ = charlstm.nonsense
 
 
-def test_type_checkers_see_the_same_public_names():
+def test_type_checkers_see_the_public_names():
     from charlstm import __all__ as public
 
     [block] = [node for node in tree_of(ROOT / "charlstm" / "__init__.py").body if is_typing(node)]
@@ -257,7 +255,7 @@ def is_typing(node: ast.AST) -> bool:
 
 
 @pytest.mark.parametrize("module", ["charlstm", "charlstm.config"])
-def test_a_mistyped_flag_is_answered_before_jax_is_imported(module):
+def test_package_and_config_do_not_import_jax(module):
     program = (
         f"import sys, {module}; print(sorted({{'jax', 'jaxlib', 'flax'}} & sys.modules.keys()))"
     )
