@@ -32,6 +32,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Eight virtual devices for the tests' own process; launched processes keep what they find.
 jax.config.update("jax_num_cpu_devices", 8)
+# Arrays of different ranks meet only where the code says how.
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Time says nothing here: the first example compiles, and the machine is shared.
 settings.register_profile("default", deadline=None)

@@ -73,7 +73,7 @@ def assert_runs_close(workdir, reference):
 
 
 def small_config(book_path, **changes):
-    """Return the config of a short run; runs of any length have the same compiled program."""
+    """Return the config of a short run; the compiled program does not depend on its length."""
     config = base_config()
     settings = {
         "data.path": str(book_path),
@@ -102,7 +102,7 @@ def abstract_state_of(run):
 
 
 def untrained_run(config, workdir):
-    """Return a run with a checkpoint, of step 0, of made-up weights: nothing is compiled for it."""
+    """Return a run with a checkpoint of step 0 and made-up weights, without compiling anything."""
     run = prepare(config, epath.Path(workdir)).run
     run.workdir.mkdir(parents=True)
     write_run(run)
@@ -119,7 +119,7 @@ def untrained_run(config, workdir):
 
 
 def stop_after(num_calls):
-    """Return a should_stop that becomes true after so many calls of train_steps."""
+    """Return a should_stop that becomes true after `num_calls` calls of train_steps."""
     calls = iter(range(1, 10**6))
     return lambda: next(calls) >= num_calls
 
@@ -133,7 +133,7 @@ def flip(path, place):
 
 
 def config_with(changes: dict) -> ConfigDict:
-    # Not by assignment, at which a ConfigDict refuses or converts most wrong types by itself.
+    # ConfigDict converts or refuses most wrong types on assignment, so build a new one.
     sections = base_config().to_dict()
     for key, value in changes.items():
         *section, name = key.split(".")

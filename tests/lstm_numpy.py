@@ -12,9 +12,9 @@ def sigmoid(x):
 def lstm(params, carry, inputs_TBE, mask_BH=1.0):
     """Return the last carry (c_BH, h_BH) and hidden_TBH, on the parameter tree of Flax's cell.
 
-    The gates see mask_BH * h in place of h, and with the kernel `scale` (1 + x scale) times that.
-    With `norm` what they get from it is divided by its root mean square over all gates and
-    multiplied by the gain.
+    The gates read mask_BH * h, with the kernel `scale` (1 + x scale) * mask_BH * h. With `norm` the
+    recurrent products are divided by their root mean square over all gates and multiplied by the
+    gain.
     """
     steps = _steps(params, carry, inputs_TBE, mask_BH)
     hidden_TBH = np.stack([step["h"] for step in steps])
@@ -32,7 +32,7 @@ def _steps(params, carry, inputs_TBE, mask_BH):
             "h_before": h_BH,
             "c_before": c_BH,
             "scale": scale_BH,
-            "seen": gated_h_BH,
+            "gated_h": gated_h_BH,
         }
         product_BG = np.hstack([gated_h_BH @ params["h" + gate]["kernel"] for gate in GATES])
         if "norm" in params:
@@ -49,9 +49,9 @@ def _steps(params, carry, inputs_TBE, mask_BH):
 
 
 def lstm_gradient(params, carry, inputs_TBE, carry_grad, hidden_grad_TBH, mask_BH=1.0):
-    """Return the gradients for (params, carry, inputs_TBE), by back-propagation through time.
+    """Return the gradients by (params, carry, inputs_TBE), by back-propagation through time.
 
-    `carry_grad` and `hidden_grad_TBH` are the gradients of a loss for what lstm returns.
+    `carry_grad` and `hidden_grad_TBH` are the gradients of a loss by the results of lstm.
     """
     params_grad = {name: {k: np.zeros_like(v) for k, v in p.items()} for name, p in params.items()}
     inputs_grad_TBE = np.zeros_like(inputs_TBE)
@@ -77,13 +77,13 @@ def lstm_gradient(params, carry, inputs_TBE, carry_grad, hidden_grad_TBH, mask_B
         if "norm" in params:
             params_grad["norm"]["gain"] += (product_grad_BG * step["normed"]).sum(axis=0)
             product_grad_BG = product_grad_BG * params["norm"]["gain"]
-            # The slope of p / rms(p), row by row, as a matrix.
+            # The Jacobian of p / rms(p), row by row.
             for row, (normed_G, root) in enumerate(zip(step["normed"], step["root"], strict=True)):
                 size = len(normed_G)
-                slope_GG = root * (np.eye(size) - np.outer(normed_G, normed_G) / size)
-                product_grad_BG[row] = slope_GG @ product_grad_BG[row]
+                jacobian_GG = root * (np.eye(size) - np.outer(normed_G, normed_G) / size)
+                product_grad_BG[row] = jacobian_GG @ product_grad_BG[row]
         for gate, dp_BH in zip(GATES, np.split(product_grad_BG, 4, axis=1), strict=True):
-            params_grad["h" + gate]["kernel"] += step["seen"].T @ dp_BH
+            params_grad["h" + gate]["kernel"] += step["gated_h"].T @ dp_BH
             dh_BH += dp_BH @ params["h" + gate]["kernel"].T
         dh_BH = dh_BH * mask_BH
         if "scale" in params:
