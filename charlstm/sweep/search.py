@@ -61,6 +61,9 @@ def run(
     validated on the next 5 % with its final weights; no trial sees the last 10 %. A trial that is
     recorded in `out` does not run again.
 
+        results = sweep.run(base_config(), {"model.hidden_size": [128, 256]}, paths=["book.txt"])
+        print(results)
+
     Args:
       config: the settings of all trials; data.val_fraction is replaced.
       varied: the values of each setting that varies, by key.

@@ -47,7 +47,7 @@ def config(book_path):
     config.update_from_flattened_dict(PLAIN)
     config.update({"num_steps": 205, "batch_size": 8, "seq_len": 32, "eval_every_steps": 100})
     config.data.path = str(book_path)
-    config.mesh.data = 1
+    config.mesh.data, config.sample.length = 1, 16
     config.model.hidden_size = 64
     return config
 
