@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +60,7 @@ def run(
     validated on the next 5 % with its final weights; no trial sees the last 10 %. A trial that is
     recorded in `out` does not run again.
 
-        results = sweep.run(base_config(), {"model.hidden_size": [128, 256]}, paths=["book.txt"])
-        print(results)
+        print(sweep.run(base_config(), {"model.hidden_size": [128, 256]}, paths=["book.txt"]))
 
     Args:
       config: the settings of all trials; data.val_fraction is replaced.
@@ -89,11 +87,10 @@ def run(
     opened = [texts.open_text(path, cleaning) for path in paths or [config.data.path]]
     names = [text.name for text in opened]
     grid.check_distinct("--texts", names)
-    planned = grid.make_trials(config, combinations, names, seeds)
+    planned, folder = grid.make_trials(config, combinations, names, seeds), Path(out)
     shared = grid.shared_settings(planned)
-    folder = Path(out)
     grid.refuse_other_sweep(folder / "sweep.json", shared)
-    folders.make_out(os.fspath(out), "sweep.json", set(shared))
+    folders.make_out(out, "sweep.json", set(shared))
     try:
         with lock_folder(epath.Path(folder), "choose another --out"):
             write_file(epath.Path(folder / "sweep.json"), json.dumps(shared, indent=1) + "\n")
