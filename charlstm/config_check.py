@@ -14,7 +14,7 @@ Rule = tuple[Callable[[Any], bool], str]
 
 
 def _count(low: int) -> Rule:
-    # Above it JAX's integers end, and with them the messages that anybody understands.
+    # Larger numbers exceed JAX's integers, which gives unclear errors later.
     return (lambda v: low <= v < 2**31), f"a whole number from {low} to {2**31 - 1}"
 
 
@@ -80,10 +80,10 @@ _RULES: dict[str, Rule] = {
 
 
 def check_key(key: str) -> None:
-    """Raise UserError with the nearest valid name if no config has the setting `key`."""
+    """Raise UserError, with the nearest valid key, if there is no setting `key`."""
     known = list(flatten(base_config()))
     if key not in known:
-        # A forgotten section is as common as a slip of the finger.
+        # The name alone, without its section, also counts as near.
         names = {name.split(".")[-1]: name for name in known} | {name: name for name in known}
         near = [names[name] for name in difflib.get_close_matches(key, names, n=1)]
         hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
@@ -91,7 +91,7 @@ def check_key(key: str) -> None:
 
 
 def check_setting(key: str, value: Any) -> None:
-    """Raise UserError if `value` makes no sense for the setting `key`."""
+    """Raise UserError if `value` is out of range for the setting `key`."""
     if key in _RULES:
         is_valid, allowed = _RULES[key]
         if not is_valid(value):
@@ -99,7 +99,7 @@ def check_setting(key: str, value: Any) -> None:
 
 
 def validate(config: ConfigDict) -> None:
-    """Raise UserError with key, value and what is allowed, for the first invalid setting."""
+    """Raise UserError for the first invalid setting, with its key, value and allowed values."""
     settings, defaults = flatten(config), flatten(base_config())
     for key, value in settings.items():
         check_key(key)
@@ -110,56 +110,57 @@ def validate(config: ConfigDict) -> None:
     for key in defaults:
         if key not in settings:
             raise UserError(f"config.{key}: missing; start from charlstm.config.base_config()")
-    if config.data.order == "streams" and config.data.loss_on == "last":
+    _check_combinations(config)
+
+
+def _check_combinations(config: ConfigDict) -> None:
+    data, model, optimizer = config.data, config.model, config.optimizer
+    if data.order == "streams" and data.loss_on == "last":
         raise UserError(
-            "config.data.loss_on=last: streams would leave most characters unlearnt; "
-            "use all, or config.data.order=windows"
+            "config.data.loss_on=last: needs config.data.order=windows; for streams use all"
         )
-    if config.model.recurrence == "cudnn" and config.model.dtype != "float32":
-        raise UserError(
-            f"config.model.dtype={config.model.dtype}: config.model.recurrence=cudnn takes float32 "
-            "only; use fused"
-        )
-    if config.model.recurrence == "cudnn" and config.data.document_separator:
-        raise UserError(
-            "config.model.recurrence=cudnn: cannot begin a document within a sequence, as "
-            "config.data.document_separator asks for; use fused"
-        )
-    for part, none in (
-        ("multiplicative", False),
-        ("recurrent_rms_norm", False),
-        ("recurrent_dropout", 0.0),
-    ):
-        if config.model.recurrence == "cudnn" and config.model[part]:
+    if model.recurrence == "cudnn":
+        if model.dtype != "float32":
             raise UserError(
-                f"config.model.{part}={config.model[part]}: config.model.recurrence=cudnn has no "
-                f"such thing; use fused, or config.model.{part}={none}"
+                f"config.model.dtype={model.dtype}: config.model.recurrence=cudnn supports float32 "
+                "only; use fused"
             )
-    if config.model.tie_embeddings and config.model.input != "embed":
+        if data.document_separator:
+            raise UserError(
+                "config.model.recurrence=cudnn: cannot reset the carry within a sequence, which "
+                "config.data.document_separator needs; use fused"
+            )
+        for part in ("multiplicative", "recurrent_rms_norm", "recurrent_dropout"):
+            if model[part]:
+                off = type(model[part])()
+                raise UserError(
+                    f"config.model.{part}={model[part]}: config.model.recurrence=cudnn does not "
+                    f"support it; use fused, or config.model.{part}={off}"
+                )
+    if model.tie_embeddings and model.input != "embed":
         raise UserError(
-            f"config.model.tie_embeddings=True: config.model.input={config.model.input} has no "
+            f"config.model.tie_embeddings=True: config.model.input={model.input} has no "
             "embeddings; use config.model.input=embed"
         )
-    optimizer = config.optimizer
     if optimizer.weight_decay and not optimizer.name.endswith("adamw"):
         raise UserError(
-            f"config.optimizer.weight_decay={optimizer.weight_decay}: {optimizer.name} has none; "
-            "use config.optimizer.name=adamw, or config.optimizer.weight_decay=0"
+            f"config.optimizer.weight_decay={optimizer.weight_decay}: {optimizer.name} has no "
+            "weight decay; use config.optimizer.name=adamw, or config.optimizer.weight_decay=0"
         )
 
 
 def parse_setting(key: str, word: str) -> Any:
-    """Return the value that `word` of a command line gives the setting `key`.
+    """Parse the value of the setting `key` from `word` of a command line.
 
     Raises:
-      UserError: if there is no such setting, or the value is not of its type.
+      UserError: if there is no such setting, or `word` is not of its type.
     """
     check_key(key)
-    wanted = type(flatten(base_config())[key])
+    kind = type(flatten(base_config())[key])
     names = {int: "a whole number", float: "a number", bool: "true or false"}
     try:
-        if wanted is bool:
+        if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[word.lower()]
-        return wanted(word)
+        return kind(word)
     except (KeyError, ValueError):
-        raise UserError(f"config.{key}={word}: must be {names[wanted]}") from None
+        raise UserError(f"config.{key}={word}: must be {names[kind]}") from None

@@ -1,34 +1,34 @@
-"""The ways in which a command fails with one line instead of a traceback."""
+"""Errors that a command prints as one line instead of a traceback."""
 
 
 class UserError(Exception):
-    """A mistake of the user's: the message names the thing, its value and the remedy."""
+    """A mistake of the user. The message has the argument or file, its value and the remedy."""
 
     exit_code = 2
 
 
 class ArgumentError(UserError, ValueError):
-    """A wrong argument of a public function, which may also come from a command line."""
+    """An invalid argument of a public function, which may come from a command line."""
 
 
 class DamagedError(UserError):
-    """A file of a run folder that is not as it was written."""
+    """A missing or damaged file of a run folder."""
 
 
 class OccupiedError(UserError):
-    """A run folder that belongs to something else, so that another one is needed."""
+    """A folder that belongs to another run."""
 
 
 class RunError(UserError):
-    """A failure that is not the user's mistake, such as a full disk."""
+    """A failure that is not a mistake of the user, such as a full disk."""
 
     exit_code = 1
 
 
 def printable(text: str) -> str:
-    r"""Return `text` with all control characters but tab and newline as escapes such as \x1b.
+    r"""Return `text` with control characters, except tab and newline, as escapes such as \x1b.
 
-    A terminal obeys control characters: they clear it, rename it or recolour it.
+    Control characters could clear, rename or recolour the terminal.
     """
     return "".join(
         char if char in "\t\n" or not _is_control(ord(char)) else ascii(char)[1:-1] for char in text
@@ -36,15 +36,15 @@ def printable(text: str) -> str:
 
 
 def one_line(message: object) -> str:
-    """Return what a text or an exception says, fit for one line of a terminal.
+    """Return a text or the message of an exception as one printable line.
 
-    A long one is without its middle, an empty one is the name of its type.
+    The middle of a long message is omitted; an empty message becomes the name of its type.
     """
     line = printable(" ".join(str(message).split())) or type(message).__name__
-    # A value may have thousands of digits; thing and remedy are at the ends.
+    # A value can have thousands of digits; the argument and the remedy are at the ends.
     return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
 
 
 def _is_control(code: int) -> bool:
-    # Lone surrogates too: no terminal's encoding has them.
+    # Lone surrogates too, which no encoding of a terminal has.
     return code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000

@@ -1,4 +1,4 @@
-"""The files of a run folder: written whole, read without trust, by one writer at a time."""
+"""Write files atomically, read untrusted files, and lock and check folders."""
 
 import json
 import os
@@ -14,24 +14,24 @@ from filelock import FileLock, Timeout
 
 from charlstm.errors import DamagedError, RunError, UserError, one_line
 
-# A vocabulary of all of Unicode and 256 long prompts take a tenth of it.
+# Ten times the size of a vocabulary of all of Unicode and 256 long prompts.
 MAX_JSON_BYTES = 2**28
-# What the content of a lock file begins with.
+# The beginning of the content of a lock file.
 LOCK_TEXT = "process "
-# glob takes the first four for a pattern, and TensorStore the last one for a slash.
+# glob interprets the first four, and TensorStore takes the last one for a slash.
 PATTERN_CHARS = set("[]*?\\") - {os.sep}
 
 
 def temporary_name(name: str) -> str:
-    """Return the name that write_file gives to the file `name` until it is whole."""
+    """Return the name under which write_file writes the file `name` until it is complete."""
     return f".{name}.tmp"
 
 
 def write_file(path: epath.Path, content: bytes | str) -> None:
-    """Write a file so that a reader, or a crash, finds the old content or the new one whole."""
+    """Write a file atomically: after a crash it has the old or the new content, never a part."""
     raw = content.encode() if isinstance(content, str) else content
     temporary = path.parent / temporary_name(path.name)
-    # What is left of a crash; or a link, which would lead the content out of the folder.
+    # A leftover of a crash, or a link, through which the content would leave the folder.
     temporary.unlink(missing_ok=True)
     try:
         temporary.write_bytes(raw)
@@ -42,41 +42,40 @@ def write_file(path: epath.Path, content: bytes | str) -> None:
 
 
 class GrowingFile:
-    """A text file whose end this process alone writes.
+    """A text file that only this process writes, by appending to it.
 
-    On a local disk text is appended, so that a crash can tear the last line. A bucket has no
-    append: there the file is written whole.
+    A crash can cut the last line. A bucket cannot append, so the whole file is written there.
     """
 
-    def __init__(self, path: epath.Path, whole: Callable[[], str]):
-        """Make the file, unless it is empty, hold what `whole` returns, now and at each append."""
-        self._path, self._whole = path, whole
-        content = whole().encode()
-        if (path.read_bytes() if path.exists() else b"") != content:
-            write_file(path, content)
-        self._size = len(content)
+    def __init__(self, path: epath.Path, content: Callable[[], str]):
+        """Write what `content` returns, the whole content at any time, unless the file has it."""
+        self._path, self._content = path, content
+        raw = content().encode()
+        if (path.read_bytes() if path.exists() else b"") != raw:
+            write_file(path, raw)
+        self._size = len(raw)
 
     def append(self, text: str) -> None:
-        """Add `text`, which `whole` has at its end already."""
+        """Append `text`, with which the whole content already ends."""
         raw = text.encode()
         if not is_local(self._path):
-            write_file(self._path, self._whole())
+            write_file(self._path, self._content())
             return
         with self._path.open("ab") as file:
-            is_as_left = os.fstat(file.fileno()).st_size == self._size
-            if is_as_left:
+            is_unchanged = os.fstat(file.fileno()).st_size == self._size
+            if is_unchanged:
                 file.write(raw)
-        if not is_as_left:  # it was changed, or an earlier write failed
-            write_file(self._path, self._whole())
+        if not is_unchanged:  # another process changed it, or an earlier write failed
+            write_file(self._path, self._content())
         self._size += len(raw)
 
 
 def read_json(path: epath.Path) -> Any:
-    """Return what a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises:
-      DamagedError: if it is missing, too large, or not JSON.
-      RunError: if it is there and cannot be read.
+      DamagedError: if the file is missing, too large or not JSON.
+      RunError: if the file exists and cannot be read.
     """
     try:
         if not _is_file(path):
@@ -87,15 +86,15 @@ def read_json(path: epath.Path) -> Any:
             raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
         return json.loads(raw.decode())
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise _unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         raise DamagedError(
-            f"{path}: missing or damaged ({one_line(error)}); bring the file back, or train again"
+            f"{path}: missing or damaged ({one_line(error)}); restore the file, or train again"
         ) from error
 
 
 def _is_file(path: epath.Path) -> bool:
-    # Path.is_file also denies a file whose folder may not be entered.
+    # Path.is_file also returns False for a file in a folder that cannot be entered.
     if not is_local(path):
         return path.is_file()
     try:
@@ -104,8 +103,7 @@ def _is_file(path: epath.Path) -> bool:
         return False
 
 
-def unreadable(path: epath.PathLike, error: OSError) -> RunError:
-    """Return the error for a file that is there and cannot be read."""
+def _unreadable(path: epath.PathLike, error: OSError) -> RunError:
     return RunError(
         f"{path}: cannot be read ({error.strerror or error}); make it readable, and give the same "
         "command again"
@@ -113,13 +111,13 @@ def unreadable(path: epath.PathLike, error: OSError) -> RunError:
 
 
 def check_readable(folder: epath.Path) -> None:
-    """Raise RunError if a file in `folder` cannot be opened, as for want of permission."""
+    """Raise RunError if a file in `folder` cannot be opened, for lack of permission for example."""
     if not is_local(folder):
         return
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
-            raise unreadable(error.filename, error) from error
+            raise _unreadable(error.filename, error) from error
 
     for parent, _, names in os.walk(folder, onerror=refuse):
         for name in names:
@@ -130,32 +128,28 @@ def check_readable(folder: epath.Path) -> None:
 
 
 def refuse_links(folder: epath.Path, allowed: str = "checkpoints") -> None:
-    """Raise UserError if a link in `folder` leads out of it: a stranger's could lead anywhere.
+    """Raise UserError if a link in `folder` points to a file outside of it.
 
-    The entry `allowed` may be this user's own link to a folder, such as one on a larger disk. Files
-    of a run are only read as data, so that a link which a stranger planted reveals nothing.
+    A run folder may come from somebody else. The entry `allowed` may be this user's own link to a
+    folder, such as one on a larger disk.
     """
     if not is_local(folder):
         return
-    home = os.path.realpath(folder)
-    own = os.path.join(home, allowed)
-    roots = [home]
-    user = getattr(os, "geteuid", lambda: 0)()  # Windows has none
+    roots = [os.path.realpath(folder)]
+    own = os.path.join(roots[0], allowed)
+    user = getattr(os, "geteuid", lambda: 0)()  # not on Windows
     if os.path.isdir(own) and os.path.islink(own) and os.lstat(own).st_uid == user:
         roots.append(os.path.realpath(own))
     for root in roots:
         for parent, folders, files in os.walk(root):
-            for name in folders + files:
-                path = os.path.join(parent, name)
+            for path in (os.path.join(parent, name) for name in folders + files):
+                if not os.path.islink(path):
+                    continue
                 target = os.path.realpath(path)
-                if (
-                    os.path.islink(path)
-                    and target not in roots
-                    and not target.startswith(root + os.sep)
-                ):
+                if target not in roots and not target.startswith(root + os.sep):
                     raise UserError(
-                        f"{path}: a link to {target}, out of the run folder; put what it leads to "
-                        "in its place"
+                        f"{path}: a link to {target}, out of the run folder; replace the link by "
+                        "its target"
                     )
 
 
@@ -165,26 +159,26 @@ def is_link(path: epath.Path) -> bool:
 
 
 def is_local(path: epath.Path) -> bool:
-    """Return whether `path` is of this machine's file systems, not of a bucket."""
+    """Return whether `path` is on a file system of this machine, not in a bucket."""
     return "://" not in os.fspath(path)
 
 
 @contextmanager
 def plain_path(folder: epath.Path) -> Iterator[epath.Path]:
-    """Yield a path of `folder` that Orbax takes as it is.
+    """Yield a path of `folder` without characters that Orbax would interpret.
 
-    Where a name on the way to `folder` has brackets or the like, or is not UTF-8, the path is a
-    link in a temporary folder that exists until the end of the block.
+    If the path has such characters, or is not UTF-8, yield a link to `folder` in a temporary
+    folder that exists within the block.
 
     Raises:
-      UserError: if there can be no such link.
+      UserError: if the link cannot be made.
     """
     if not is_local(folder) or _is_plain(os.fspath(folder)):
         yield folder
         return
     refusal = UserError(
-        f"{folder}: checkpoints cannot have any of {' '.join(sorted(PATTERN_CHARS))} in their path "
-        "here, or a name that is not UTF-8; rename the folder, or choose another --workdir"
+        f"{folder}: checkpoints need a path in UTF-8 without {' '.join(sorted(PATTERN_CHARS))} "
+        "here; rename the folder, or choose another --workdir"
     )
     if not _is_plain(tempfile.gettempdir()):
         raise refusal
@@ -192,18 +186,18 @@ def plain_path(folder: epath.Path) -> Iterator[epath.Path]:
         link = os.path.join(home, folder.name)
         try:
             os.symlink(folder, link)
-        except OSError as error:  # as on Windows without the right to
+        except OSError as error:  # for example on Windows without the privilege
             raise refusal from error
         yield epath.Path(link)
 
 
 def _is_plain(path: str) -> bool:
-    # Names that are not UTF-8 have lone surrogates in Python.
+    # In Python, names that are not UTF-8 contain lone surrogates, which are not printable.
     return not PATTERN_CHARS.intersection(path) and path.isprintable()
 
 
 def is_lock(path: epath.Path) -> bool:
-    """Return whether `path` is a file that lock_folder made."""
+    """Return whether `path` is a lock file of lock_folder."""
     if not path.is_file() or is_link(path):
         return False
     return path.read_bytes()[: len(LOCK_TEXT)] in (b"", LOCK_TEXT.encode())
@@ -211,13 +205,12 @@ def is_lock(path: epath.Path) -> bool:
 
 @contextmanager
 def lock_folder(folder: epath.Path, remedy: str = "choose another --workdir") -> Iterator[None]:
-    """Make `folder` if need be, and keep other writers out of it until the end of the block.
+    """Make `folder` if it is missing, and keep other writers out of it within the block.
 
-    The lock is the operating system's, so that it ends with its holder, however that ends. In a
-    bucket there is none.
+    The operating system releases the lock when its holder ends. Buckets have no lock.
 
     Raises:
-      UserError: if another process writes there, or the folder cannot be written.
+      UserError: if another process holds the lock, or the folder cannot be written.
     """
     if not is_local(folder):
         yield
@@ -227,14 +220,12 @@ def lock_folder(folder: epath.Path, remedy: str = "choose another --workdir") ->
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(path) and not is_lock(path):
-            raise UserError(f"{path}: is not a lock of this program; {remedy}")
+            raise UserError(f"{path}: is not a lock of charlstm; {remedy}")
         lock.acquire(timeout=0)
         path.write_text(f"{LOCK_TEXT}{os.getpid()} on {socket.gethostname()}")
     except Timeout:
         holder = one_line(path.read_text() or "another process")
-        raise UserError(
-            f"{folder}: in use by {holder}, which trains there; wait for its end, or {remedy}"
-        ) from None
+        raise UserError(f"{folder}: in use by {holder}; wait until it ends, or {remedy}") from None
     except OSError as error:
         raise UserError(
             f"{folder}: cannot write there ({error.strerror or error}); {remedy}"

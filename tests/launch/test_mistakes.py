@@ -70,7 +70,7 @@ COMMAND_LINE = [
     ),
     ("train", "--config.data.val_fraction=1", "config.data.val_fraction=1.0: must be"),
     ("train", "--config.data.order=random", "must be streams or windows"),
-    ("train", "--config.data.loss_on=last", "use all, or config.data.order=windows"),
+    ("train", "--config.data.loss_on=last", "loss_on=last: |config.data.order=windows|use all"),
     ("train", "--config.model.dropout_rate=1.5", "at least 0 and below 1"),
     ("train", "--config.model.input=bytes", "must be one_hot or embed or scaled"),
     ("train", "--config.model.dtype=float16", "must be float32 or bfloat16"),
@@ -91,12 +91,12 @@ COMMAND_LINE = [
     (
         "train",
         "--config.model.recurrence=cudnn --config.data.document_separator=#",
-        "config.model.recurrence=cudnn: cannot begin a document|use fused",
+        "config.model.recurrence=cudnn: |document_separator|use fused",
     ),
     (
         "train",
         "--config.model.recurrence=cudnn",
-        "config.model.multiplicative=True: config.model.recurrence=cudnn has no|use fused",
+        "config.model.multiplicative=True: |config.model.recurrence=cudnn|use fused",
     ),
     ("train", "--config.optimizer.name=adam", "use config.optimizer.name=adamw"),
     ("train", "--config.optimizer.clip_norm=inf", "must be a number of at least 0"),
