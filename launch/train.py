@@ -2,11 +2,11 @@
 
   python launch/train.py [--config=NAME or FILE] [--workdir=DIR] [--config.KEY=VALUE ...]
 
-Without flags: configs/default.py on Dracula, in runs/default-pg345. The settings and their meaning
-are in charlstm/config.py. The same command again resumes it.
+Without flags: configs/default.py on Dracula, in runs/default-pg345. charlstm/config.py describes
+the settings. The same command again resumes the run.
 
-Several processes train one run where JAX finds a cluster (Cloud TPU, Slurm, Open MPI, Kubernetes),
-or where flags name one:
+Several processes train one run if JAX finds a cluster (Cloud TPU, Slurm, Open MPI, Kubernetes), or
+if flags describe one:
 
   python launch/train.py --coordinator=HOST:PORT --num_processes=N --process_id=0 to N-1
 """
@@ -31,16 +31,16 @@ WORKDIR = flags.DEFINE(
     options.ANY_PATH, "workdir", "", "the run folder; runs/CONFIG-TEXT if not given"
 )
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT at which process 0 of several awaits the others"
+    "coordinator", None, "HOST:PORT where process 0 waits for the others"
 )
 NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "how many processes train this run together; 1: alone", lower_bound=1
+    "num_processes", None, "the number of processes; 1: no cluster", lower_bound=1
 )
 PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "which of the processes this is, from 0", lower_bound=0
+    "process_id", None, "the number of this process, from 0", lower_bound=0
 )
 JOIN_TIMEOUT = flags.DEFINE_integer(
-    "join_timeout", 300, "how many seconds to wait for the other processes", lower_bound=1
+    "join_timeout", 300, "seconds to wait for the other processes", lower_bound=1
 )
 PROFILE = flags.DEFINE_boolean(
     "profile", False, "write a trace of some steps to profile/ in the run folder"
@@ -48,7 +48,7 @@ PROFILE = flags.DEFINE_boolean(
 
 
 def check_cluster_flags(coordinator: str | None, size: int | None, index: int | None) -> None:
-    """Raise UserError if the flags about processes do not fit together."""
+    """Raise UserError if the flags of a cluster are invalid or incomplete."""
     if coordinator is None and index is None and size in (None, 1):
         return
     if coordinator is None or size is None or index is None:
@@ -61,15 +61,15 @@ def check_cluster_flags(coordinator: str | None, size: int | None, index: int | 
 
 
 def main() -> int:
-    """Train as the flags say; return the exit code."""
+    """Train the run that the flags describe; return the exit code."""
     config = options.checked_config(CONFIG)
-    given = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
-    check_cluster_flags(*given)
-    from charlstm.parallel import processes  # JAX takes a second to load, mistakes should not
+    cluster = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    check_cluster_flags(*cluster)
+    from charlstm.parallel import processes  # late, because JAX is slow to import
     from charlstm.system.console import launcher_command, show_logs
 
     show_logs(progress_on_stdout=True)
-    with processes.joined(*given, JOIN_TIMEOUT.value), app.StopSignal() as stop:
+    with processes.joined(*cluster, JOIN_TIMEOUT.value), app.StopSignal() as stop:
         from charlstm.training.loop import train
 
         if not processes.is_first():
@@ -83,7 +83,7 @@ def main() -> int:
             words = folders.in_free_workdir(app.GIVEN_FLAGS, workdir)
             command = launcher_command("train", *words)
             raise UserError(f"{error}, for example: {command}") from error
-    # Perhaps the signal came to another process.
+    # The signal may have come to another process.
     return 0 if finished else 128 + (stop.number or signal.SIGTERM)
 
 

@@ -1,15 +1,15 @@
-"""Runs launch/train.py and kills it, as kill -9 does, at a named point of its work with files.
+"""Run launch/train.py and kill it with SIGKILL at a point of its work with files.
 
   python tests/killed_at.py POINT:STEP [flags of launch/train.py]
 
-mid_save      a checkpoint is written, but has not got its name yet
-after_commit  it has its name, and nothing has been done since
-mid_delete    half the files of an older checkpoint are deleted
-before_log    the record after that of STEP is about to be appended to metrics.jsonl
-torn_log      only a part of it is appended
-after_log     it is appended, and no file has been touched since
+mid_save      the checkpoint of STEP is written, but not renamed yet
+after_commit  right after it is renamed
+mid_delete    half of the files of the checkpoint of STEP are deleted
+before_log    right before the record after that of STEP is appended to metrics.jsonl
+torn_log      after a part of it is appended
+after_log     right after it is appended
 
-The points are events that Python itself tells of (sys.addaudithook): the package has no part in it.
+Audit events of Python (sys.addaudithook) trigger the kill.
 """
 
 import os
@@ -22,16 +22,16 @@ LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 
 
 class Killer:
-    """An audit hook that ends the process at a point."""
+    """An audit hook that kills the process at a point."""
 
     def __init__(self, point, step):
         self.point, self.step = point, step
-        self.is_armed = False  # the next event of any kind is the end
-        self.num_removed = None  # since the deletion of a checkpoint began
+        self.is_armed = False  # the next event of any kind kills
+        self.num_removed = None  # files of the checkpoint that is being deleted
 
     def __call__(self, event, args):
         if self.is_armed:
-            self.is_armed = False  # since what follows is an event, too
+            self.is_armed = False  # because truncate is an event too
             if self.point == "torn_log":
                 os.truncate(self.log, os.path.getsize(self.log) - 20)
             self.kill()

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its folder, checkpoints, metrics and pictures."""
+"""The files of a run: folder, checkpoints, metrics and pictures."""

@@ -1,4 +1,4 @@
-"""What this machine is, and whether a run can do there what its config asks for."""
+"""Versions, devices and memory of this machine, checks of a config against them, and a profile."""
 
 import itertools
 import logging
@@ -20,43 +20,43 @@ logger = logging.getLogger(__name__)
 
 
 def this_machine() -> dict[str, Any]:
-    """Return what config.json says of versions and devices."""
+    """Return the versions and devices for config.json."""
     names = ("charlstm", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
     versions = {"python": platform.python_version()} | {name: version(name) for name in names}
     return {"versions": versions, "devices": [str(device) for device in jax.devices()]}
 
 
 def default_prng_impl() -> str:
-    """Return JAX's name for the kind of random keys that it makes by default."""
+    """Return JAX's name for its default implementation of random keys."""
     return str(jax.random.key_impl(jax.random.key(0)))
 
 
 def check_backend(config: ConfigDict) -> None:
-    """Raise UserError if `config` asks for what the machine does not have."""
+    """Raise UserError if `config` needs a GPU and JAX has none."""
     if config.model.recurrence == "cudnn" and jax.default_backend() != "gpu":
         raise UserError(
-            "config.model.recurrence=cudnn: needs an NVIDIA GPU, and JAX has found "
+            "config.model.recurrence=cudnn: needs an NVIDIA GPU, but the backend of JAX is "
             f"{jax.default_backend()}; use fused"
         )
 
 
 def check_memory(config: ConfigDict, vocab_size: int, mesh: Mesh) -> None:
-    """Raise UserError if training with V = `vocab_size` characters cannot fit into memory."""
+    """Raise UserError if training with V = `vocab_size` needs more memory than there is."""
     model = config.model
     needed = cost.device_bytes(config, vocab_size, mesh.size)
     if mesh.devices.flat[0].platform == "cpu":
-        needed *= len(mesh.local_devices)  # which share the machine's memory
-    if needed > (there := memory_bytes()):
+        needed *= len(mesh.local_devices)  # they share the memory
+    if needed > (available := memory_bytes()):
         raise UserError(
             f"config.model.hidden_size={model.hidden_size}, config.model.num_layers="
             f"{model.num_layers}, config.batch_size={config.batch_size}, config.seq_len="
-            f"{config.seq_len}, {vocab_size:,} different characters: training takes about "
-            f"{needed / 2**30:,.0f} GiB of memory, and there are {there / 2**30:,.0f}; lower one"
+            f"{config.seq_len}, {vocab_size:,} different characters: training needs about "
+            f"{needed / 2**30:,.0f} GiB of memory, of {available / 2**30:,.0f}; lower one of them"
         )
 
 
 def memory_bytes() -> float:
-    """Return the memory of the device, or of the machine where that is the device."""
+    """Return the memory of a device in bytes, or of the machine if the device reports none."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
@@ -67,9 +67,9 @@ def memory_bytes() -> float:
 
 
 def traced_once(function: Callable[..., Any], folder: epath.Path) -> Callable[..., Any]:
-    """Return `function`, whose second call, when all is compiled, writes a trace to `folder`.
+    """Return `function` with a trace of its second call, after compilation, in `folder`.
 
-    TensorBoard's profile plugin shows it, and ui.perfetto.dev its perfetto_trace.json.gz.
+    TensorBoard's profile plugin opens the folder, ui.perfetto.dev its perfetto_trace.json.gz.
     """
     calls = itertools.count(1)
 
@@ -78,7 +78,7 @@ def traced_once(function: Callable[..., Any], folder: epath.Path) -> Callable[..
             return function(*args)
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             results = jax.block_until_ready(function(*args))
-        logger.info("a trace of one call is in %s", folder)
+        logger.info("wrote a trace of one call to %s", folder)
         return results
 
     return traced

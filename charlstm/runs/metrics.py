@@ -1,4 +1,4 @@
-"""The files that a run logs to: metrics.jsonl, those drawn from it, and TensorBoard events."""
+"""The log of a run: metrics.jsonl, samples.txt, curves.png and TensorBoard events."""
 
 import json
 import logging
@@ -14,37 +14,41 @@ from charlstm.runs.plots import draw_curves, is_ours
 
 logger = logging.getLogger(__name__)
 
-# What each sample in samples.txt begins with, before its step.
+# The beginning of the line before each sample in samples.txt.
 SAMPLE_MARK = "=== step "
-PROMPT_TAIL = 60  # characters of a sample's prompt that are shown
+PROMPT_TAIL = 60  # characters of a prompt that are shown
 
 
 def bits(nats: float) -> float:
-    """Return `nats` in bits."""
+    """Convert nats to bits."""
     return nats / math.log(2)
 
 
 class RunLog:
-    """metrics.jsonl, its pictures samples.txt and curves.png, and TensorBoard events.
+    """The writer of metrics.jsonl, samples.txt, curves.png and TensorBoard events.
 
-    The records of metrics.jsonl hold everything; the other files follow from them.
+    All content comes from the records of metrics.jsonl.
     """
 
     def __init__(self, workdir: epath.Path, step: int, title: str, read_only: bool = False):
-        """Open the log of a run that stands at `step`; what a lost later step wrote is dropped.
+        """Open the log of a run after `step` steps; drop the records of later steps.
 
-        One that is `read_only` keeps its records to itself, for another process writes them.
+        Args:
+          workdir: the run folder.
+          step: the step of the restored checkpoint.
+          title: the title of curves.png.
+          read_only: write no file, because another process does.
 
         Raises:
           DamagedError: if metrics.jsonl is damaged.
-          UserError: if samples.txt is not of this program.
+          UserError: if samples.txt was not written by this program.
         """
-        # Not by its SummaryWriter, whose thread prints a traceback when the disk is full.
+        # Not SummaryWriter, whose thread prints a traceback when the disk is full.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
         from tensorboardX.summary import scalar
 
-        self._scalar = scalar  # imported before the first characters per second are measured
+        self._scalar = scalar  # an import during the steps would count as their time
         self._picture = workdir / "curves.png"
         self._title = title
         self._read_only = read_only
@@ -54,15 +58,15 @@ class RunLog:
         if read_only:
             return
         before = samples.read_bytes()[: len(SAMPLE_MARK)] if samples.exists() else b""
-        if not SAMPLE_MARK.encode().startswith(before):  # which a crash may have torn
-            raise UserError(f"{samples}: is not what a run writes; move it to another place")
+        if not SAMPLE_MARK.encode().startswith(before):  # a crash may have cut it off
+            raise UserError(f"{samples}: not written by a run; move it to another folder")
         self._metrics = GrowingFile(metrics, lambda: "".join(map(_line, self.records)))
         self._samples = GrowingFile(samples, lambda: "".join(map(_sample, self.records)))
         self._events = EventsWriter(str(workdir / "events"), f".{step}")
         self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record, which has at least 'step'."""
+        """Append a record, which has at least 'step'."""
         line = _line(record)
         self.records.append(record)
         if self._read_only:
@@ -81,14 +85,14 @@ class RunLog:
         self._events.write_event(Event(step=step, wall_time=time.time(), **content))
 
     def draw(self) -> None:
-        """Draw curves.png; if that fails, warn once."""
+        """Draw curves.png; if that fails, log one warning."""
         if self._read_only:
             return
         try:
             if self._picture.exists() and not is_ours(self._picture.read_bytes()):
-                raise ValueError("what is there was not drawn by this program, and is kept")
+                raise ValueError("the existing file was not drawn by this program")
             write_file(self._picture, draw_curves(self.records, self._title))
-        except Exception as error:  # of any type: a picture is no reason to end a run
+        except Exception as error:  # of any type, none of which should end a run
             if not self._has_failed_to_draw:
                 logger.warning("%s: could not be drawn (%s)", self._picture, one_line(error))
             self._has_failed_to_draw = True
@@ -100,12 +104,12 @@ class RunLog:
 
 
 def read_records(path: epath.Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl, none where it does not exist.
+    """Return the records of a metrics.jsonl; none if it does not exist.
 
-    A torn last line, as an appending process leaves it when it is killed, is left out.
+    An incomplete last line, as after a kill, is ignored.
 
     Raises:
-      DamagedError: if a line is no record, or the steps are not in order.
+      DamagedError: if a line is not a record, or if the steps are not in order.
     """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     records: list[dict[str, Any]] = []
@@ -118,13 +122,13 @@ def read_records(path: epath.Path) -> list[dict[str, Any]]:
                 records.append(record)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise DamagedError(
-                f"{path}: line {number} is damaged ({error}); mend it or take it out"
+                f"{path}: line {number} is damaged ({error}); repair or delete the line"
             ) from error
     return records
 
 
 def sample_after_prompt(record: dict[str, Any]) -> str:
-    """Return the sample of a record after the end of its prompt in brackets, if it has one."""
+    """Return the sample of a record after the end of its prompt in brackets."""
     prompt = record.get("prompt", "")  # older runs did not record it
     if not prompt:
         return record["sample"]
@@ -137,9 +141,9 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _sample(record: dict[str, Any]) -> str:
-    """Return what samples.txt has of a record: nothing if it holds no sample."""
+    """Return the text of a record for samples.txt; empty if it has no sample."""
     if "sample" not in record:
         return ""
-    figure = record.get("val/bits_per_char")
-    validation = "" if figure is None else f", validation {figure:.3f} bits per character"
+    loss = record.get("val/bits_per_char")
+    validation = "" if loss is None else f", validation {loss:.3f} bits per character"
     return f"{SAMPLE_MARK}{record['step']}{validation} ===\n{sample_after_prompt(record)}\n\n"

@@ -1,4 +1,4 @@
-"""Calls of Orbax that report what a user needs, and nothing else."""
+"""Calls of Orbax that report an error as one line."""
 
 import gc
 import logging
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 class OrbaxError(Exception):
-    """A failure within Orbax, of whatever type its many layers raised, as one line."""
+    """An error of any type within Orbax, as one line."""
 
     def __init__(self, error: Exception):
         # TensorStore appends a specification of a thousand characters.
@@ -25,16 +25,16 @@ class OrbaxError(Exception):
 
 
 def call_orbax(work: Callable[[], Result]) -> Result:
-    """Return what `work` returns, or raise OrbaxError.
+    """Return the result of `work`, or raise OrbaxError.
 
-    After a failure Orbax leaves coroutines whose event loop is closed. Python reports each of them
-    when it collects it, which happens here, unseen.
+    After an error Orbax leaves coroutines without an event loop, which Python reports when it
+    collects them. They are collected here, without reports.
     """
     try:
         return work()
     except Exception as error:
         failure = OrbaxError(error)
-    report, asyncio_logger = sys.unraisablehook, logging.getLogger("asyncio")
+    hook, asyncio_logger = sys.unraisablehook, logging.getLogger("asyncio")
     was_disabled = asyncio_logger.disabled
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -42,20 +42,20 @@ def call_orbax(work: Callable[[], Result]) -> Result:
         try:
             gc.collect()
         finally:
-            sys.unraisablehook, asyncio_logger.disabled = report, was_disabled
+            sys.unraisablehook, asyncio_logger.disabled = hook, was_disabled
     raise failure
 
 
 @contextmanager
 def without_warning(beginning: str) -> Iterator[None]:
-    """Leave out what Orbax logs within the block with this `beginning`."""
+    """Suppress log messages of Orbax within the block that start with `beginning`."""
 
-    def is_other(record: logging.LogRecord) -> bool:
+    def has_other_beginning(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(beginning)
 
     absl = logging.getLogger("absl")
-    absl.addFilter(is_other)
+    absl.addFilter(has_other_beginning)
     try:
         yield
     finally:
-        absl.removeFilter(is_other)
+        absl.removeFilter(has_other_beginning)

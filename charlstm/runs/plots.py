@@ -1,4 +1,4 @@
-"""Pictures: the one of a training run, and what all pictures share."""
+"""Pictures as PNG files, and the curves of a training run."""
 
 import io
 import itertools
@@ -13,15 +13,15 @@ from charlstm.errors import printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What a PNG of ours says it was made by.
+# The value of Software in the metadata of our PNG files.
 SOFTWARE = "charlstm"
 MAX_POINTS = 2000
 
 
 def png(draw: "Callable[[Figure], None]", width: float, height: float) -> bytes:
-    """Return what `draw` puts into a figure of `width` by `height` inches, as a PNG.
+    """Return a figure of `width` by `height` inches, drawn by `draw`, as a PNG.
 
-    The user's own settings of Matplotlib have no part in it.
+    The user's settings of Matplotlib are ignored.
     """
     matplotlib = _import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,7 +30,7 @@ def png(draw: "Callable[[Figure], None]", width: float, height: float) -> bytes:
     defaults = {k: v for k, v in matplotlib.rcParamsDefault.items() if k != "backend"}
     picture = io.BytesIO()
     with matplotlib.rc_context(defaults), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of characters that its fonts do not have
+        warnings.simplefilter("ignore")  # about characters missing in a font
         figure = Figure(figsize=(width, height), layout="constrained")
         canvas = FigureCanvasAgg(figure)
         draw(figure)
@@ -39,8 +39,8 @@ def png(draw: "Callable[[Figure], None]", width: float, height: float) -> bytes:
 
 
 def _import_matplotlib() -> Any:
-    # Imported late, since it takes as long as a hundred training steps; and without the user's
-    # choice of a window system, since it refuses to be imported where that is not there.
+    # Imported late, because it is slow; and without the user's backend, because the import fails if
+    # that is not available.
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib
@@ -54,18 +54,16 @@ def _import_matplotlib() -> Any:
 
 
 def is_ours(picture: bytes) -> bool:
-    """Return whether `picture` is a PNG that png() made."""
+    """Return whether `picture` is a PNG drawn by png()."""
     return f"Software\0{SOFTWARE}".encode() in picture[:1000]
 
 
 def draw_curves(records: Sequence[dict[str, Any]], title: str) -> bytes:
     """Return a PNG of bits per character over steps and over seconds.
 
-    Of many records each curve shows at most MAX_POINTS, the least and the largest among them.
-
     Args:
-      records: the objects of a metrics.jsonl.
-      title: any text, to stand above the picture.
+      records: of metrics.jsonl. A curve shows at most MAX_POINTS of them.
+      title: any text.
     """
     training, validation = (
         thinned([record for record in records if record.get(name) is not None], name)
@@ -105,23 +103,20 @@ def _draw(
 def thinned(
     records: Sequence[dict[str, Any]], name: str, size: int = MAX_POINTS
 ) -> list[dict[str, Any]]:
-    """Return at most `size` of `records`, in order: of each stretch the least and the largest.
-
-    Records compare by their value of `name`.
-    """
+    """Return at most `size` of `records`: the minimum and maximum of `name` in each interval."""
     if len(records) <= size:
         return list(records)
-    num_stretches = size // 2
-    bounds = [len(records) * index // num_stretches for index in range(num_stretches + 1)]
+    num_intervals = size // 2
+    bounds = [len(records) * index // num_intervals for index in range(num_intervals + 1)]
     chosen = []
     for begin, end in itertools.pairwise(bounds):
-        stretch = sorted(range(begin, end), key=lambda index: records[index][name])
-        chosen += sorted({stretch[0], stretch[-1]})
+        interval = sorted(range(begin, end), key=lambda index: records[index][name])
+        chosen += sorted({interval[0], interval[-1]})
     return [records[index] for index in chosen]
 
 
 def _limits(values: list[float]) -> tuple[float, float]:
-    # The first steps of an untrained model would press all that follows into a line.
+    # The first steps would compress the rest of the curve to a line.
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)

@@ -117,7 +117,7 @@ def resume(
       DivergedError: after too many consecutive nonfinite steps.
     """
     config, key = setup.run.config, setup.run.key(setup.run.config.seed)
-    # The abstract state does not depend on the schedule, which depends on the checkpoint.
+    # The checkpoint decides on the scale of the schedule, which the abstract state does not need.
     optimizer = make_optimizer(config, make_schedule(config, setup.num_steps))
     abstract_state, init = init_sharded(setup.model, optimizer, key, config.batch_size, setup.mesh)
     found = checkpoints.restore_newest(
