@@ -59,37 +59,11 @@ class Checkpoints:
                 read_metadata(self._folder / str(step))
         else:
             processes.together(self._tidy_up)
-        best = {"best_fn": _finite_loss, "best_mode": "min"}
-        if read_only:
-            options = ocp.CheckpointManagerOptions(
-                read_only=True, create=False, save_interval_steps=0, **best
-            )
-        else:
-            # Synchronous: the failure of an asynchronous last save would go unnoticed. Checkpoints
-            # are moved before their deletion, since a kill would leave half of one.
-            options = ocp.CheckpointManagerOptions(
-                enable_async_checkpointing=False,
-                todelete_subdir="trash",
-                cleanup_tmp_directories=True,
-                save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                    [
-                        checkpoint_managers.LatestN(n=2),
-                        checkpoint_managers.BestN(
-                            get_metric_fn=_finite_loss,
-                            reverse=True,
-                            n=1,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
-                **best,
-            )
-        if not read_only and is_local(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            if is_local(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
         path = self._stack.enter_context(plain_path(self._folder))
         with without_warning("Given directory is read only"):
-            self._manager = ocp.CheckpointManager(path, options=options)
+            self._manager = ocp.CheckpointManager(path, options=_manager_options(read_only))
 
     def latest_step(self) -> int | None:
         """Return the newest step on disk, or None."""
@@ -312,6 +286,28 @@ def damaged_in(folder: epath.Path) -> list[str]:
     if not folder.exists():
         return []
     return sorted(path.name for path in folder.iterdir() if path.name.startswith(DAMAGED))
+
+
+def _manager_options(read_only: bool) -> ocp.CheckpointManagerOptions:
+    best = {"best_fn": _finite_loss, "best_mode": "min"}
+    if read_only:
+        return ocp.CheckpointManagerOptions(
+            read_only=True, create=False, save_interval_steps=0, **best
+        )
+    two_latest = checkpoint_managers.LatestN(n=2)
+    best_one = checkpoint_managers.BestN(
+        get_metric_fn=_finite_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+    )
+    return ocp.CheckpointManagerOptions(
+        # The failure of an asynchronous last save would go unnoticed.
+        enable_async_checkpointing=False,
+        # Checkpoints are moved before their deletion, since a kill would leave half of one.
+        todelete_subdir="trash",
+        cleanup_tmp_directories=True,
+        save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy([two_latest, best_one]),
+        **best,
+    )
 
 
 def _finite_loss(metrics: dict[str, float]) -> float:
