@@ -129,7 +129,7 @@ def read_records(path: epath.Path) -> list[dict[str, Any]]:
 
 def sample_after_prompt(record: dict[str, Any]) -> str:
     """Return the sample of a record after the end of its prompt in brackets."""
-    prompt = record.get("prompt", "")  # older runs did not record it
+    prompt = record.get("prompt", "")
     if not prompt:
         return record["sample"]
     tail = prompt if len(prompt) <= PROMPT_TAIL else f"...{prompt[-PROMPT_TAIL:]}"
