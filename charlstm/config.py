@@ -1,4 +1,4 @@
-"""Every setting of a run with its default: the recipe behind the published figures."""
+"""All settings of a run and their defaults: the recipe behind the published results."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from ml_collections import ConfigDict
 
 
 def base_config() -> ConfigDict:
-    """Return the default recipe. A setting has its default here and nowhere else."""
+    """Return the default recipe, the only place with defaults of settings."""
     config = ConfigDict()
-    # Initial weights, order of windows, dropout and samples derive from the seed.
+    # Seed of initial weights, order of windows, state resets, dropout and samples.
     config.seed = 0
     # Length of training in passes over the training text.
     config.num_epochs = 4
@@ -16,7 +16,7 @@ def base_config() -> ConfigDict:
     config.num_steps = 0
     # Rows of a batch. Few rows give many updates per minute on a CPU.
     config.batch_size = 8
-    # Characters of a window, over which gradients are backpropagated; the carry reaches further.
+    # Characters of a window. Gradients stop at its beginning; the carry does not.
     config.seq_len = 100
     # Steps between evaluations, each with a sample; 0: once per epoch.
     config.eval_every_steps = 500
@@ -70,19 +70,19 @@ def _model() -> ConfigDict:
     # One dropout mask per window (Gal and Ghahramani 2016), not one per time step.
     model.variational_dropout = True
     # Dropout of the hidden state that the gates read, one mask per row and window.
-    # It helps when a text is read six times or more.
+    # It helps from about six epochs on.
     model.recurrent_dropout = 0.0
     # Scale the hidden state by the input before the gates, as a multiplicative LSTM does.
     model.multiplicative = True
     # Divide the recurrent product of the four gates by its root mean square.
     model.recurrent_rms_norm = True
-    # Added to the mean square. Small values amplify rounding errors after an empty state.
+    # Added to the mean square. Small values amplify rounding errors after a zero state.
     model.norm_epsilon = 0.1
     # one_hot: unit vectors; embed: learned vectors; scaled: id / V, as in the Keras tutorial.
     model.input = "one_hot"
     # Length of a learned vector, for model.input=embed.
     model.embed_size = 64
-    # Use the learned vectors as output weights, for vocabularies of thousands.
+    # Use the learned vectors as output weights, for vocabularies of thousands of characters.
     model.tie_embeddings = False
     # Type of the products: float32 or bfloat16. Parameters and cell state stay float32.
     model.dtype = "float32"
@@ -98,9 +98,9 @@ def _optimizer() -> ConfigDict:
     optimizer.learning_rate = 1.2e-2
     # Decay after the warm-up: constant, cosine or linear.
     optimizer.schedule = "linear"
-    # Final learning rate as a share of the peak. At 0 a text that is read often is overfit.
+    # Final learning rate as a share of the peak. At 0, many epochs overfit more.
     optimizer.end_lr_ratio = 0.2
-    # Steps of linear warm-up, because Adam's first moments rest on few gradients.
+    # Steps of linear warm-up, because Adam's first estimates rest on few gradients.
     optimizer.warmup_steps = 100
     # Decoupled weight decay, for adamw and cautious_adamw.
     optimizer.weight_decay = 0.05
@@ -139,7 +139,7 @@ def _mesh() -> ConfigDict:
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """Return the settings of `config` as one flat dict, keys in dotted form."""
+    """Return the settings of `config` as one flat dict with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict):

@@ -2,7 +2,7 @@
 
 python launch/train.py
 
-configs/RECIPES.md has its figures and how it was found.
+See configs/RECIPES.md for its results and how it was found.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
-"""A wide model for one accelerator with 16 GB or more. It was not run on one.
+"""A wide model for one accelerator with at least 16 GB. It has not been run on one.
 
 python launch/train.py --config=gpu --config.data.path=FOLDER
 
-For texts of tens of megabytes; it overfits smaller ones, for which --config=medium is better. To
-estimate its time and memory:
+For texts of tens of megabytes. It overfits smaller texts; use --config=medium for them. To estimate
+time and memory:
 
 python launch/plan.py --config=gpu
 """
@@ -14,9 +14,9 @@ from charlstm.config import base_config
 
 
 def get_config() -> ConfigDict:
-    """Return settings whose products fill the matrix units of one chip."""
+    """Return settings whose matrix products are large enough for one chip."""
     config = base_config()
-    # Each time step reads the recurrent kernel; with fewer rows memory bandwidth is the limit.
+    # Each time step reads the recurrent kernel; with fewer rows memory bandwidth limits the speed.
     config.batch_size = 256
     config.seq_len = 128
     config.eval_every_steps = 1000
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.model.hidden_size = 2048
     config.model.dropout_rate = 0.2
 
-    # Lower than charlstm/planning/rules.py's, which was found up to 1024 units and for short runs.
+    # Below the rule of charlstm/planning/rules.py, which was fitted to at most 1024 units.
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 500
     return config

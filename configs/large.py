@@ -1,4 +1,4 @@
-"""The best text found so far for a single book, in about 13 minutes on a fast CPU.
+"""The best results on a single book so far, in about 13 minutes on a fast CPU.
 
 python launch/train.py --config=large
 """
@@ -9,7 +9,7 @@ from charlstm.config import base_config
 
 
 def get_config() -> ConfigDict:
-    """Return a wide model that reads the text twelve times."""
+    """Return a wide model that trains for twelve epochs."""
     config = base_config()
     config.num_epochs = 12
     config.batch_size = 16
@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.eval_every_steps = 1488
     config.model.hidden_size = 640
     config.model.dropout_rate = 0.4
-    # Permits more epochs before the model overfits.
+    # Allows more epochs before the model overfits.
     config.model.recurrent_dropout = 0.12
     config.optimizer.learning_rate = 1e-2
     config.optimizer.end_lr_ratio = 0.3

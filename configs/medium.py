@@ -1,4 +1,4 @@
-"""Better text than the default, in about seven minutes on two CPU cores.
+"""Better than the default, in about seven minutes on two CPU cores.
 
 python launch/train.py --config=medium
 """
@@ -9,7 +9,7 @@ from charlstm.config import base_config
 
 
 def get_config() -> ConfigDict:
-    """Return a wider model that reads the text six times."""
+    """Return a wider model that trains for six epochs."""
     config = base_config()
     config.num_epochs = 6
     # A wide model processes 16 rows in little more time than 8.

@@ -1,4 +1,4 @@
-"""Seconds, not minutes: for tests, and for a first look at a run folder.
+"""A run of seconds, for tests and for a first look at a run folder.
 
 python launch/train.py --config=tiny
 """
@@ -9,7 +9,7 @@ from charlstm.config import base_config
 
 
 def get_config() -> ConfigDict:
-    """Return a model too small to write well, but large enough to learn spelling."""
+    """Return a small model, which learns spelling but does not write well."""
     config = base_config()
     config.num_steps = 200
     config.batch_size = 8
@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.eval_every_steps = 100
     config.log_every_steps = 20
     config.model.hidden_size = 64
-    # A few seconds memorise nothing.
+    # A few seconds are too short to overfit.
     config.model.dropout_rate = 0.1
     config.optimizer.learning_rate = 8e-3
     config.optimizer.warmup_steps = 20

@@ -1,4 +1,4 @@
-"""The Keras tutorial 'Text Generation With LSTM Recurrent Neural Networks', exactly.
+"""An exact copy of the Keras tutorial 'Text Generation With LSTM Recurrent Neural Networks'.
 
 python launch/train.py --config=tutorial
 """
@@ -13,13 +13,13 @@ def get_config() -> ConfigDict:
     config = base_config()
     config.num_epochs = 20
     config.batch_size = 128
-    # Once an epoch, as its ModelCheckpoint does; an epoch takes half an hour on two cores,
-    # so a checkpoint every few minutes keeps what has been learnt.
+    # Once per epoch, like its ModelCheckpoint. An epoch takes half an hour on two cores, hence
+    # checkpoints in between.
     config.eval_every_steps = 0
     config.checkpoint_every_steps = 500
 
     config.data.lowercase = True
-    # The tutorial trains on all of the text; best is then by the training loss.
+    # The tutorial trains on the whole text, and the training loss decides which step is best.
     config.data.val_fraction = 0.0
     config.data.order = "windows"
     config.data.loss_on = "last"
