@@ -13,6 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from charlstm.cli import signals
+from charlstm.config_check import validate
 from charlstm.errors import UserError
 from charlstm.parallel import sharding
 from charlstm.planning import cost, memory, report, rules, timing
@@ -117,6 +118,7 @@ def _read_setup(
     config: ConfigDict, read: Callable[[ConfigDict, epath.Path], Setup] = prepare
 ) -> Setup:
     """Return the setup of a new run; `read` is prepare or, to check this machine too, set_up."""
+    validate(config)
     with _scratch_folder() as folder:
         return read(config, epath.Path(folder) / "run")
 

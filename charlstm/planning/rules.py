@@ -63,7 +63,10 @@ def with_streams(config: ConfigDict) -> ConfigDict:
 def with_text_limits(
     config: ConfigDict, seconds: float, num_val_chars: int, vocab_size: int
 ) -> ConfigDict:
-    """Return a copy of `config` with limits for a large validation text and a large vocabulary."""
+    """Return a copy of `config` adapted to a large validation text or vocabulary.
+
+    Its num_steps is provisional, and replaced by with_length.
+    """
     config = config.copy_and_resolve_references()
     max_val_chars = max(MIN_VAL_CHARS, round(VAL_CHARS_PER_SECOND * seconds))
     if num_val_chars > max_val_chars:

@@ -152,6 +152,12 @@ def test_estimate_without_measurements_counts_on_any_machine(config):
     assert "whole command" not in table
 
 
+def test_estimate_of_an_invalid_config_is_an_error(config):
+    config.batch_size = 0
+    with pytest.raises(UserError, match=r"config\.batch_size=0"):
+        planning.estimate(config, timing_seconds=0)
+
+
 def test_estimate_has_counts_times_and_memory(config, monkeypatch):
     monkeypatch.setattr(timing, "process_seconds", lambda: 5.0)
     monkeypatch.setattr(timing, "measure_stages", lambda setup, folder, seconds: STAGES)

@@ -19,7 +19,11 @@ PLAIN = [
     for setting in (
         "model.multiplicative=0",
         "model.recurrent_rms_norm=0",
+        "model.dropout_rate=0",
+        "optimizer.name=adam",
+        "optimizer.weight_decay=0",
         "optimizer.average_window=0",
+        "sample.length=20",
     )
 ]
 
