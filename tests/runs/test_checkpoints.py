@@ -95,6 +95,13 @@ def test_save_overwrites_a_step_only_with_a_loss(tmp_path):
         assert checkpoints.restore(2, ABSTRACT_STATE)[1]["name"] == "again"
 
 
+def test_two_latest_and_finite_best_are_kept(tmp_path):
+    save_states(tmp_path, [3.0, 1.0, math.nan, 2.0, math.inf, None])
+    with closing(Checkpoints(epath.Path(tmp_path), read_only=True)) as checkpoints:
+        assert (checkpoints.best_step(), checkpoints.latest_step()) == (2, 6)
+    assert steps_in(epath.Path(tmp_path / "checkpoints")) == [2, 5, 6]
+
+
 def test_best_is_newest_without_finite_loss(tmp_path):
     save_states(tmp_path, [None, math.nan, math.inf])
     with closing(Checkpoints(epath.Path(tmp_path), read_only=True)) as checkpoints:

@@ -28,7 +28,6 @@ from charlstm.runs.checkpoints import Checkpoints, load_model, steps_in
 from charlstm.runs.checksums import read_metadata
 from charlstm.runs.folder import SCHEMA, load_run, write_run
 from charlstm.runs.metrics import read_records
-from charlstm.steps import TrainState
 from charlstm.training import loop
 from charlstm.training.loop import steps_of_call, train
 from charlstm.training.setup import log_setup, prepare
@@ -389,26 +388,6 @@ def test_run_that_stays_nonfinite_is_an_error(cheaply, book_path, tmp_path, monk
     assert "going back to step 0: no checkpoint is finite, with 0.5 times" in caplog.text
     with pytest.raises(UserError, match="no checkpoint yet"):
         load_model(tmp_path / "run")
-
-
-def test_two_latest_and_finite_best_are_kept(tmp_path):
-    checkpoints = Checkpoints(epath.Path(tmp_path))
-    state = TrainState(jax.numpy.zeros((), "int32"), {"w": jax.numpy.zeros(2)}, (), (), ())
-    for step, loss in enumerate([3.0, 1.0, math.nan, 2.0, math.inf, None], start=1):
-        state = state._replace(step=jax.numpy.int32(step), params={"w": jax.numpy.full(2, step)})
-        checkpoints.save(state, {"loss": str(loss)}, loss)
-    assert checkpoints.latest_step() == 6
-    assert checkpoints.best_step() == 2
-    for step in (2, 5, 6):
-        restored, metadata = checkpoints.restore(step, state)
-        assert restored.params["w"][1] == step
-        assert metadata["loss"] == str([3.0, 1.0, math.nan, 2.0, math.inf, None][step - 1])
-    checkpoints.close()
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [
-        "2",
-        "5",
-        "6",
-    ]
 
 
 def test_load_model_changes_no_file(finished, tmp_path):
