@@ -21,7 +21,7 @@ SHORTER = {
     "plan": ["--minutes=0.5"],
     "sweep": [*TINY, "--config.data.path=FILE"],
     "bench": ["--quick", "--what=step", "--repeats=1", "--peers=none"],
-    "scaling": ["--devices=2", "--rows=8"],
+    "scaling": ["--devices=2"],
 }
 TEXTS = "FILE", "FOLDER/one.txt", "FOLDER/two.txt", "books/1901.txt", "stories.txt", "chinese.txt"
 

@@ -1,9 +1,10 @@
-"""A training step on virtual devices: what it gives and takes, and how often they must meet."""
+"""Measure a training step on virtual devices, and estimate it on accelerators."""
 
 import re
 import statistics
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -11,105 +12,137 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from charlstm.bench.cases import Case, random_ids
+from charlstm.bench.report import table
+from charlstm.bench.scaling_picture import draw
 from charlstm.data.batches import Batch
 from charlstm.model import CharLSTM
 from charlstm.parallel.sharding import AXIS, by_rows, init_sharded, replicated
+from charlstm.planning import cost
 from charlstm.steps import make_train_step
 
-
-class Case(NamedTuple):
-    """A model and a batch."""
-
-    batch_size: int
-    seq_len: int
-    hidden_size: int
-    vocab_size: int
-    num_layers: int
-    dtype: str = "float32"
+CASE = Case("train", 64, 32, hidden_size=128, vocab_size=96)
+ROWS_PER_DEVICE = 8  # in weak scaling, on virtual devices
+ROWS_PER_CHIP = 256  # in weak scaling, estimated
+VOCAB_SIZE = 256  # estimated
+MAX_CHIPS = 1024
+STEPS = 7  # of which the median is reported
 
 
-class Outcome(NamedTuple):
-    """What a few steps on some devices gave."""
+class Result(NamedTuple):
+    """Measurements of a training step on some virtual devices."""
 
     num_devices: int
     batch_size: int
     losses: list[float]
-    difference: float  # the largest of a parameter from one device's
-    work_seconds: float  # a step of all devices, whose work the machine's cores do in turn
-    share_seconds: float  # a step of one device's rows alone: what it takes but for the all-reduce
+    difference: float  # largest difference of a parameter from that on one device
+    work_seconds: float  # all devices together, because they share the cores
+    share_seconds: float  # the rows of one device alone, without all-reduce
     all_reduces: int
-    in_loops: int  # of these, how many are in a loop, and so done many times a step
+    in_loops: int  # all-reduces inside loops, which run many times per step
 
 
-def random_batch(case: Case) -> Batch:
-    """Return the characters that all devices together get."""
-    shape = case.batch_size, case.seq_len + 1
-    ids = np.random.default_rng(0).integers(case.vocab_size, size=shape, dtype=np.int32)
-    weights = np.ones((case.batch_size, case.seq_len), np.float32)
-    return Batch(ids[:, :-1], ids[:, 1:], weights, np.zeros(case.batch_size, bool))
+@dataclass(frozen=True)
+class Scaling:
+    """Results of strong scaling (a fixed batch) and weak scaling (fixed rows per device)."""
+
+    virtual: dict[str, list[dict[str, Any]]]
+    estimated: dict[str, list[dict[str, Any]]]
+    picture: bytes  # a PNG
+
+    def __str__(self) -> str:
+        parts = {f"{name}, virtual devices": rows for name, rows in self.virtual.items()}
+        parts |= {f"{name}, estimated": rows for name, rows in self.estimated.items()}
+        return "\n".join(f"{title}\n{table(rows)}\n" for title, rows in parts.items())
 
 
-def take_steps(case: Case, num_devices: int, num_steps: int) -> tuple[Outcome, Any]:
-    """Return what so many steps on so many devices give, and the parameters after them."""
+def measure_scaling(config: ConfigDict, chip: cost.Chip, num_devices: int) -> Scaling:
+    """Measure a small model on up to `num_devices` devices, and estimate `config` on more chips.
+
+    JAX must have that many devices; config key jax_num_cpu_devices gives virtual ones.
+    """
+    counts = powers_of_two(num_devices)
+    virtual = {
+        name: [result._asdict() for result in scale(CASE, counts, STEPS, rows)]
+        for name, rows in (("strong", None), ("weak", ROWS_PER_DEVICE))
+    }
+    estimated = estimate(config, chip, powers_of_two(MAX_CHIPS))
+    about = f"{config.model.num_layers} x {config.model.hidden_size}, T = {config.seq_len}"
+    picture = draw(virtual, estimated, f"{about}, {chip.name}")
+    return Scaling(virtual, estimated, picture)
+
+
+def powers_of_two(most: int) -> list[int]:
+    """Return 1, 2, 4 ... up to `most`."""
+    return [2**power for power in range(most.bit_length())]
+
+
+def take_steps(case: Case, num_devices: int, num_steps: int, dtype: str) -> tuple[Result, Any]:
+    """Train for a few steps; return the measurements and the parameters."""
     model = CharLSTM(
         vocab_size=case.vocab_size,
         hidden_size=case.hidden_size,
         num_layers=case.num_layers,
-        dtype=case.dtype,
-        dropout_rate=0.1,  # whose masks must be the same on all devices as on one
+        dtype=dtype,
+        dropout_rate=0.1,  # whose masks must not depend on the number of devices
         num_shards=num_devices,
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     mesh = Mesh(np.array(jax.devices()[:num_devices]), (AXIS,))
     key = jax.random.key(0)
     abstract_state, init = init_sharded(model, optimizer, key, case.batch_size, mesh)
-    state = init(key)
-    batch = jax.device_put(random_batch(case), by_rows(mesh, case.batch_size))
+    state, ids_BT = init(key), random_ids(case)
+    weights_BT = np.ones((case.batch_size, case.seq_len), np.float32)
+    batch = Batch(ids_BT[:, :-1], ids_BT[:, 1:], weights_BT, np.zeros(case.batch_size, bool))
+    batch = jax.device_put(batch, by_rows(mesh, case.batch_size))
     outputs = jax.tree.map(lambda leaf: leaf.sharding, abstract_state), replicated(mesh)
     step = jax.jit(make_train_step(model, optimizer), donate_argnums=0, out_shardings=outputs)
     compiled = step.lower(state, batch).compile()
     losses, seconds = [], []
     for _ in range(num_steps):
-        start = time.perf_counter()
+        begin = time.perf_counter()
         state, metrics = compiled(state, batch)
         losses.append(float(metrics["loss"]))
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - begin)
     number, in_loops = count_all_reduces(compiled.as_text() or "")
     median = statistics.median(seconds)
-    outcome = Outcome(num_devices, case.batch_size, losses, 0.0, median, median, number, in_loops)
-    return outcome, jax.device_get(state.params)
+    result = Result(num_devices, case.batch_size, losses, 0.0, median, median, number, in_loops)
+    return result, jax.device_get(state.params)
 
 
 def scale(
-    case: Case, counts: Iterable[int], num_steps: int, rows_each: int | None = None
-) -> list[Outcome]:
-    """Return what steps on each number of devices give, compared with one device's.
+    case: Case,
+    counts: Iterable[int],
+    num_steps: int,
+    rows_per_device: int | None = None,
+    dtype: str = "float32",
+) -> list[Result]:
+    """Train on each number of devices, and compare the parameters with those of one device.
 
     Args:
-      case: the model, and the batch that all devices share.
-      counts: the numbers of devices.
-      num_steps: how many steps.
-      rows_each: the rows of each device, so that the batch grows with them; None: a fixed batch.
+      case: the model and the batch that all devices share.
+      counts: numbers of devices.
+      num_steps: training steps.
+      rows_per_device: the batch size per device; None keeps the batch size of `case`.
+      dtype: of the products.
     """
-    take = cache(partial(take_steps, num_steps=num_steps))
-    outcomes = []
+    take = cache(partial(take_steps, num_steps=num_steps, dtype=dtype))
+    results = []
     for count in counts:
-        here = case if rows_each is None else case._replace(batch_size=rows_each * count)
-        share = here._replace(batch_size=here.batch_size // count)
-        outcome, params = take(here, count)
-        differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, take(here, 1)[1])
-        outcomes.append(
-            outcome._replace(
-                difference=float(max(jax.tree.leaves(differences))),
-                share_seconds=take(share, 1)[0].work_seconds,
-            )
-        )
-    return outcomes
+        batch_size = rows_per_device * count if rows_per_device else case.batch_size
+        whole = case._replace(batch_size=batch_size)
+        result, params = take(whole, count)
+        differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, take(whole, 1)[1])
+        share, _ = take(case._replace(batch_size=batch_size // count), 1)
+        difference = float(max(jax.tree.leaves(differences)))
+        results.append(result._replace(difference=difference, share_seconds=share.work_seconds))
+    return results
 
 
 def count_all_reduces(hlo: str) -> tuple[int, int]:
-    """Return how many all-reduces a compiled program has, and how many of them are in loops."""
+    """Return the number of all-reduces in a compiled program, and of those inside loops."""
     bodies = set(re.findall(r"\bbody=%?([\w.\-]+)", hlo))
     name, number, in_loops = "", 0, 0
     for line in hlo.splitlines():
@@ -119,3 +152,20 @@ def count_all_reduces(hlo: str) -> tuple[int, int]:
             number += 1
             in_loops += name in bodies
     return number, in_loops
+
+
+def estimate(
+    config: ConfigDict, chip: cost.Chip, counts: Iterable[int]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the seconds of the parts of a step on each number of chips that has enough rows."""
+    scaled = config.copy_and_resolve_references()
+    results: dict[str, list[dict[str, Any]]] = {"strong": [], "weak": []}
+    for count in counts:
+        for name, rows in (("strong", config.batch_size), ("weak", ROWS_PER_CHIP * count)):
+            if rows >= count:
+                scaled.batch_size = rows
+                step = cost.step_time(scaled, VOCAB_SIZE, chip, count)
+                rate = rows * config.seq_len / step.total
+                about = {"chips": count, "rows": rows, "chars_per_second": rate}
+                results[name].append(about | {"total": step.total} | step._asdict())
+    return results

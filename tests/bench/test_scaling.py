@@ -11,15 +11,16 @@ from charlstm.bench.scaling import count_all_reduces
 # In a process of its own, since XLA takes the number of devices once.
 PROGRAM = """
 import json, sys
-from charlstm.bench.scaling import Case, scale
-case = Case(64, seq_len=16, hidden_size=32, vocab_size=11, num_layers=2, dtype=sys.argv[1])
-outcomes = scale(case, json.loads(sys.argv[2]), 4, json.loads(sys.argv[3]))
-print(json.dumps([outcome._asdict() for outcome in outcomes]))
+from charlstm.bench.cases import Case
+from charlstm.bench.scaling import scale
+case = Case("train", 64, 16, hidden_size=32, vocab_size=11, num_layers=2)
+results = scale(case, json.loads(sys.argv[2]), 4, json.loads(sys.argv[3]), sys.argv[1])
+print(json.dumps([result._asdict() for result in results]))
 """
 
 
-def scaled(counts, rows_each=None, dtype="float32"):
-    arguments = [dtype, json.dumps(counts), json.dumps(rows_each)]
+def scaled(counts, rows_per_device=None, dtype="float32"):
+    arguments = [dtype, json.dumps(counts), json.dumps(rows_per_device)]
     flags = f"--xla_force_host_platform_device_count={max(counts)}"
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments],
@@ -31,8 +32,8 @@ def scaled(counts, rows_each=None, dtype="float32"):
     return json.loads(result.stdout)
 
 
-@pytest.mark.slow  # test_devices.py has the like of it
-def test_eight_devices_give_what_one_does():
+@pytest.mark.slow
+def test_eight_devices_agree_with_one():
     one, eight = scaled([1, 8])
     assert one["all_reduces"] == 0
     assert eight["all_reduces"] > 0
@@ -43,30 +44,30 @@ def test_eight_devices_give_what_one_does():
 
 
 @pytest.mark.slow
-def test_a_wide_model_in_bfloat16_does_so_too():
-    # As configs/tpu.py has it; each device rounds sums of its own rows.
+def test_eight_devices_agree_with_one_in_bfloat16():
+    # Each device rounds the sums over its own rows.
     one, eight = scaled([1, 8], dtype="bfloat16")
     assert eight["losses"] == pytest.approx(one["losses"], rel=1e-2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows_each", [None, 2])
-def test_as_many_as_64_devices_give_what_one_does(rows_each):
-    for outcome in scaled([2, 4, 8, 16, 32, 64], rows_each):
-        assert outcome["difference"] < 1e-5
+@pytest.mark.parametrize("rows_per_device", [None, 2])
+def test_64_devices_agree_with_one(rows_per_device):
+    for result in scaled([2, 4, 8, 16, 32, 64], rows_per_device):
+        assert result["difference"] < 1e-5
 
 
-def test_the_launcher_leaves_figures_and_a_picture(tmp_path):
+def test_launcher_writes_results_and_a_picture(tmp_path):
     flags = ["--devices=1", "--chip=v5p", "--config.batch_size=64", "--out=out"]
     result = run_command("scaling", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "out" / "scaling.json").read_text())
     assert [row["num_devices"] for row in report["virtual"]["weak"]] == [1]
-    # A batch of 64 rows has none for more chips.
-    assert report["paper"]["strong"][-1]["chips"] == 64
-    assert report["paper"]["weak"][-1]["chips"] == 1024
+    # A batch of 64 rows fits at most 64 chips.
+    assert report["estimated"]["strong"][-1]["chips"] == 64
+    assert report["estimated"]["weak"][-1]["chips"] == 1024
     assert (tmp_path / "out" / "scaling.png").read_bytes().startswith(b"\x89PNG")
-    assert "1 devices, 64 rows" in result.stdout
+    assert "strong, virtual devices" in result.stdout
 
 
 def test_all_reduces_are_counted_in_loops_and_outside():

@@ -169,7 +169,6 @@ COMMAND_LINE = [
     ("scaling", "--devices=0", "devices|0"),
     ("scaling", "--devices=3", "--devices=3: must be a power of two up to 64"),
     ("scaling", "--devices=128", "--devices=128: must be a power of two up to 64"),
-    ("scaling", "--rows=-1", "rows|-1"),
     ("scaling", "--out=latin1.txt/x", "--out=latin1.txt/x|choose another --out"),
     ("train", "--config=broken.py", "broken.py: raised SyntaxError"),
     ("train", "--config=empty.py", "empty.py: raised AttributeError|define get_config()"),
