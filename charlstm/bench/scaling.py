@@ -61,7 +61,7 @@ class Scaling:
 def measure_scaling(config: ConfigDict, chip: cost.Chip, num_devices: int) -> Scaling:
     """Measure a small model on up to `num_devices` devices, and estimate `config` on more chips.
 
-    JAX must have that many devices; config key jax_num_cpu_devices gives virtual ones.
+    JAX must have that many devices; its option jax_num_cpu_devices makes virtual ones.
     """
     counts = powers_of_two(num_devices)
     virtual = {
