@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from charlstm import steps
 from charlstm.bench.cases import (
     TEMPERATURE,
     Call,
@@ -25,14 +26,6 @@ from charlstm.data.corpus import open_corpus
 from charlstm.model import CharLSTM, zero_carry
 from charlstm.optim import averaged_params, make_optimizer, make_schedule
 from charlstm.sampling import make_sampler
-from charlstm.steps import (
-    TrainState,
-    evaluate,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    make_train_steps,
-)
 
 PRODUCT_SIZE = 1024  # rows and columns of the matrices whose product gives the machine's rate
 CALL_STEPS = 10  # training steps between two looks at the clock
@@ -56,7 +49,7 @@ def build(name: str, case: Case) -> Call:
         settings = config.model.to_dict()
     settings |= {"hidden_size": case.hidden_size, "num_layers": case.num_layers}
     model = CharLSTM(case.vocab_size, **settings)
-    state = init_state(model, optimizer, jax.random.key(0), case.batch_size)
+    state = steps.init_state(model, optimizer, jax.random.key(0), case.batch_size)
     ids_BM, weights_BT = random_ids(case), jnp.ones((case.batch_size, case.seq_len))
     reset_B = jnp.zeros(case.batch_size, bool)
     windows = [
@@ -68,9 +61,9 @@ def build(name: str, case: Case) -> Call:
         sample = partial(sampler, state.params, ids_BM[:, :1], state.key, temperature=TEMPERATURE)
         return lambda: np.asarray(sample()).size
     if case.task == "evaluate":
-        eval_step = jax.jit(make_eval_step(model))
-        return lambda: evaluate(eval_step, state.params, state.carry, windows)["loss"]
-    train_step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
+        eval_step = jax.jit(steps.make_eval_step(model))
+        return lambda: steps.evaluate(eval_step, state.params, state.carry, windows)["loss"]
+    train_step = jax.jit(steps.make_train_step(model, optimizer), donate_argnums=0)
 
     def call() -> float:
         nonlocal state
@@ -108,8 +101,10 @@ def train(
     num_steps = config.num_steps or config.num_epochs * read.steps_per_epoch
     model = CharLSTM(source.vocab_size, **config.model.to_dict())
     optimizer = make_optimizer(config, make_schedule(config, num_steps))
-    state = init_state(model, optimizer, jax.random.key(config.seed), config.batch_size)
-    train_steps = jax.jit(make_train_steps(make_train_step(model, optimizer)), donate_argnums=0)
+    state = steps.init_state(model, optimizer, jax.random.key(config.seed), config.batch_size)
+    train_steps = jax.jit(
+        steps.make_train_steps(steps.make_train_step(model, optimizer)), donate_argnums=0
+    )
     for first in range(0, num_steps, CALL_STEPS):
         count = min(CALL_STEPS, num_steps - first)
         batch = batches.read_steps(read, first, count, CALL_STEPS)
@@ -118,14 +113,14 @@ def train(
         if checkpoints.add(first + count, partial(_copy_averaged, state), is_last):
             break
     held_out = batches.evaluation_batches(held_out_M, config)
-    steps = range(held_out.steps_per_epoch)
+    indices = range(held_out.steps_per_epoch)
     if isinstance(held_out, batches.Windows):
-        steps = scored_steps(held_out.num_windows, held_out.batch_size)
-    eval_step, carry = jax.jit(make_eval_step(model)), zero_carry(model, held_out.batch_size)
+        indices = scored_steps(held_out.num_windows, held_out.batch_size)
+    eval_step, carry = jax.jit(steps.make_eval_step(model)), zero_carry(model, held_out.batch_size)
     return checkpoints.points(
-        lambda params: evaluate(eval_step, params, carry, map(held_out, steps))["loss"]
+        lambda params: steps.evaluate(eval_step, params, carry, map(held_out, indices))["loss"]
     )
 
 
-def _copy_averaged(state: TrainState) -> Any:
+def _copy_averaged(state: steps.TrainState) -> Any:
     return jax.device_get(averaged_params(state.params, state.opt_state))

@@ -117,10 +117,12 @@ def measure_speed(what: str, settings: Settings, baselines: Sequence[str]) -> Me
     names = [*OURS, *baselines, *([LIMIT] if cases[0].task == "train" else [])]
     if what in ("growth", "evaluate"):  # Keras compiles for long, and cannot evaluate streams
         names = [name for name in names if name != "keras"]
+    # New processes for each case, because peak memory is per process; growth has too many cases.
+    groups = [cases] if what == "growth" else [[case] for case in cases]
     results = []
-    for case in cases:
-        with open_processes(names) as processes:  # new ones, because peak memory is per process
-            results += time_case(processes, case, settings)
+    for group in groups:
+        with open_processes(names) as processes:
+            results += [row for case in group for row in time_case(processes, case, settings)]
     pictures = {"bench.png": size_picture(results, base)} if what == "growth" else {}
     return Measurement(results, pictures)
 

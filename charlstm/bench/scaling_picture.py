@@ -55,4 +55,4 @@ def _draw_estimate(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
     total = 1e3 * rows[0]["total"]
     ideal = [total * row["rows"] / rows[0]["rows"] / row["chips"] for row in rows]
     axes.plot([row["chips"] for row in rows], ideal, "--", color="grey", label="ideal")
-    axes.set_ylim(bottom=min(ideal) / 300)
+    axes.set_ylim(min(ideal) / 300, 2 * max(row["total"] for row in rows) * 1e3)
