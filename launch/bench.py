@@ -12,10 +12,9 @@ quality   seconds to a number of held-out bits per character: the default recipe
           the tutorial in Keras, each for at most --minutes (quality.png)
 
 Without --what all but quality. Each backend has a process of its own, and rounds alternate between
-backends. 'charlstm' and 'flax' are plain LSTMs, 'default' is the default recipe, and 'matmul' is
-the limit of a training step: the time of its matrix products at the rate of one large product.
-Tables go to stdout, all results to DIR/bench.json. --quick takes small sizes and few rounds, and
-leaves out growth and entropy. torch and keras come with pip install -e '.[peers]'.
+backends. 'charlstm' and 'flax' are plain LSTMs, 'default' is the default recipe. Tables go to
+stdout, all results to DIR/bench.json. --quick takes small sizes and few rounds, and leaves out
+growth and entropy. torch and keras come with pip install -e '.[peers]'.
 """
 
 import os
@@ -69,9 +68,7 @@ def parse_sections() -> list[str]:
     sections = [name for name in SECTIONS if name in WHAT.value] if WHAT.value else default
     for flag in (MINUTES, TEXT):
         if flag.value is not None and "quality" not in sections:
-            raise UserError(
-                f"--{flag.name}={flag.value}: is for --what=quality, which is not given"
-            )
+            raise UserError(f"--{flag.name}={flag.value}: needs --what=quality")
     return sections
 
 
@@ -94,22 +91,18 @@ def installed_baselines() -> list[str]:
 
 def main() -> None:
     """Measure as the flags say."""
-    sections, shapes = parse_sections(), tuple(map(parse_shape, SHAPES.value or ()))
+    sections = parse_sections()
     app.check_minutes(MINUTES.value)
-    text = TEXT.value and find_source(TEXT.value, remedy="give --text=FILE").path
+    flagged: dict[str, Any] = {"rounds": REPEATS.value, "minutes": MINUTES.value}
+    flagged["shapes"] = tuple(map(parse_shape, SHAPES.value or ()))
+    flagged["text"] = TEXT.value and find_source(TEXT.value, remedy="give --text=FILE").path
     baselines = installed_baselines()
     out = folders.make_out(OUT.value, "bench.json", {"cpu", "settings"})
     from charlstm import bench
 
-    flagged: dict[str, Any] = {
-        "shapes": shapes,
-        "rounds": REPEATS.value,
-        "minutes": MINUTES.value,
-        "text": text,
-    }
     changes = {name: value for name, value in flagged.items() if value}
     settings = dataclasses.replace(bench.QUICK if QUICK.value else bench.FULL, **changes)
-    report = bench.describe_machine() | {"settings": dataclasses.asdict(settings)}
+    report = bench.describe_machine(baselines) | {"settings": dataclasses.asdict(settings)}
     for section in sections:
         measurement = bench.measure(section, settings, baselines)
         print(f"{section}\n{measurement}\n")

@@ -39,7 +39,7 @@ ORDER = """
     planning.rules planning.timing planning.memory planning.report planning.planner
     sweep.texts sweep.trials sweep.grid sweep.table sweep.search
     bench.cases bench.entropy bench.jax_backend bench.torch_backend bench.keras_backend
-    bench.timing bench.command bench.report bench.time_to_quality bench.measure
+    bench.timing bench.report bench.measure
     bench.scaling_picture bench.scaling
 """.split()
 # Sections of a config that are passed on as **config.SECTION.to_dict().

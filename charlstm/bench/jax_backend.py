@@ -1,4 +1,4 @@
-"""Run the benchmark cases with this package, and measure the machine's rate of matrix products."""
+"""Run the benchmark cases and the recipes with this package."""
 
 from functools import partial
 from typing import Any
@@ -27,7 +27,6 @@ from charlstm.model import CharLSTM, zero_carry
 from charlstm.optim import averaged_params, make_optimizer, make_schedule
 from charlstm.sampling import make_sampler
 
-PRODUCT_SIZE = 1024  # rows and columns of the matrices whose product gives the machine's rate
 CALL_STEPS = 10  # training steps between two looks at the clock
 
 
@@ -36,11 +35,9 @@ def build(name: str, case: Case) -> Call:
 
     Args:
       name: 'charlstm', a plain LSTM with the fused gradient; 'flax', the same with the Flax cell;
-        'default', the model and the optimizer of the default recipe; or 'matmul'.
+        or 'default', the model and the optimizer of the default recipe.
       case: the task and its sizes.
     """
-    if name == "matmul":
-        return _build_product()
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     settings: dict[str, Any] = {"recurrence": "flax" if name == "flax" else "fused"}
     if name == "default":
@@ -69,18 +66,6 @@ def build(name: str, case: Case) -> Call:
         nonlocal state
         state, metrics = train_step(state, windows[0])
         return float(metrics["loss"])
-
-    return call
-
-
-def _build_product() -> Call:
-    # One large float32 product; a call returns the number of its operations.
-    matrix = jax.random.normal(jax.random.key(0), (PRODUCT_SIZE, PRODUCT_SIZE))
-    product = jax.jit(lambda left, right: left @ right)
-
-    def call() -> float:
-        product(matrix, matrix).block_until_ready()
-        return 2.0 * PRODUCT_SIZE**3
 
     return call
 

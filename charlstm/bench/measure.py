@@ -1,43 +1,59 @@
 """Measure the sections of the benchmark."""
 
 import logging
+import os
+import platform
+import random
+import re
+import resource
+import runpy
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from charlstm.bench.cases import Case, Checkpoints
-from charlstm.bench.command import run_training, write_random_text
 from charlstm.bench.entropy import known_sources
 from charlstm.bench.report import quality_picture, size_picture, table
-from charlstm.bench.time_to_quality import measure_recipes
-from charlstm.bench.timing import BASELINES, LIMIT, call, open_processes, time_interleaved
+from charlstm.bench.timing import (
+    BASELINES,
+    Processes,
+    call,
+    open_processes,
+    peak_mib,
+    time_interleaved,
+    try_run,
+)
+from charlstm.cli import streams
+from charlstm.config import base_config
+from charlstm.errors import RunError
 
 logger = logging.getLogger("charlstm.bench")
 
 SECTIONS = ("step", "growth", "generate", "evaluate", "loop", "entropy", "quality")
+TARGETS = (2.5, 2.3, 2.2, 2.1, 2.0)  # bits per character
+SPACING = 1.1  # least ratio of the elapsed seconds of two checkpoints
 OURS = ("charlstm", "flax", "default")
 HELD_OUT_CHARS = 85_000  # read by evaluate
 GENERATED_CHARS = 200
 LAYERS = (1, 2, 4)
+# (B, T, H) of training steps; all other sections use the first.
+SHAPES = ((16, 100, 256), (32, 50, 256), (128, 100, 256), (64, 64, 512), (32, 64, 512))
 
 
 @dataclass(frozen=True)
 class Settings:
     """Sizes and durations of the measurements."""
 
-    # (B, T, H) of training steps. All other sections use the first.
-    shapes: Sequence[tuple[int, int, int]] = (
-        (16, 100, 256),
-        (32, 50, 256),
-        (128, 100, 256),
-        (64, 64, 512),
-        (32, 64, 512),
-    )
+    shapes: Sequence[tuple[int, int, int]] = SHAPES
     batch_sizes: Sequence[int] = (1, 8, 64, 256)  # for generate
     rounds: int = 9
     round_seconds: float = 0.25  # timers and waking threads take much less
@@ -109,12 +125,12 @@ def measure_speed(what: str, settings: Settings, baselines: Sequence[str]) -> Me
         "step": [Case("train", *shape) for shape in settings.shapes],
         "growth": growth_cases(base, settings.factors),
         "generate": [
-            Case("generate", batch_size, GENERATED_CHARS, base.hidden_size)
-            for batch_size in settings.batch_sizes
+            Case("generate", rows, GENERATED_CHARS, base.hidden_size)
+            for rows in settings.batch_sizes
         ],
         "evaluate": [base._replace(task="evaluate", num_windows=windows)],
     }[what]
-    names = [*OURS, *baselines, *([LIMIT] if cases[0].task == "train" else [])]
+    names = [*OURS, *baselines]
     if what in ("growth", "evaluate"):  # Keras compiles for long, and cannot evaluate streams
         names = [name for name in names if name != "keras"]
     # New processes for each case, because peak memory is per process; growth has too many cases.
@@ -127,9 +143,7 @@ def measure_speed(what: str, settings: Settings, baselines: Sequence[str]) -> Me
     return Measurement(results, pictures)
 
 
-def time_case(
-    processes: Mapping[str, Executor], case: Case, settings: Settings
-) -> list[dict[str, Any]]:
+def time_case(processes: Processes, case: Case, settings: Settings) -> list[dict[str, Any]]:
     """Time each backend on `case`."""
     logger.info("%s", case)
     return time_interleaved(processes, case, settings.rounds, settings.round_seconds)
@@ -153,7 +167,7 @@ def measure_loop(settings: Settings) -> Measurement:
     result has the medians over rounds.
     """
     case, steps, rounds = Case("train", *settings.shapes[0]), settings.loop_steps, []
-    with open_processes(["default"]) as processes, TemporaryDirectory() as folder:
+    with open_processes(["default"]) as processes, tempfile.TemporaryDirectory() as folder:
         text = write_random_text(Path(folder, "text.txt"), case)
         for index in range(settings.commands):
             timings = time_case(processes, case, settings)
@@ -179,6 +193,45 @@ def measure_loop(settings: Settings) -> Measurement:
     return Measurement([*rounds, {"round": "median"} | medians])
 
 
+def run_training(case: Case, text: Path, num_steps: int) -> tuple[float, float]:
+    """Run launch/train.py with the sizes of `case`; return its seconds and its peak MiB.
+
+    Called in a new process, whose only child is the command. The run folder and the caches of
+    compiled programs and texts lie beside `text`.
+
+    Raises:
+      RunError: if the command fails.
+    """
+    folder = text.parent
+    flags = [
+        f"--workdir={tempfile.mkdtemp(dir=folder)}",
+        f"--config.data.path={text}",
+        f"--config.num_steps={num_steps}",
+        f"--config.batch_size={case.batch_size}",
+        f"--config.seq_len={case.seq_len}",
+        f"--config.model.hidden_size={case.hidden_size}",
+    ]
+    caches = {"CHARLSTM_CACHE": "cache", "JAX_COMPILATION_CACHE_DIR": "compiled"}
+    environment = os.environ | {name: str(folder / cache) for name, cache in caches.items()}
+    command = [sys.executable, f"{streams.LAUNCH}/train.py", *flags]
+    begin = time.perf_counter()
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    seconds = time.perf_counter() - begin
+    if ended.returncode:
+        last_line = (ended.stderr.strip().splitlines() or [""])[-1]
+        raise RunError(f"launch/train.py ended with {ended.returncode}: {last_line}")
+    return seconds, peak_mib(resource.RUSAGE_CHILDREN)
+
+
+def write_random_text(path: Path, case: Case, size: int = 850_000) -> Path:
+    """Write a text with all V characters of `case`, and return `path`."""
+    # CJK characters, which cleaning does not change.
+    alphabet = [chr(0x4E00 + index) for index in range(case.vocab_size)]
+    chosen = random.Random(0).choices(alphabet, k=size - case.vocab_size)
+    path.write_text("".join(alphabet + chosen), encoding="utf-8")
+    return path
+
+
 def measure_entropy(settings: Settings) -> Measurement:
     """Train on texts of known entropy rate, and compare the held-out bits per character with it."""
     results = []
@@ -191,3 +244,68 @@ def measure_entropy(settings: Settings) -> Measurement:
         about = {"source": source.name, "vocab_size": source.vocab_size}
         results.append(about | {"entropy_rate": source.entropy_rate, "excess": excess} | last)
     return Measurement(results)
+
+
+def recipes(text: str, with_keras: bool) -> dict[str, ConfigDict]:
+    """Return the recipes to compare, on the text at a path; '' is Dracula."""
+    path = os.path.join(streams.REPOSITORY, "configs", "tutorial.py")
+    configs = {"default, lower-cased": base_config(), "default": base_config()}
+    for name in ("tutorial", "keras") if with_keras else ("tutorial",):
+        configs[name] = runpy.run_path(path)["get_config"]()
+        configs[name].data.val_fraction = base_config().data.val_fraction
+    # The tutorial reads lower case, and only the first recipe predicts the same characters.
+    configs["default, lower-cased"].data.lowercase = True
+    for config in configs.values():
+        config.data.path = text
+    return configs
+
+
+def measure_recipes(text: str, seconds: float, with_keras: bool) -> list[dict[str, Any]]:
+    """Train the recipes for at most `seconds` each, one after another, and return the results.
+
+    The seconds count from the start of a new process without compiled programs to a checkpoint,
+    and exclude its scoring. `default_seconds` are those at which the default recipe reached the
+    final bits per character of this one, if they predict the same characters.
+    """
+    results: list[dict[str, Any]] = []
+    for name, config in recipes(text, with_keras).items():
+        logger.info("quality: %s", name)
+        backend = "keras" if name == "keras" else "jax"
+        checkpoints = Checkpoints(time.time(), seconds, SPACING)
+        with (
+            tempfile.TemporaryDirectory() as cache,
+            open_processes([backend], JAX_COMPILATION_CACHE_DIR=cache) as processes,
+        ):
+            task = f"{backend}_backend.train", config.to_dict(), checkpoints
+            points, error = try_run(name, processes[backend], call, *task)
+        result = {"recipe": name, "config": config.to_dict(), "points": points or []}
+        results.append(result)
+        if error:
+            result["error"] = error
+            continue
+        result |= {f"seconds_to_{bits}": seconds_to(points, bits) for bits in TARGETS}
+        result |= {key: points[-1][key] for key in ("bits_per_char", "seconds")}
+        if config.data.lowercase:
+            final = result["bits_per_char"]
+            result["default_seconds"] = seconds_to(results[0]["points"], final)
+    return results
+
+
+def seconds_to(points: Sequence[Mapping[str, float]], bits: float) -> float | None:
+    """Return the seconds of the first point with at most `bits`, None if there is none."""
+    return next((each["seconds"] for each in points if each["bits_per_char"] <= bits), None)
+
+
+def describe_machine(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the processor, the system, and the versions of our packages and of `packages`."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    ours = "charlstm", "jax", "jaxlib", "flax", "optax", "numpy"
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cpus": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in (*ours, *packages)},
+    }

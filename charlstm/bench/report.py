@@ -7,7 +7,6 @@ from rich import box
 from rich.table import Table
 
 from charlstm.bench.cases import Case
-from charlstm.bench.timing import LIMIT
 from charlstm.runs.plots import png
 from charlstm.system.tables import plain_text
 
@@ -51,8 +50,7 @@ def size_picture(results: Sequence[Mapping[str, Any]], base: Case) -> bytes:
                     if result["backend"] == name
                     and Case(**result["sizes"] | {size: getattr(base, size)}) == base
                 )
-                line = "--" if name == LIMIT else "-"
-                axes.plot(*zip(*points, strict=True), line, label=name, marker=".")
+                axes.plot(*zip(*points, strict=True), label=name, marker=".")
             axes.set(xscale="log", yscale="log", xlabel=size, ylabel="microseconds per character")
             axes.grid(alpha=0.3, which="both")
         panels[-1].axis("off")

@@ -27,8 +27,8 @@ from charlstm.errors import UserError, one_line
 
 logger = logging.getLogger("charlstm.bench")
 
+Processes = Mapping[str, Executor]  # by the name of the backend
 BASELINES = ("torch", "keras")
-LIMIT = "matmul"  # the backend whose rate gives the time limit of a training step
 
 
 # --- in the process of a backend ---
@@ -107,9 +107,9 @@ def open_processes(names: Iterable[str], **environment: str) -> Iterator[dict[st
 def try_run(
     name: str, process: Executor, function: Callable[..., Any], *arguments: Any
 ) -> tuple[Any, str]:
-    """Run a function in the process of a backend; return its result and '', or None and an error.
+    """Run a function in a process; return its result and '', or None and what it raised.
 
-    A UserError, such as for a text that cannot be read, is raised.
+    A UserError, such as for a text that cannot be read, is raised here.
     """
     try:
         return process.submit(function, *arguments).result(), ""
@@ -122,15 +122,11 @@ def try_run(
 
 
 def time_interleaved(
-    processes: Mapping[str, Executor], case: Case, rounds: int, round_seconds: float
+    processes: Processes, case: Case, rounds: int, round_seconds: float
 ) -> list[dict[str, Any]]:
     """Return a result of each backend on `case`; one that fails does not stop the others.
 
-    Args:
-      processes: one for each backend.
-      case: the work.
-      rounds: number of measurements of each backend.
-      round_seconds: least duration of a measurement, which has at least one call.
+    Each of the `rounds` lasts about `round_seconds` per backend, and has at least one call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in processes}
     errors: dict[str, str] = {}
@@ -154,48 +150,31 @@ def time_interleaved(
             seconds[name].append(run(name, time_round))
         order.reverse()  # no backend always follows the same one
     memory = {name: {"value": values[name], "peak_mib": run(name, peak_mib)} for name in processes}
-    metrics = summarize({n: s for n, s in seconds.items() if n not in errors}, values, case)
+    metrics = summarize({n: s for n, s in seconds.items() if n not in errors}, case)
     about = {"case": str(case), "sizes": case._asdict()}
-    return [
-        about
-        | {"backend": name}
-        | ({"error": errors[name]} if name in errors else metrics[name] | memory[name])
+    found = {
+        name: {"error": errors[name]} if name in errors else metrics[name] | memory[name]
         for name in processes
-    ]
+    }
+    return [about | {"backend": name} | found[name] for name in processes]
 
 
-def product_flops(case: Case) -> float:
-    """Return the floating-point operations of the matrix products in a training step.
-
-    Each layer computes gates from the hidden state, each but the first also gates from the layer
-    below; the dense layer follows. Each product is computed once forward and twice backward, for
-    the gradients of the input and of the kernel. One-hot inputs need no product.
-    """
-    rows, hidden_size = case.batch_size * case.seq_len, case.hidden_size
-    gates = 2 * rows * hidden_size * 4 * hidden_size
-    dense = 2 * rows * hidden_size * case.vocab_size
-    return 3.0 * ((2 * case.num_layers - 1) * gates + dense)
-
-
-def summarize(
-    seconds: Mapping[str, Sequence[float]], values: Mapping[str, float], case: Case
-) -> dict[str, dict[str, Any]]:
+def summarize(seconds: Mapping[str, Sequence[float]], case: Case) -> dict[str, dict[str, Any]]:
     """Return the metrics of each backend from its seconds per call in each round.
 
-    Ratios are medians over rounds of the ratio within a round. The value of LIMIT is the number of
-    operations of a call.
+    `time_over_ours` is the median over rounds of the ratio within a round.
     """
-    seconds_R = {name: np.array(each) for name, each in seconds.items()}
-    if LIMIT in seconds:
-        seconds_R[LIMIT] *= product_flops(case) / values[LIMIT]
     metrics: dict[str, dict[str, Any]] = {}
-    for name, each_R in seconds_R.items():
-        low, median, high = (1e3 * np.quantile(each_R, (0.25, 0.5, 0.75))).tolist()
-        metrics[name] = {"ms": (1e3 * each_R).tolist()}
-        metrics[name] |= {"median_ms": median, "low_ms": low, "high_ms": high}
-        metrics[name]["chars_per_second"] = 1e3 * case.characters / median
-        if "charlstm" in seconds_R:
-            metrics[name]["time_over_ours"] = float(np.median(each_R / seconds_R["charlstm"]))
-        if LIMIT in seconds_R:
-            metrics[name]["share_of_limit"] = float(np.median(seconds_R[LIMIT] / each_R))
+    for name, each in seconds.items():
+        low, median, high = (1e3 * np.quantile(each, (0.25, 0.5, 0.75))).tolist()
+        metrics[name] = {
+            "ms": [1e3 * value for value in each],
+            "median_ms": median,
+            "low_ms": low,
+            "high_ms": high,
+            "chars_per_second": 1e3 * case.characters / median,
+        }
+        if "charlstm" in seconds:
+            ratio = float(np.median(np.divide(each, seconds["charlstm"])))
+            metrics[name]["time_over_ours"] = ratio
     return metrics

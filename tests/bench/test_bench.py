@@ -5,17 +5,24 @@ import subprocess
 import sys
 from concurrent.futures import Future
 
+import jax
 import pytest
 from conftest import ROOT
 from launching import WarmLauncher
 
 from charlstm.bench import report, timing
 from charlstm.bench.cases import Case
-from charlstm.bench.command import write_random_text
-from charlstm.bench.measure import FULL, growth_cases
+from charlstm.bench.measure import FULL, growth_cases, write_random_text
 
 CASE = Case("train", 2, 3, hidden_size=4, vocab_size=5)
 PNG = b"\x89PNG\r\n"
+
+
+@pytest.fixture(autouse=True)
+def _rank_promotion():
+    # Keras promotes ranks.
+    with jax.numpy_rank_promotion("allow"):
+        yield
 
 
 class FakeProcess:
@@ -72,32 +79,20 @@ def test_process_that_dies_is_reported():
 # --- statistics ---
 
 
-def test_product_flops_are_those_counted_by_hand():
-    # 6 rows: 4 sums of 4 terms for each of 4 gates, and 5 sums of 4 terms; a term is 2 operations.
-    gates, dense = 6 * 16 * 4 * 2, 6 * 5 * 4 * 2
-    assert timing.product_flops(CASE) == 3 * (gates + dense)
-    # A second layer computes gates from the first layer and from its own hidden state.
-    assert timing.product_flops(CASE._replace(num_layers=2)) == 3 * (gates + 2 * gates + dense)
-
-
 def test_ratios_are_within_rounds():
     # Both are twice as slow in the second round; the ratio of the medians is 1.25.
     seconds = {"charlstm": [1.0, 2.0, 2.0], "torch": [1.0, 3.0, 2.5]}
-    metrics = timing.summarize(seconds, {}, CASE)
+    metrics = timing.summarize(seconds, CASE)
     assert metrics["torch"]["time_over_ours"] == 1.25
     seconds = {"charlstm": [1.0, 10.0, 1.0], "torch": [2.0, 20.0, 2.0]}
-    assert timing.summarize(seconds, {}, CASE)["torch"]["time_over_ours"] == 2.0
+    assert timing.summarize(seconds, CASE)["torch"]["time_over_ours"] == 2.0
 
 
 def test_metrics_of_a_case():
-    seconds = {"charlstm": [0.010, 0.020, 0.010], "matmul": [0.5, 1.0, 0.5]}
-    metrics = timing.summarize(seconds, {"matmul": 1e6}, CASE)
-    ours, limit = metrics["charlstm"], metrics["matmul"]
+    metrics = timing.summarize({"charlstm": [0.010, 0.020, 0.010]}, CASE)
+    ours = metrics["charlstm"]
     assert (ours["low_ms"], ours["median_ms"], ours["high_ms"]) == pytest.approx((10, 10, 15))
     assert ours["chars_per_second"] == pytest.approx(6 / 0.010)
-    # 3,024 operations at 2 million per second.
-    assert limit["median_ms"] == pytest.approx(1.512)
-    assert ours["share_of_limit"] == pytest.approx(0.1512)
     json.dumps(metrics, allow_nan=False)
 
 
@@ -115,7 +110,7 @@ def test_size_picture_is_drawn():
     results = [
         {"backend": name, "sizes": case._asdict(), "chars_per_second": 1000.0}
         for case in growth_cases(CASE, (1, 2))
-        for name in ("charlstm", "matmul")
+        for name in ("charlstm", "flax")
     ]
     results.append({"backend": "torch", "sizes": CASE._asdict(), "error": "no such module"})
     assert report.size_picture(results, CASE).startswith(PNG)

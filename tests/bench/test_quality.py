@@ -8,12 +8,13 @@ import sys
 import time
 from itertools import pairwise
 
+import jax
 import pytest
 from conftest import ROOT
 
 from charlstm.bench import cases, report
 from charlstm.bench.cases import Checkpoints
-from charlstm.bench.time_to_quality import recipes, seconds_to
+from charlstm.bench.measure import recipes, seconds_to
 from charlstm.config import base_config
 
 PNG = b"\x89PNG\r\n"
@@ -79,6 +80,13 @@ def test_results_are_drawn():
     assert report.quality_picture(results).startswith(PNG)
 
 
+@pytest.fixture
+def rank_promotion():
+    # Keras promotes ranks.
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def tiny_config(book_path):
     config = base_config()
     config.batch_size, config.seq_len, config.num_epochs = 128, 30, 2
@@ -92,6 +100,7 @@ def tiny_config(book_path):
 @pytest.mark.parametrize(
     ("backend", "seconds", "num_steps"), [("jax", 600, 84), ("keras", 600, 84), ("keras", 0, 1)]
 )
+@pytest.mark.usefixtures("rank_promotion")
 def test_backend_trains_until_its_end(backend, seconds, num_steps, book_path):
     pytest.importorskip(backend)
     from importlib import import_module
