@@ -45,9 +45,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # formulas that hold at any optimization. What has to be exact is compiled as users have it.
 CHEAP = {
     f"test_{name}"
-    for name in "api bench checkpoints console cost documents dynamic folder folders fuzz keys launch "
-    "metrics mistakes model optim optimizers paths plan progress quality runtime sampling scaling "
-    "scoring sharded_step steps surroundings sweep switches".split()
+    for name in "api bench checkpoints console cost documents dynamic folder folders fuzz keys "
+    "launch metrics mistakes model optim optimizers paths plan progress quality runtime sampling "
+    "scaling scoring sharded_step steps surroundings sweep switches".split()
 }
 
 

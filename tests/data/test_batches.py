@@ -1,3 +1,5 @@
+"""Batches as a function of the step: each target once, in the right order."""
+
 import itertools
 import random
 
@@ -22,7 +24,7 @@ fast = settings(deadline=None, max_examples=60)
 
 
 def text_of(size: int) -> np.ndarray:
-    """A text whose characters tell their own position, so that no mistake can hide."""
+    """A text whose characters are their own positions."""
     return np.arange(size, dtype=np.uint16)
 
 
@@ -87,17 +89,17 @@ def any_streams(draw, with_room=False):
 
 @fast
 @given(any_streams())
-def test_an_epoch_of_streams_counts_every_character_but_the_first_once(batches):
+def test_epoch_of_streams_counts_each_target_once(batches):
     epoch = epoch_of(batches)
     assert {float(weight) for batch in epoch for weight in batch.weights_BT.flat} <= {0.0, 1.0}
     assert counted_targets(epoch) == list(range(1, len(batches.ids_M)))
-    # No step for nothing.
+    # No step is empty.
     assert epoch[-1].weights_BT.any()
 
 
 @fast
 @given(any_streams())
-def test_the_target_of_a_counted_character_is_the_one_after_it(batches):
+def test_target_is_the_next_character(batches):
     for batch in epoch_of(batches):
         counts_BT = batch.weights_BT == 1
         inputs, targets = batch.inputs_BT[counts_BT], batch.targets_BT[counts_BT]
@@ -106,7 +108,7 @@ def test_the_target_of_a_counted_character_is_the_one_after_it(batches):
 
 @fast
 @given(any_streams())
-def test_the_counted_characters_of_the_streams_end_to_end_are_the_text(batches):
+def test_concatenated_streams_are_the_text(batches):
     epoch = epoch_of(batches)
     text = [
         int(character)
@@ -119,7 +121,7 @@ def test_the_counted_characters_of_the_streams_end_to_end_are_the_text(batches):
 
 @fast
 @given(any_streams())
-def test_streams_differ_in_length_by_one_at_most(batches):
+def test_streams_differ_in_length_by_at_most_one(batches):
     lengths = np.diff(batches.bounds).tolist()
     assert len(lengths) == batches.batch_size
     assert sum(lengths) == len(batches.ids_M) - 1
@@ -128,7 +130,7 @@ def test_streams_differ_in_length_by_one_at_most(batches):
 
 @fast
 @given(any_streams(with_room=True))
-def test_a_stream_reads_its_context_and_then_its_own_without_a_gap(batches):
+def test_stream_reads_its_context_before_its_part(batches):
     epoch = epoch_of(batches)
     inputs = np.concatenate([batch.inputs_BT for batch in epoch], axis=1)
     weights = np.concatenate([batch.weights_BT for batch in epoch], axis=1)
@@ -146,7 +148,7 @@ def test_a_stream_reads_its_context_and_then_its_own_without_a_gap(batches):
 
 @fast
 @given(any_streams(with_room=True))
-def test_the_carry_begins_anew_with_the_epoch_and_where_the_text_begins(batches):
+def test_carry_resets_at_the_beginning_of_epoch_and_text(batches):
     for window, batch in enumerate(epoch_of(batches)):
         wanted = [
             window == 0 or (stream == 0 and window == batches.context // batches.seq_len)
@@ -157,11 +159,11 @@ def test_the_carry_begins_anew_with_the_epoch_and_where_the_text_begins(batches)
 
 @fast
 @given(any_streams(), st.integers(1, 3))
-def test_every_epoch_of_streams_is_the_same(batches, epoch):
+def test_epochs_of_streams_are_equal(batches, epoch):
     assert_same_batches(epoch_of(batches, epoch), epoch_of(batches))
 
 
-def test_by_chance_rows_begin_anew_as_seed_step_and_row_say_and_nothing_else_changes():
+def test_state_resets_depend_on_seed_step_and_row_only():
     text, rate, num_steps = text_of(5001), 0.25, 2000
     plain = Streams(text, 5, 10)
     chancy = Streams(text, 5, 10, state_reset_prob=rate, seed=3)
@@ -171,14 +173,14 @@ def test_by_chance_rows_begin_anew_as_seed_step_and_row_say_and_nothing_else_cha
         [plain(steps_S)], [chancy(steps_S)._replace(reset_B=plain(steps_S).reset_B)]
     )
     assert np.all(resets_SB >= plain(steps_S).reset_B)
-    # Each step alone, and a share of its rows, are told the same.
+    # A single step, and some of its rows, agree.
     for step in (0, 1, 999):
         np.testing.assert_array_equal(chancy(step).reset_B, resets_SB[step])
         np.testing.assert_array_equal(chancy(step, slice(2, 4)).reset_B, resets_SB[step, 2:4])
-    # Of rows that go on otherwise; the share of n draws is off by sqrt(p (1 - p) / n), five times.
+    # The share of n draws has the standard deviation sqrt(p (1 - p) / n).
     drawn = resets_SB[~plain(steps_S).reset_B]
     assert abs(drawn.mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / drawn.size)
-    # Neither other rows, nor the same windows in other epochs, nor other seeds are drawn alike.
+    # Rows, epochs and seeds are independent.
     per_epoch = chancy.steps_per_epoch
     other = Streams(text, 5, 10, state_reset_prob=rate, seed=4)(steps_S).reset_B
     pairs = [
@@ -206,7 +208,7 @@ def any_windows(draw):
 
 
 def patterns_of(batches_of_epoch) -> list[tuple[list[int], int]]:
-    """Every counted window with the character after it, in the order of the epoch."""
+    """Each counted window with the character after it, in order."""
     return [
         (inputs.tolist(), int(targets[-1]))
         for batch in batches_of_epoch
@@ -221,7 +223,7 @@ def start_order(batches: Windows, epoch: int) -> list[int]:
 
 @fast
 @given(any_windows(), st.integers(0, 2))
-def test_an_epoch_has_every_window_with_what_follows_it_once(batches, epoch):
+def test_epoch_has_each_window_and_its_target_once(batches, epoch):
     text, size = batches.ids_M.tolist(), batches.seq_len
     wanted = [(text[i : i + size], text[i + size]) for i in range(len(text) - size)]
     found = patterns_of(epoch_of(batches, epoch))
@@ -233,13 +235,13 @@ def test_an_epoch_has_every_window_with_what_follows_it_once(batches, epoch):
 
 @fast
 @given(any_windows())
-def test_a_window_counts_its_last_character_or_all_of_them(batches):
+def test_window_counts_its_last_target_or_all(batches):
     one_window = (
         [0.0] * (batches.seq_len - 1) + [1.0] if batches.last_only else [1.0] * batches.seq_len
     )
     rows = [row for batch in epoch_of(batches) for row in zip(*batch, strict=True)]
     for index, (inputs, targets, weights, reset) in enumerate(rows):
-        # Only the last batch is filled up, and only at its end.
+        # Only the end of the last batch is padded.
         is_real = index < batches.num_windows
         assert weights.tolist() == (one_window if is_real else [0.0] * batches.seq_len)
         assert targets.tolist() == [position + 1 for position in inputs]
@@ -247,20 +249,20 @@ def test_a_window_counts_its_last_character_or_all_of_them(batches):
     assert 0 <= len(rows) - batches.num_windows < batches.batch_size
 
 
-def test_windows_are_shuffled_anew_every_epoch_and_for_every_seed():
+def test_orders_differ_between_epochs_and_seeds():
     orders = {
         (seed, epoch): tuple(start_order(Windows(text_of(70), 8, 10, seed=seed), epoch))
         for seed in range(3)
         for epoch in range(3)
     }
-    # Among them seed 0's second epoch and seed 1's first, which a sum of both would make equal.
+    # For example, epoch 1 of seed 0 differs from epoch 0 of seed 1.
     assert len(set(orders.values())) == 9
     assert tuple(range(60)) not in orders.values()
     assert all(sorted(order) == list(range(60)) for order in orders.values())
 
 
-def test_orders_of_seeds_and_epochs_have_nothing_to_do_with_each_other():
-    # Each order is a permutation of n, so their correlation has a standard deviation of n^(-1/2).
+def test_orders_of_seeds_and_epochs_are_uncorrelated():
+    # The correlation of two permutations of n has the standard deviation n^(-1/2).
     size = 100_000
     ids = np.arange(size + 1)  # the character at a position is its number
 
@@ -272,14 +274,14 @@ def test_orders_of_seeds_and_epochs_have_nothing_to_do_with_each_other():
     orders = {(seed, epoch): order(seed, epoch) for seed in range(3) for epoch in range(3)}
     for (one, first), (other, second) in itertools.combinations(orders.items(), 2):
         assert abs(np.corrcoef(first, second)[0, 1]) < 0.03, (one, other)
-        # Not one shifted against the other, either.
+        # Nor is one a shift of the other.
         assert np.mean(first[1:] == second[:-1]) < 0.001
     for first in orders.values():
         np.testing.assert_array_equal(np.sort(first), ids[:-1])
         assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.03
 
 
-def test_without_a_seed_windows_keep_the_order_of_the_text():
+def test_windows_without_a_seed_are_in_order():
     batches = Windows(text_of(70), 8, 10)
     assert start_order(batches, 0) == start_order(batches, 5) == list(range(60))
 
@@ -293,17 +295,17 @@ def test_without_a_seed_windows_keep_the_order_of_the_text():
         lambda: Windows(text_of(50), 7, 4, last_only=False),
     ],
 )
-def test_any_step_can_be_replayed_alone(make):
+def test_batch_depends_on_the_step_only(make):
     batches = make()
     steps = list(range(3 * batches.steps_per_epoch))
     in_order = [batches(step) for step in steps]
     random.Random(0).shuffle(steps)
     assert_same_batches([batches(step) for step in steps], [in_order[step] for step in steps])
-    # And by another process, which has read nothing before.
+    # New objects give the same batches.
     assert_same_batches([make()(step) for step in steps], [in_order[step] for step in steps])
 
 
-def test_two_orders_at_once_do_not_disturb_each_other():
+def test_interleaved_orders_are_independent():
     # They share one cached permutation.
     batches_a, batches_b = (Windows(text_of(50), 7, 4, seed=seed) for seed in (1, 2))
     alone = epoch_of(batches_a)
@@ -335,28 +337,17 @@ def test_too_many_windows_to_shuffle_are_refused():
     assert Windows(ids_M, 3, 5).num_windows == 2**24 + 1  # in the order of the text
 
 
-def test_epoch_of_windows_has_each_window_once():
-    batches = Windows(text_of(250), 7, 4, seed=3)
-    for first in (0, batches.steps_per_epoch):
-        steps = np.arange(first, first + batches.steps_per_epoch)
-        read = batches(steps)
-        starts = read.inputs_BT[..., 0][read.weights_BT[..., -1] > 0]
-        assert sorted(starts.tolist()) == list(range(246))
-        assert starts.tolist() != sorted(starts.tolist())
-
-
 @pytest.mark.parametrize(
     ("order", "loss_on", "kind"),
     [("streams", "all", Streams), ("windows", "all", Windows), ("windows", "last", Windows)],
 )
-def test_training_batches_are_those_of_the_config(order, loss_on, kind):
+def test_training_batches_follow_the_config(order, loss_on, kind):
     config = small_config(3, 5, order, loss_on)
     config.seed = 7
     batches = training_batches(text_of(100), config)
     assert type(batches) is kind
     assert (batches.batch_size, batches.seq_len) == (3, 5)
     if kind is Streams:
-        # Training counts every character it computes.
         assert batches.context == 0
     else:
         assert (batches.last_only, batches.seed) == (loss_on == "last", 7)
@@ -364,7 +355,7 @@ def test_training_batches_are_those_of_the_config(order, loss_on, kind):
 
 @pytest.mark.parametrize("order", ["streams", "windows"])
 @pytest.mark.parametrize("size", [0, 1, 9, 10])
-def test_a_text_shorter_than_a_window_and_its_target_is_refused(order, size):
+def test_text_shorter_than_a_window_is_refused(order, size):
     with pytest.raises(UserError) as error:
         training_batches(text_of(size), small_config(4, 10, order))
     message = str(error.value)
@@ -374,7 +365,7 @@ def test_a_text_shorter_than_a_window_and_its_target_is_refused(order, size):
 
 
 @pytest.mark.parametrize(("order", "smallest"), [("streams", 41), ("windows", 14)])
-def test_a_batch_too_large_for_the_text_is_refused_and_one_that_just_fits_works(order, smallest):
+def test_smallest_text_for_a_batch(order, smallest):
     config = small_config(4, 10, order)
     with pytest.raises(UserError) as error:
         training_batches(text_of(smallest - 1), config)
@@ -391,15 +382,13 @@ def test_a_batch_too_large_for_the_text_is_refused_and_one_that_just_fits_works(
 
 @fast
 @given(st.integers(2, 90), st.integers(1, 6), st.integers(1, 7), st.sampled_from([None, 1, 2]))
-def test_evaluation_in_streams_counts_every_target_once_and_starts_warm(
-    size, batch_size, seq_len, at_most
-):
+def test_evaluation_streams_count_each_target_once(size, batch_size, seq_len, at_most):
     batches = evaluation_batches(text_of(size), small_config(batch_size, seq_len), at_most)
     epoch = epoch_of(batches)
     assert counted_targets(epoch) == list(range(1, size))
     assert batches.batch_size <= (at_most or batch_size)
     assert epoch[0].inputs_BT.shape == (batches.batch_size, seq_len)
-    # Every stream but the first has read a window of the text before its first target.
+    # Each stream except the first reads a window of context.
     before = epoch[0].inputs_BT[1:].tolist()
     begins = batches.bounds[1:-1].tolist()
     assert before == [list(range(begin - seq_len, begin)) for begin in begins]
@@ -408,26 +397,26 @@ def test_evaluation_in_streams_counts_every_target_once_and_starts_warm(
 @pytest.mark.parametrize(
     ("size", "num_streams"), [(2, 1), (39, 1), (40, 2), (60, 3), (100, 5), (1000, 5)]
 )
-def test_evaluation_reads_a_tiny_text_in_fewer_streams(size, num_streams):
+def test_evaluation_reads_a_short_text_in_fewer_streams(size, num_streams):
     assert evaluation_batches(text_of(size), small_config(5, 10)).batch_size == num_streams
 
 
-def test_evaluation_can_read_the_text_as_one():
+def test_evaluation_can_read_one_stream():
     batches = evaluation_batches(text_of(1000), small_config(5, 10), batch_size=1)
     assert batches.batch_size == 1
 
 
 @pytest.mark.parametrize("loss_on", ["last", "all"])
-def test_evaluation_in_windows_counts_every_target_once(loss_on):
+def test_evaluation_windows_count_each_target_once(loss_on):
     batches = evaluation_batches(text_of(47), small_config(4, 10, "windows", loss_on))
     targets = counted_targets(epoch_of(batches))
-    # Those with a full window before them; the first ones may count besides.
+    # Targets without a full window before them may count too.
     assert [target for target in targets if target >= 10] == list(range(10, 47))
     assert len(set(targets)) == len(targets)
 
 
 @pytest.mark.parametrize(("order", "shortest"), [("streams", 2), ("windows", 11)])
-def test_a_text_too_short_to_evaluate_is_refused_and_the_shortest_works(order, shortest):
+def test_shortest_text_to_evaluate(order, shortest):
     config = small_config(4, 10, order, "last" if order == "windows" else "all")
     for size in range(shortest):
         with pytest.raises(UserError) as error:
@@ -451,8 +440,8 @@ IDS = np.random.default_rng(0).integers(50, size=1003).astype(np.uint8)
         Windows(IDS, batch_size=64, seq_len=10, last_only=False),
     ],
 )
-def test_many_steps_read_at_once_are_those_read_one_by_one(batches):
-    # Over the end of two epochs, each of which has an order of its own.
+def test_read_steps_equals_single_steps(batches):
+    # Across the ends of two epochs.
     first, count = batches.steps_per_epoch - 2, batches.steps_per_epoch + 4
     found = read_steps(batches, first, count, capacity=count + 3)
     for index in range(count):
@@ -487,6 +476,6 @@ TEXT_M = np.arange(10)
         (Windows, {"seed": None, "seq_len": -1}, "seq_len=-1: must be"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused_with_their_values(make, arguments, message):
+def test_invalid_arguments_are_refused(make, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(**{"ids_M": TEXT_M, "batch_size": 2, "seq_len": 3} | arguments)

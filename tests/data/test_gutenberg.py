@@ -1,4 +1,4 @@
-"""Project Gutenberg's frames: what is left is the books and what stands between them."""
+"""Removal of Project Gutenberg's headers, footers and licences."""
 
 import re
 
@@ -31,7 +31,7 @@ LICENCE = (
 OTHER_HEADER = HEADER.replace(
     "The Project Gutenberg eBook of Dracula", "Project Gutenberg's Dracula, by Bram Stoker"
 )
-# Those that show where they begin or end, so that other text may stand beside them.
+# Frames with a clear beginning or end, which other text may precede or follow.
 CLEAR_HEADERS = [HEADER, OLD_HEADER, OTHER_HEADER, HEADER.replace("eBook of", "EBook,")]
 CLEAR_FOOTERS = [
     f"{NEW_END}\n\n\n{LICENCE}",
@@ -54,7 +54,7 @@ NEWLINES = st.integers(0, 3).map("\n".__mul__)
 
 @st.composite
 def compositions(draw):
-    """Return (a file, what should be left of it): books and other text in any order."""
+    """Return (a file, what should remain of it): books and other text in any order."""
     content, pieces, last, has_book = "", [], "\n", False
     for number in range(draw(st.integers(1, 5))):
         size = draw(st.sampled_from([0, 3, 800, len(LINE) * 500, len(LONG)]))
@@ -63,7 +63,7 @@ def compositions(draw):
             content += f"{draw(NEWLINES) if pieces else ''}{text}\n"
             last = text
         else:
-            # This one would take other text, and is taken for one in a book without an end.
+            # This header has no clear beginning: it includes other text before it.
             unclear = [f"A header.\n{NEW_START}\n"] if last in ("\n", *FOOTERS[:-1]) else []
             header = draw(st.sampled_from(CLEAR_HEADERS + unclear))
             last, has_book = draw(st.sampled_from(FOOTERS)), True
@@ -78,7 +78,7 @@ def chunks_of(content, size):
 
 @settings(max_examples=40)
 @given(compositions(), st.integers(1, 5000))
-def test_what_is_left_is_the_books_and_the_text_between_them(composition, size):
+def test_books_and_the_text_between_them_remain(composition, size):
     content, wanted = composition
     chunks = chunks_of(content, max(size, len(content) // 200))
     assert "".join(cut_gutenberg(chunks)) == wanted
@@ -89,7 +89,7 @@ PIECES += ["*** END: FULL LICENSE", "The Project Gutenberg eBook of", "***", " "
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=20).map("".join), st.integers(1, 70))
-def test_a_text_cut_anywhere_gives_what_the_whole_gives(content, size):
+def test_result_does_not_depend_on_chunks(content, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gutenberg, "MAX_FRAME_CHARS", 200)
         whole = "".join(cut_gutenberg([content]))
@@ -130,7 +130,7 @@ FRAMES = {
 
 
 @pytest.mark.parametrize("frame", FRAMES)
-def test_a_frame_of_any_form_is_cut(frame):
+def test_each_form_of_a_frame_is_cut(frame):
     before, after = FRAMES[frame]
     content = f"{before}\n\n{BOOK}\n\n{after}"
     assert "".join(cut_gutenberg([content])) == BOOK
@@ -145,29 +145,29 @@ def test_a_frame_of_any_form_is_cut(frame):
         "no newline at the end",
         "",
         "\n\n",
-        # Talk about a frame is none: a frame has a line of its own.
+        # A frame needs a line of its own.
         f"He wrote: {NEW_START}\nand then: {NEW_END}\n",
-        # Without a header nothing ends.
+        # A footer needs a header.
         f"One book.\n{NEW_END}\nAnother one.\n",
         f"{LONG}\nEnd of Project Gutenberg, I thought.\n{LONG}",
         f"The Project Gutenberg eBook of X is long.\n{BOOK}",
-        # Of a header far from its end nothing is cut, nor of a footer without an end.
+        # A header far from its last line, and a licence without a footer.
         f"The Project Gutenberg eBook of X\n{LONG}",
         LICENCE,
     ],
 )
-def test_a_text_without_a_frame_is_not_changed(content):
+def test_text_without_a_frame_is_not_changed(content):
     assert "".join(cut_gutenberg([content])) == content
 
 
-def test_no_more_is_cut_than_a_frame_can_have():
+def test_long_text_before_or_after_a_book_remains():
     far = f"{LONG}\n{NEW_START}\n{BOOK}\n{NEW_END}\nA licence.\n{LONG}"
     wanted = f"{LONG.rstrip()}\n\n{BOOK}\nA licence.\n{LONG.rstrip()}\n"
     assert re.sub(" +\n", "\n", "".join(cut_gutenberg([far]))) == re.sub(" +\n", "\n", wanted)
 
 
 @pytest.mark.parametrize("before", ["", HEADER, f"{HEADER}{BOOK}{NEW_END}\n", "x\n" + HEADER[:99]])
-def test_little_is_held_back_however_long_a_text_is(before):
+def test_buffer_is_bounded(before):
     num_read = 0
 
     def read():
