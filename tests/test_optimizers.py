@@ -43,7 +43,8 @@ OPTIMIZERS = {
 
 @pytest.fixture(scope="module")
 def params():
-    return init_state(MODEL, optax.identity(), jax.random.key(0), B).params
+    init = jax.jit(partial(init_state, MODEL, optax.identity(), batch_size=B))
+    return init(jax.random.key(0)).params
 
 
 def run(optimizer, params, num_steps=40, model=MODEL, **options):
