@@ -11,8 +11,6 @@ import pytest
 from conftest import little_optimization
 from flax import linen as nn
 from helpers import FLOAT32, FLOAT64, SUM_ORDER, assert_close, assert_equal
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from jax.experimental import rnn
 from jax.test_util import check_grads
 from lstm_numpy import GATES, lstm, lstm_gradient
@@ -39,15 +37,6 @@ each_recurrence = pytest.mark.parametrize("name", ["flax", "fused"])
 ALL_PARTS = ("scale", "norm")
 FORMS = {"all": ALL_PARTS, "plain": ()}
 each_kind = pytest.mark.parametrize("kind", ["ids", "vectors"])
-# The default recurrence with each kind of input, and the Flax cell with one of them in float64.
-each_masked_case = pytest.mark.parametrize(
-    ("name", "kind", "dtype"),
-    [
-        ("fused", "ids", "float32"),
-        ("fused", "vectors", "float32"),
-        ("flax", "vectors", "float64"),
-    ],
-)
 
 
 def draw_params(rng, input_size, hidden_size, parts=ALL_PARTS):
@@ -167,28 +156,24 @@ def test_ids_match_one_hot_vectors_in_numpy(name, form, dtype):
         assert_close(found, wanted, RELATIVE[dtype])
 
 
-sizes = {"t": st.integers(1, 9), "b": st.integers(1, 5), "e": st.integers(1, 6)}
-
-
-@settings(max_examples=3, deadline=None, derandomize=True, database=None)
-@given(
-    **sizes,
-    h=st.integers(1, 20),
-    seed=st.integers(0, 99),
-    ids=st.booleans(),
-    parts=st.sets(st.sampled_from(ALL_PARTS)),
-    name=st.sampled_from(["fused", "flax"]),
+@pytest.mark.parametrize(
+    ("name", "shape", "ids", "parts"),
+    [
+        ("fused", (1, 1, 1, 1), False, ALL_PARTS),
+        ("fused", (1, 2, 4, 13), True, ()),
+        ("fused", (9, 5, 6, 20), False, ("scale",)),
+        ("fused", (3, 4, 2, 7), True, ("norm",)),
+        ("flax", (4, 1, 3, 9), True, ALL_PARTS),
+    ],
 )
-@example(t=1, b=1, e=1, h=1, seed=0, ids=False, parts=ALL_PARTS, name="fused")
-@example(t=1, b=2, e=4, h=13, seed=1, ids=True, parts=(), name="fused")
-@example(t=4, b=1, e=3, h=9, seed=2, ids=True, parts=ALL_PARTS, name="flax")
-def test_any_shape_equals_numpy(name, t, b, e, h, seed, ids, parts):
-    (params, carry, inputs), gradients = draw_case(seed, t, b, e, h, parts)
-    dense_TBE = np.eye(e)[draw_ids(seed, t, b, e)] if ids else inputs
+def test_any_shape_equals_numpy(name, shape, ids, parts):
+    (params, carry, inputs), gradients = draw_case(1, *shape, parts)
+    t, b, e, _ = shape
+    dense_TBE = np.eye(e)[draw_ids(1, t, b, e)] if ids else inputs
     arguments = params, carry, dense_TBE
     value, local_grads = lstm(*arguments), lstm_gradient(*arguments, *gradients)
     with enable_x64(True):
-        inputs = draw_ids(seed, t, b, e) if ids else inputs
+        inputs = draw_ids(1, t, b, e) if ids else inputs
         found = value_and_gradients(name, (params, carry, inputs), gradients, "float64")
         wanted = value, local_grads[: len(found[1])]
         assert_close(found, wanted, RELATIVE["float64"])
@@ -210,64 +195,69 @@ def test_fused_half_windows_with_the_carry_match_the_window(kind):
 RESETS = [(), (0,), (3,), (0, 4, 5), (T - 1,)]
 
 
-def numpy_with_resets(params, carry, inputs_TBE, gradients):
+def numpy_with_resets(params, carry, inputs_TBE, gradients, mask_BH):
     """Return results and gradients of rows with resets, by a separate run of each piece."""
     (dc_BH, dh_BH), hidden_grad_TBH = gradients
     params_grad = jax.tree.map(np.zeros_like, params)
     last, first_grad = np.zeros((2, *carry[0].shape)), np.zeros((2, *carry[0].shape))
     hidden_TBH, inputs_grad_TBE = np.zeros_like(hidden_grad_TBH), np.zeros_like(inputs_TBE)
-    for row, starts in enumerate(RESETS):
-        bounds = sorted({0, *starts, T})
-        for begin, end in itertools.pairwise(bounds):
-            piece = slice(begin, end), slice(row, row + 1)
-            is_begun, is_last = begin in starts, end == T
-            state = tuple(leaf[row : row + 1] * (not is_begun) for leaf in carry)
-            state_grad = tuple(leaf[row : row + 1] * is_last for leaf in (dc_BH, dh_BH))
-            assert is_begun or begin == 0
+    for row, resets in enumerate(RESETS):
+        only = slice(row, row + 1)
+        for begin, end in itertools.pairwise(sorted({0, *resets, T})):
+            piece = slice(begin, end), only
+            is_reset, is_last = begin in resets, end == T
+            state = tuple(leaf[only] * (not is_reset) for leaf in carry)
+            state_grad = tuple(leaf[only] * is_last for leaf in (dc_BH, dh_BH))
             arguments = params, state, inputs_TBE[piece]
-            state, hidden_TBH[piece] = lstm(*arguments)
-            grads = lstm_gradient(*arguments, state_grad, hidden_grad_TBH[piece])
+            state, hidden_TBH[piece] = lstm(*arguments, mask_BH[only])
+            grads = lstm_gradient(*arguments, state_grad, hidden_grad_TBH[piece], mask_BH[only])
             params_grad = jax.tree.map(np.add, params_grad, grads[0])
             inputs_grad_TBE[piece] = grads[2]
             if is_last:
                 last[:, row] = np.concatenate(state)
-            if not is_begun:
+            if not is_reset:
                 first_grad[:, row] = np.concatenate(grads[1])
     return (tuple(last), hidden_TBH), (params_grad, tuple(first_grad), inputs_grad_TBE)
 
 
-@each_masked_case
-def test_resets_match_separate_runs_in_numpy(name, kind, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "kind", "dtype", "with_mask"),
+    [
+        ("fused", "ids", "float32", True),
+        ("fused", "vectors", "float32", False),
+        ("flax", "vectors", "float64", True),
+    ],
+)
+def test_resets_match_separate_runs_in_numpy(name, kind, dtype, with_mask, monkeypatch):
     b = len(RESETS)
     (params, carry, inputs), gradients = draw_case(22, b=b)
     if kind == "ids":
         inputs = draw_ids(22, b=b)
-    keep_TB = np.ones((T, b), bool)
-    for row, starts in enumerate(RESETS):
-        keep_TB[list(starts), row] = False
-    monkeypatch.setitem(LSTMS, name, partial(LSTMS[name], keep_TB=keep_TB))
+    masks = {"keep_TB": np.ones((T, b), bool)}
+    for row, resets in enumerate(RESETS):
+        masks["keep_TB"][list(resets), row] = False
+    mask_BH = np.ones((b, H))
+    if with_mask:
+        masks["mask_BH"] = mask_BH = draw_mask(b)
+    monkeypatch.setitem(LSTMS, name, partial(LSTMS[name], **masks))
     with enable_x64(dtype == "float64"):
         found = value_and_gradients(name, (params, carry, inputs), gradients, dtype)
         inputs_TBE = np.eye(E)[inputs] if kind == "ids" else inputs
-        value, local_grads = numpy_with_resets(params, carry, inputs_TBE, gradients)
-        assert_close(found, (value, local_grads[: len(found[1])]), RELATIVE[dtype])
+        value, grads = numpy_with_resets(params, carry, inputs_TBE, gradients, mask_BH)
+        assert_close(found, (value, grads[: len(found[1])]), RELATIVE[dtype])
 
 
-@each_masked_case
-def test_hidden_mask_matches_numpy(name, kind, dtype, monkeypatch):
-    (params, carry, inputs), gradients = draw_case(24)
-    if kind == "ids":
-        inputs = draw_ids(24)
-    mask_BH = np.random.default_rng(24).integers(0, 3, (B, H)) / 2
-    monkeypatch.setitem(LSTMS, name, partial(LSTMS[name], mask_BH=mask_BH))
-    with enable_x64(dtype == "float64"):
-        found = value_and_gradients(name, (params, carry, inputs), gradients, dtype)
-        arguments = params, carry, np.eye(E)[inputs] if kind == "ids" else inputs
-        value, local_grads = (
-            lstm(*arguments, mask_BH),
-            lstm_gradient(*arguments, *gradients, mask_BH),
-        )
-        assert_close(found, (value, local_grads[: len(found[1])]), RELATIVE[dtype])
+def draw_mask(b):
+    return np.random.default_rng(24).integers(0, 3, (b, H)) / 2
+
+
+def test_hidden_mask_of_fused_vectors_matches_numpy(monkeypatch):
+    arguments, gradients = draw_case(24)
+    mask_BH = draw_mask(B)
+    monkeypatch.setitem(LSTMS, "fused", partial(fused_lstm, mask_BH=mask_BH))
+    found = value_and_gradients("fused", arguments, gradients)
+    wanted = lstm(*arguments, mask_BH), lstm_gradient(*arguments, *gradients, mask_BH)
+    assert_close(found, wanted)
 
 
 def test_absent_masks_add_no_operations():
@@ -386,7 +376,9 @@ def test_fused_gradients_under_vmap_match_numpy(kind):
     )
     over_batches = jax.vmap(jax.grad(fused_loss, argnums=(0, 1)), in_axes=(None, 0, 0, 0))
     over_both = jax.vmap(over_batches, in_axes=(0, None, None, None))
-    found = jax.tree.map(np.asarray, jax.jit(over_both)(*singles((stacked, *stacked_rests))))
+    with little_optimization():
+        found = jax.jit(over_both)(*singles((stacked, *stacked_rests)))
+    found = jax.tree.map(np.asarray, found)
     for (i, params), (j, rest) in itertools.product(enumerate(many), enumerate(rests)):
         one = jax.tree.map(lambda leaf, i=i, j=j: leaf[i, j], found)
         assert_close(one, numpy_grads(params, *rest))
@@ -396,7 +388,9 @@ def test_fused_gradients_under_checkpoint_match_numpy():
     (params, carry, _), gradients = draw_case(10)
     arguments = params, carry, draw_ids(10), gradients
     grads = jax.jit(jax.grad(jax.checkpoint(fused_loss), argnums=(0, 1)))
-    assert_close(grads(*singles(arguments)), numpy_grads(*arguments))
+    with little_optimization():
+        found = grads(*singles(arguments))
+    assert_close(found, numpy_grads(*arguments))
 
 
 def test_fused_gradients_match_finite_differences():
