@@ -1,4 +1,4 @@
-"""Settings that must stand before NumPy, JAX and Keras are imported, and what tests share."""
+"""Settings before NumPy, JAX and Keras are imported, and fixtures of several modules."""
 
 import atexit
 import os
@@ -10,10 +10,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
-# As the launchers do: LAPACK's result depends on its threads, and they fight over two cores.
+# As in the launchers: the result of LAPACK depends on the number of its threads.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["KERAS_BACKEND"] = "jax"
-# One compilation for the whole session, its workers and the launchers' processes included.
+# All processes of a session, workers and launchers included, share one compilation cache.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="charlstm-tests-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -26,23 +26,23 @@ from hypothesis import settings
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-# A session in the background ignores these, and the processes that the tests start would, too.
+# A session in the background ignores these signals; the processes of tests must not inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Eight virtual devices for the tests' own process; launched processes keep what they find.
+# Eight virtual devices in the process of the tests; launched processes are not affected.
 jax.config.update("jax_num_cpu_devices", 8)
-# Arrays of different ranks meet only where the code says how.
+# Implicit rank promotion hides mistakes in axes.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Time says nothing here: the first example compiles, and the machine is shared.
+# No deadline: the first example compiles.
 settings.register_profile("default", deadline=None)
 settings.register_profile("long", deadline=None, max_examples=2000)
 settings.load_profile("default")
 
 ROOT = Path(__file__).resolve().parent.parent
-# Modules that are compiled with little optimization: they check messages, files and texts, or
-# formulas that hold at any optimization. What has to be exact is compiled as users have it.
+# Modules that compile with little optimization: they check messages, files and texts, or formulas
+# that hold at any optimization level. Modules that check exactness use the flags of users.
 CHEAP = {
     f"test_{name}"
     for name in "api bench checkpoints console cost documents dynamic folder folders fuzz keys "
@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config, items):
 
 @contextmanager
 def little_optimization():
-    """Compile with little optimization within the block, also in processes that it starts."""
+    """Compile with little optimization within the block and in processes that it starts."""
     before = _has_little_optimization.get_global()
     _set_little_optimization(True)
     try:
@@ -74,7 +74,7 @@ def little_optimization():
         _set_little_optimization(before)
 
 
-# The flag is not part of the keys of JAX's caches in memory; this context is.
+# JAX's in-memory caches do not depend on the flag, but on this context.
 _has_little_optimization = jax.make_user_context(False)
 
 
@@ -85,8 +85,15 @@ def _set_little_optimization(value):
 
 @pytest.fixture
 def cheaply():
-    """Compile with little optimization in one test, whose numbers do not matter."""
+    """Compile with little optimization in a test whose exact numbers do not matter."""
     with little_optimization():
+        yield
+
+
+@pytest.fixture
+def rank_promotion():
+    """Allow implicit rank promotion, which Keras needs."""
+    with jax.numpy_rank_promotion("allow"):
         yield
 
 

@@ -381,9 +381,8 @@ def test_sample_step_works_in_a_loop_of_ones_own():
 
 def test_sample_step_maps_over_keys_and_over_models():
     keys = jax.random.split(jax.random.key(10), 5)
-    many = jax.tree.map(
-        lambda leaf: leaf * jnp.linspace(0.5, 1.5, 5).reshape(-1, *[1] * leaf.ndim), PARAMS
-    )
+    factors = np.linspace(0.5, 1.5, 5, dtype=np.float32)
+    many = jax.tree.map(lambda leaf: np.multiply.outer(factors, leaf), PARAMS)
     step = partial(sample_step, model=MODEL)
     carry, ids_B = zero_carry(MODEL, B), jnp.asarray(PROMPT_BP[:, 0])
     mapped = jax.jit(jax.vmap(step, in_axes=(0, None, None, 0)))

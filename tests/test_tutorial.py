@@ -20,20 +20,16 @@ from charlstm.steps import init_state, make_train_step
 
 keras = pytest.importorskip("keras")
 # Keras calls NumPy in a way that newer versions deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.usefixtures("rank_promotion"),
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 # An epoch has 4 batches, the last of 37 rows; 6 steps reach the second epoch.
 SMALL_BATCH = 37
 NUM_STEPS = 6
 TEXT_LENGTH = 3 * 128 + SMALL_BATCH + 100
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _rank_promotion():
-    """Allow rank promotion, which Keras uses."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -124,6 +124,7 @@ def test_random_text_has_its_vocabulary(tmp_path):
 # --- backends ---
 
 
+@pytest.mark.usefixtures("rank_promotion")
 @pytest.mark.parametrize("module", ["torch_backend", "keras_backend", "jax_backend"])
 def test_backend_learns_and_generates(module):
     pytest.importorskip(module.removesuffix("_backend"))

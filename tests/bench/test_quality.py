@@ -97,6 +97,7 @@ def tiny_config(book_path):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.usefixtures("rank_promotion")
 @pytest.mark.parametrize(
     ("backend", "seconds", "num_steps"), [("jax", 600, 84), ("keras", 600, 84), ("keras", 0, 1)]
 )
