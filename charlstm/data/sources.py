@@ -108,9 +108,9 @@ def hash_of(source: Source, digests: list[str]) -> str:
     """
     if len(digests) == 1:
         return digests[0]
-    names = (os.fsencode(file.name) for file in source.files)
     lines = (
-        b"%s  %s\n" % (digest.encode(), name) for digest, name in zip(digests, names, strict=True)
+        b"%s  %s\n" % (digest.encode(), os.fsencode(file.name))
+        for digest, file in zip(digests, source.files, strict=True)
     )
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
@@ -161,12 +161,10 @@ def _decompress(pieces: Iterable[bytes], ending: str) -> Iterator[bytes]:
     """Yield the content of concatenated compressed files."""
     # The libraries' file readers accept truncated (zstd) or trailing (bz2, xz) data.
     make = DECOMPRESSORS[ending]
-    decompressor, is_first = make(), True
-    for piece in pieces:
-        other = compression_of(piece) if is_first else ""
-        if other not in ("", ending):
-            raise DecompressionError(f"its name should end in {other}")
-        is_first = False
+    decompressor = make()
+    for index, piece in enumerate(pieces):
+        if index == 0 and compression_of(piece) not in ("", ending):
+            raise DecompressionError(f"its name should end in {compression_of(piece)}")
         while piece:
             if decompressor.eof:
                 decompressor = make()
@@ -241,7 +239,7 @@ def _fetch_into(folder: Path) -> str:
                 path=folder,
                 downloader=pooch.HTTPDownloader(timeout=5),
             )
-        except OSError as error:  # among them all errors of requests
+        except (OSError, ValueError) as error:  # errors of requests are OSErrors
             reason = f"{type(error).__name__} from {url}"
             continue
         if b"Dracula" in target.read_bytes()[:2000]:
