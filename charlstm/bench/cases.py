@@ -59,11 +59,12 @@ def scored_steps(num_windows: int, batch_size: int) -> range:
     return range(0, num_batches, max(1, num_batches // SCORED_BATCHES))
 
 
-def timed(call: Call) -> float:
-    """Return the seconds that one call takes."""
+def timed(call: Call, repeats: int = 1) -> float:
+    """Return the mean seconds of a call."""
     begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
 
 
 @dataclass

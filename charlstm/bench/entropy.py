@@ -50,18 +50,12 @@ def source_config(source: Source, hidden_size: int, seq_len: int, num_steps: int
 def markov_source(
     size: int, *, num_classes: int = 4, alpha: float = 0.1, vocab_size: int = 20, seed: int = 0
 ) -> Source:
-    """Return a text of a Markov chain of order 3.
+    """Return a text of M = `size` characters of a Markov chain of order 3.
 
     The next character depends on the last character and on the classes of the two before it, so
-    that K^2 V of the V^3 contexts differ. Without classes a model would have to memorize each
-    context, which takes an LSTM far longer than a minute.
-
-    Args:
-      size: M.
-      num_classes: K; with V each character is its own class.
-      alpha: concentration of the Dirichlet distribution of the transition probabilities.
-      vocab_size: V.
-      seed: of the transition probabilities and of the text.
+    that K^2 V of the V^3 contexts differ, with K = `num_classes`. Without classes a model would
+    have to memorize each context, which takes an LSTM far longer than a minute. The transition
+    probabilities have a Dirichlet distribution of concentration `alpha`.
     """
     draw = np.random.default_rng(seed)
     table_KKVV = draw.dirichlet(

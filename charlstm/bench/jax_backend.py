@@ -10,15 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from charlstm import steps
-from charlstm.bench.cases import (
-    TEMPERATURE,
-    Call,
-    Case,
-    Checkpoints,
-    random_ids,
-    scored_steps,
-    windows_of,
-)
+from charlstm.bench import cases
 from charlstm.bench.entropy import Source
 from charlstm.config import base_config
 from charlstm.data import batches
@@ -30,13 +22,11 @@ from charlstm.sampling import make_sampler
 CALL_STEPS = 10  # training steps between two looks at the clock
 
 
-def build(name: str, case: Case) -> Call:
+def build(name: str, case: cases.Case) -> cases.Call:
     """Return the work of `case`.
 
-    Args:
-      name: 'charlstm', a plain LSTM with the fused gradient; 'flax', the same with the Flax cell;
-        or 'default', the model and the optimizer of the default recipe.
-      case: the task and its sizes.
+    'charlstm' is a plain LSTM with the fused gradient, 'flax' the same with the Flax cell;
+    'default' has the model and the optimizer of the default recipe.
     """
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     settings: dict[str, Any] = {"recurrence": "flax" if name == "flax" else "fused"}
@@ -47,15 +37,17 @@ def build(name: str, case: Case) -> Call:
     settings |= {"hidden_size": case.hidden_size, "num_layers": case.num_layers}
     model = CharLSTM(case.vocab_size, **settings)
     state = steps.init_state(model, optimizer, jax.random.key(0), case.batch_size)
-    ids_BM, weights_BT = random_ids(case), jnp.ones((case.batch_size, case.seq_len))
+    ids_BM, weights_BT = cases.random_ids(case), jnp.ones((case.batch_size, case.seq_len))
     reset_B = jnp.zeros(case.batch_size, bool)
     windows = [
         batches.Batch(jnp.asarray(ids_BT[:, :-1]), jnp.asarray(ids_BT[:, 1:]), weights_BT, reset_B)
-        for ids_BT in windows_of(ids_BM, case)
+        for ids_BT in cases.windows_of(ids_BM, case)
     ]
     if case.task == "generate":
         sampler = jax.jit(make_sampler(model, case.seq_len))
-        sample = partial(sampler, state.params, ids_BM[:, :1], state.key, temperature=TEMPERATURE)
+        sample = partial(
+            sampler, state.params, ids_BM[:, :1], state.key, temperature=cases.TEMPERATURE
+        )
         return lambda: np.asarray(sample()).size
     if case.task == "evaluate":
         eval_step = jax.jit(steps.make_eval_step(model))
@@ -71,7 +63,7 @@ def build(name: str, case: Case) -> Call:
 
 
 def train(
-    settings: dict[str, Any], checkpoints: Checkpoints, source: Source | None = None
+    settings: dict[str, Any], checkpoints: cases.Checkpoints, source: Source | None = None
 ) -> list[dict[str, float]]:
     """Train by a config, given as a dict, and return the points of the checkpoints.
 
@@ -94,13 +86,13 @@ def train(
         count = min(CALL_STEPS, num_steps - first)
         batch = batches.read_steps(read, first, count, CALL_STEPS)
         state, _ = jax.block_until_ready(train_steps(state, batch, count))
-        is_last = first + count == num_steps
-        if checkpoints.add(first + count, partial(_copy_averaged, state), is_last):
+        step = first + count
+        if checkpoints.add(step, partial(_copy_averaged, state), is_last=step == num_steps):
             break
     held_out = batches.evaluation_batches(held_out_M, config)
     indices = range(held_out.steps_per_epoch)
     if isinstance(held_out, batches.Windows):
-        indices = scored_steps(held_out.num_windows, held_out.batch_size)
+        indices = cases.scored_steps(held_out.num_windows, held_out.batch_size)
     eval_step, carry = jax.jit(steps.make_eval_step(model)), zero_carry(model, held_out.batch_size)
     return checkpoints.points(
         lambda params: steps.evaluate(eval_step, params, carry, map(held_out, indices))["loss"]

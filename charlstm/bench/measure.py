@@ -7,32 +7,27 @@ import random
 import re
 import resource
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from charlstm.bench import timing
 from charlstm.bench.cases import Case, Checkpoints
 from charlstm.bench.entropy import known_sources
 from charlstm.bench.report import quality_picture, size_picture, table
-from charlstm.bench.timing import (
-    BASELINES,
-    Processes,
-    call,
-    open_processes,
-    peak_mib,
-    time_interleaved,
-    try_run,
-)
-from charlstm.cli import streams
+from charlstm.cli import signals, streams
 from charlstm.config import base_config
 from charlstm.errors import RunError
 
@@ -91,7 +86,7 @@ class Measurement:
 
 
 def measure(
-    what: str, settings: Settings = FULL, baselines: Sequence[str] = BASELINES
+    what: str, settings: Settings = FULL, baselines: Sequence[str] = timing.BASELINES
 ) -> Measurement:
     """Measure one section of the benchmark.
 
@@ -133,20 +128,16 @@ def measure_speed(what: str, settings: Settings, baselines: Sequence[str]) -> Me
     names = [*OURS, *baselines]
     if what in ("growth", "evaluate"):  # Keras compiles for long, and cannot evaluate streams
         names = [name for name in names if name != "keras"]
+    pace = settings.rounds, settings.round_seconds
     # New processes for each case, because peak memory is per process; growth has too many cases.
     groups = [cases] if what == "growth" else [[case] for case in cases]
     results = []
     for group in groups:
-        with open_processes(names) as processes:
-            results += [row for case in group for row in time_case(processes, case, settings)]
+        with timing.open_processes(names) as processes:
+            for case in group:
+                results += timing.time_interleaved(processes, case, *pace)
     pictures = {"bench.png": size_picture(results, base)} if what == "growth" else {}
     return Measurement(results, pictures)
-
-
-def time_case(processes: Processes, case: Case, settings: Settings) -> list[dict[str, Any]]:
-    """Time each backend on `case`."""
-    logger.info("%s", case)
-    return time_interleaved(processes, case, settings.rounds, settings.round_seconds)
 
 
 def growth_cases(base: Case, factors: Sequence[float]) -> list[Case]:
@@ -167,15 +158,16 @@ def measure_loop(settings: Settings) -> Measurement:
     result has the medians over rounds.
     """
     case, steps, rounds = Case("train", *settings.shapes[0]), settings.loop_steps, []
-    with open_processes(["default"]) as processes, tempfile.TemporaryDirectory() as folder:
-        text = write_random_text(Path(folder, "text.txt"), case)
+    pace = settings.rounds, settings.round_seconds
+    with timing.open_processes(["default"]) as processes, temporary_folder() as folder:
+        text = write_random_text(folder / "text.txt", case)
         for index in range(settings.commands):
-            timings = time_case(processes, case, settings)
-            with open_processes(["command"]) as commands:
+            timings = timing.time_interleaved(processes, case, *pace)
+            with timing.open_processes(["command"]) as commands:
                 submit = commands["command"].submit
                 startup, _ = submit(run_training, case, text, 1).result()
                 seconds, peak = submit(run_training, case, text, steps).result()
-            timings += time_case(processes, case, settings)
+            timings += timing.time_interleaved(processes, case, *pace)
             step_ms = statistics.median(ms for each in timings for ms in each["ms"])
             bare = (steps - 1) * step_ms / 1000
             rounds.append(
@@ -188,8 +180,7 @@ def measure_loop(settings: Settings) -> Measurement:
                     "peak_mib": peak,
                 }
             )
-    keys = list(rounds[0])[1:]
-    medians = {key: statistics.median(each[key] for each in rounds) for key in keys}
+    medians = {key: statistics.median(each[key] for each in rounds) for key in [*rounds[0]][1:]}
     return Measurement([*rounds, {"round": "median"} | medians])
 
 
@@ -198,13 +189,9 @@ def run_training(case: Case, text: Path, num_steps: int) -> tuple[float, float]:
 
     Called in a new process, whose only child is the command. The run folder and the caches of
     compiled programs and texts lie beside `text`.
-
-    Raises:
-      RunError: if the command fails.
     """
-    folder = text.parent
     flags = [
-        f"--workdir={tempfile.mkdtemp(dir=folder)}",
+        f"--workdir={tempfile.mkdtemp(dir=text.parent)}",
         f"--config.data.path={text}",
         f"--config.num_steps={num_steps}",
         f"--config.batch_size={case.batch_size}",
@@ -212,7 +199,7 @@ def run_training(case: Case, text: Path, num_steps: int) -> tuple[float, float]:
         f"--config.model.hidden_size={case.hidden_size}",
     ]
     caches = {"CHARLSTM_CACHE": "cache", "JAX_COMPILATION_CACHE_DIR": "compiled"}
-    environment = os.environ | {name: str(folder / cache) for name, cache in caches.items()}
+    environment = os.environ | {name: str(text.with_name(cache)) for name, cache in caches.items()}
     command = [sys.executable, f"{streams.LAUNCH}/train.py", *flags]
     begin = time.perf_counter()
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -220,7 +207,15 @@ def run_training(case: Case, text: Path, num_steps: int) -> tuple[float, float]:
     if ended.returncode:
         last_line = (ended.stderr.strip().splitlines() or [""])[-1]
         raise RunError(f"launch/train.py ended with {ended.returncode}: {last_line}")
-    return seconds, peak_mib(resource.RUSAGE_CHILDREN)
+    return seconds, timing.peak_mib(resource.RUSAGE_CHILDREN)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield a new folder that is also removed when a signal ends the process."""
+    with tempfile.TemporaryDirectory() as folder:
+        signals.cleanups.append(partial(shutil.rmtree, folder, ignore_errors=True))
+        yield Path(folder)
 
 
 def write_random_text(path: Path, case: Case, size: int = 850_000) -> Path:
@@ -237,12 +232,12 @@ def measure_entropy(settings: Settings) -> Measurement:
     results = []
     for source, config in known_sources(settings.small_sources):
         logger.info("entropy: %s, %d steps", source.name, config.num_steps)
-        with open_processes(["jax"]) as processes:
+        with timing.open_processes(["jax"]) as processes:
             task = "jax_backend.train", config.to_dict(), Checkpoints(time.time()), source
-            last = processes["jax"].submit(call, *task).result()[-1]
+            last = processes["jax"].submit(timing.call, *task).result()[-1]
         excess = last["bits_per_char"] / source.entropy_rate - 1
-        about = {"source": source.name, "vocab_size": source.vocab_size}
-        results.append(about | {"entropy_rate": source.entropy_rate, "excess": excess} | last)
+        about = {"source": source.name, "entropy_rate": source.entropy_rate, "excess": excess}
+        results.append(about | last)
     return Measurement(results)
 
 
@@ -273,21 +268,22 @@ def measure_recipes(text: str, seconds: float, with_keras: bool) -> list[dict[st
         backend = "keras" if name == "keras" else "jax"
         checkpoints = Checkpoints(time.time(), seconds, SPACING)
         with (
-            tempfile.TemporaryDirectory() as cache,
-            open_processes([backend], JAX_COMPILATION_CACHE_DIR=cache) as processes,
+            temporary_folder() as cache,
+            timing.open_processes([backend], JAX_COMPILATION_CACHE_DIR=str(cache)) as processes,
         ):
             task = f"{backend}_backend.train", config.to_dict(), checkpoints
-            points, error = try_run(name, processes[backend], call, *task)
+            points, error = timing.try_run(name, processes[backend], timing.call, *task)
         result = {"recipe": name, "config": config.to_dict(), "points": points or []}
         results.append(result)
         if error:
-            result["error"] = error
+            result |= {"error": error}
             continue
         result |= {f"seconds_to_{bits}": seconds_to(points, bits) for bits in TARGETS}
         result |= {key: points[-1][key] for key in ("bits_per_char", "seconds")}
         if config.data.lowercase:
-            final = result["bits_per_char"]
-            result["default_seconds"] = seconds_to(results[0]["points"], final)
+            result["default_seconds"] = seconds_to(
+                results[0]["points"], points[-1]["bits_per_char"]
+            )
     return results
 
 
@@ -305,7 +301,6 @@ def describe_machine(packages: Sequence[str] = ()) -> dict[str, Any]:
         "cpu": models[0] if models else platform.processor(),
         "cpus": os.cpu_count(),
         "load_before": os.getloadavg()[0],
-        "platform": platform.platform(),
-        "python": platform.python_version(),
+        "platform": f"{platform.platform()}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in (*ours, *packages)},
     }

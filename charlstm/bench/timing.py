@@ -13,7 +13,6 @@ import resource
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -31,8 +30,7 @@ Processes = Mapping[str, Executor]  # by the name of the backend
 BASELINES = ("torch", "keras")
 
 
-# --- in the process of a backend ---
-
+# In the process of a backend:
 _call: Call
 _calls_per_round = 1
 
@@ -48,8 +46,7 @@ def start(name: str, environment: dict[str, str]) -> None:
 
 
 def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent:
+    if parent := multiprocessing.parent_process():
         parent.join()
     os._exit(1)
 
@@ -63,8 +60,7 @@ def call(function: str, *arguments: Any) -> Any:
 def build(name: str, case: Case) -> float:
     """Build the work of `case`, do it once, and return its value."""
     global _call
-    module = name if name in BASELINES else "jax"
-    _call = call(f"{module}_backend.build", name, case)
+    _call = call(f"{name if name in BASELINES else 'jax'}_backend.build", name, case)
     return _call()
 
 
@@ -79,10 +75,7 @@ def calibrate(name: str, round_seconds: float) -> None:
 
 def time_round() -> float:
     """Return the mean seconds of a call in one round."""
-    begin = time.perf_counter()
-    for _ in range(_calls_per_round):
-        _call()
-    return (time.perf_counter() - begin) / _calls_per_round
+    return timed(_call, _calls_per_round)
 
 
 def peak_mib(who: int = resource.RUSAGE_SELF) -> float:
@@ -90,17 +83,12 @@ def peak_mib(who: int = resource.RUSAGE_SELF) -> float:
     return resource.getrusage(who).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-# --- in the parent ---
-
-
 @contextmanager
 def open_processes(names: Iterable[str], **environment: str) -> Iterator[dict[str, Executor]]:
     """Yield a process for each backend, with `environment` added to its variables."""
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
-        pools = {
-            name: ProcessPoolExecutor(1, context, start, (name, environment)) for name in names
-        }
+        pools = {n: ProcessPoolExecutor(1, context, start, (n, environment)) for n in names}
         yield {name: stack.enter_context(pool) for name, pool in pools.items()}
 
 
@@ -128,6 +116,7 @@ def time_interleaved(
 
     Each of the `rounds` lasts about `round_seconds` per backend, and has at least one call.
     """
+    logger.info("%s", case)
     seconds: dict[str, list[float]] = {name: [] for name in processes}
     errors: dict[str, str] = {}
 
