@@ -42,13 +42,18 @@ def write_file(path: epath.Path, content: bytes | str) -> None:
 
 
 class GrowingFile:
-    """A text file that only this process writes, by appending to it.
+    """A text file that only this process writes, and that grows at its end.
 
-    A crash can cut the last line. A bucket cannot append, so the whole file is written there.
+    A crash can cut its last line. A bucket cannot append, so each append writes the whole file.
     """
 
     def __init__(self, path: epath.Path, content: Callable[[], str]):
-        """Write what `content` returns, the whole content at any time, unless the file has it."""
+        """Write the file, unless it has the right content.
+
+        Args:
+          path: the file.
+          content: returns the whole content that the file should have at the time of the call.
+        """
         self._path, self._content = path, content
         raw = content().encode()
         if (path.read_bytes() if path.exists() else b"") != raw:
@@ -56,7 +61,7 @@ class GrowingFile:
         self._size = len(raw)
 
     def append(self, text: str) -> None:
-        """Append `text`, with which the whole content already ends."""
+        """Append `text`, the end of what `content` now returns."""
         raw = text.encode()
         if not is_local(self._path):
             write_file(self._path, self._content())

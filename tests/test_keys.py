@@ -35,7 +35,7 @@ def test_state_and_initial_params_use_their_streams():
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
 
 
-def test_params_and_dropout_streams_are_the_halves_of_a_split_key():
+def test_params_and_dropout_keys_are_halves_of_a_split_key():
     # The published results were trained with such keys.
     key = jax.random.key(3)
     halves = [bits(half) for half in jax.random.split(key)]
