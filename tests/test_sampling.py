@@ -233,7 +233,7 @@ def test_streaming_yields_what_the_sampler_writes(method, chunk):
 
 
 @each_method
-def test_streaming_compiles_once_and_calls_the_program_as_often_as_needed(method, monkeypatch):
+def test_streaming_compiles_once_and_calls_once_per_chunk(method, monkeypatch):
     traced = []
 
     def traced_predict(*args):
@@ -278,7 +278,7 @@ def test_a_prompt_of_a_wrong_length_is_refused(method, lengths, message):
             write_in_pieces(method, prompts)
 
 
-def test_prompts_shorter_than_the_window_are_refused_where_lengths_are_traced():
+def test_short_prompts_with_traced_lengths_raise():
     with pytest.raises(ValueError, match=f"prompt: has {SEQ_LEN - 1} characters"):
         write("window", PROMPT_BP[:, : SEQ_LEN - 1], lengths_B=LENGTHS_B)
 
@@ -312,7 +312,7 @@ def test_a_stream_of_what_makes_no_sense_is_refused(arguments, message):
         write_in_pieces(**arguments)
 
 
-def test_ids_that_no_character_has_give_ids_that_decode_to_nothing():
+def test_invalid_ids_give_ids_that_decode_to_nothing():
     # A compiled sampler cannot raise an error for numbers that it does not know yet.
     prompt_BP = PROMPT_BP.copy()
     prompt_BP[1, 0] = V
@@ -475,7 +475,7 @@ def test_temperatures_that_are_all_but_0_pick_the_largest():
         np.testing.assert_array_equal(ids_B, np.argmax(logits_BV, axis=-1))
 
 
-def test_an_impossible_character_is_not_picked_at_the_edge_of_its_neighbours():
+def test_a_character_of_probability_zero_is_never_sampled():
     rng, n, vocab_size = np.random.default_rng(14), 4000, 1000
     logits_BV = rng.normal(size=(n, vocab_size)).astype(np.float32)
     logits_BV[rng.random(size=(n, vocab_size)) < 0.5] = -np.inf
@@ -492,7 +492,7 @@ def test_an_impossible_character_is_not_picked_at_the_edge_of_its_neighbours():
 LOGITS = st.integers(-1024, 1024).map(lambda number: number / 128)
 
 
-def test_logits_that_float32_cannot_part_after_the_exponential_are_ties():
+def test_logits_with_equal_float32_exponentials_are_ties():
     logits_1V = np.full((1, V), -1.0, np.float32)
     logits_1V[0, [2, 9]] = 0.0, 1e-8
     options = {"temperature": 0.8, "top_k": 1}

@@ -81,7 +81,7 @@ def unkeyed(state):
     return state._replace(key=jax.random.key_data(state.key))
 
 
-def test_a_step_is_the_optimizer_applied_to_the_gradient_of_the_mean_loss(batches):
+def test_step_applies_the_optimizer_to_the_mean_gradient(batches):
     state = initial_state(PLAIN)
     batch = batches(batches.steps_per_epoch - 1)  # the padded one
     rows, times = np.nonzero(batch.weights_BT)
@@ -145,7 +145,7 @@ def test_what_is_not_finite_never_reaches_the_state(cause, batches):
         assert not metrics["skipped"]
 
 
-def test_the_carry_is_handed_on_and_reset_where_a_row_begins_anew(batches):
+def test_carry_passes_between_batches_and_resets_rows(batches):
     state, _ = run_steps(with_rate(initial_state(PLAIN), 0), batches, 2, PLAIN)
     both_BT = np.concatenate([batches(0).inputs_BT, batches(1).inputs_BT], axis=1)
     apply = jax.jit(PLAIN.apply)
@@ -172,7 +172,7 @@ def test_dropout_depends_on_key_and_step_alone(batches):
     assert step(state._replace(key=jax.random.key(9)), batches(0))[1]["loss"] != loss
 
 
-def test_one_compilation_serves_all_steps_from_parameters_of_ones_own(batches):
+def test_one_compilation_serves_all_steps_from_own_parameters(batches):
     optimizer = optax.adam(1e-3)
     own = initial_state(DROPPED).params
     state = init_state(DROPPED, optimizer, jax.random.key(1), B, params=own)
@@ -217,7 +217,7 @@ def test_four_seeds_at_once_equal_each_alone(batches):
     assert len(set(np.array(together)[-1].tolist())) == 4
 
 
-def test_many_learning_rates_at_once_in_a_scan_equal_each_in_a_loop(batches):
+def test_vmapped_learning_rates_match_separate_loops(batches):
     state = initial_state(DROPPED)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(batches, range(3)))
 
@@ -292,7 +292,7 @@ def test_weights_that_sum_to_less_than_one_give_a_mean_too(batches):
     assert_equal(unmoved.params, state.params)
 
 
-def test_a_users_own_loss_can_be_differentiated_through_the_eval_step(batches):
+def test_own_loss_is_differentiable_through_the_eval_step(batches):
     state, eval_step = initial_state(DROPPED), make_eval_step(DROPPED)
 
     @jax.jit
@@ -327,7 +327,7 @@ def test_evaluation_counts_every_character_once_without_dropout():
     np.testing.assert_allclose(result["accuracy"], accuracy, rtol=1e-6)
 
 
-def test_streams_with_context_give_nearly_the_figure_of_one_stream():
+def test_streams_with_context_nearly_match_one_stream():
     model, ids_M = DROPPED, random_ids(2003, seed=6)
     params = initial_state(model).params
     params = jax.tree.map(lambda leaf: 4 * leaf, params)  # so that what was read matters

@@ -131,7 +131,7 @@ def test_a_text_that_repeats_itself_is_learnt_while_it_is_read(model, params, te
     np.testing.assert_array_equal(flat(learnt), flat(reader.params))
 
 
-def test_without_a_rate_nothing_moves_and_with_full_decay_all_goes_home(model, params, texts):
+def test_zero_rate_and_full_decay_give_the_anchor_or_no_change(model, params, texts):
     ones = jax.tree.map(jnp.ones_like, params)
     moved = jax.tree.map(lambda leaf: leaf + 1, params)
     batch = Batch(texts[0][None, :-1], texts[0][None, 1:], np.ones((1, 10)), np.ones(1, bool))
