@@ -115,7 +115,7 @@ def hash_of(source: Source, digests: list[str]) -> str:
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def read_blocks(file: File, on_bytes: Callable[[bytes], Any] = len) -> Iterator[bytes]:
+def read_blocks(file: File, on_bytes: Callable[[bytes], Any] = lambda raw: None) -> Iterator[bytes]:
     """Yield the content of a file, decompressed, in non-empty blocks of about BLOCK bytes.
 
     Args:
