@@ -96,13 +96,9 @@ class Streams:
         position_SBT = first_SB[..., None] + np.arange(self.seq_len)
         counts_SBT = (position_SBT >= begin_B[:, None]) & (position_SBT < end_B[:, None])
         safe_SBT = np.clip(position_SBT, 0, len(self.ids_M) - 2)
-        return Batch(
-            inputs_BT=self.ids_M[safe_SBT].astype(np.int32),
-            targets_BT=self.ids_M[safe_SBT + 1].astype(np.int32),
-            weights_BT=counts_SBT.astype(np.float32),
-            # The first stream has no context: it resets where the text begins.
-            reset_B=(window_S == 0)[..., None] | (first_SB == 0) | self._resets(step)[..., rows],
-        )
+        # The first stream has no context: it resets where the text begins.
+        reset_SB = (window_S == 0)[..., None] | (first_SB == 0) | self._resets(step)[..., rows]
+        return _gather(self.ids_M, safe_SBT, counts_SBT, reset_SB)
 
     def epoch(self) -> Iterator[Batch]:
         """Yield the batches of the first epoch."""
@@ -184,15 +180,9 @@ class Windows:
                 chosen_SB = is_real_SB & (epoch_S == epoch)[..., None]
                 start_SB = np.where(chosen_SB, shuffled_SB, start_SB)
         position_SBT = start_SB[..., None] + np.arange(self.seq_len)
-        weights_SBT = np.broadcast_to(is_real_SB[..., None], position_SBT.shape).astype(np.float32)
-        if self.last_only:
-            weights_SBT[..., :-1] = 0
-        return Batch(
-            inputs_BT=self.ids_M[position_SBT].astype(np.int32),
-            targets_BT=self.ids_M[position_SBT + 1].astype(np.int32),
-            weights_BT=weights_SBT,
-            reset_B=np.ones(start_SB.shape, dtype=bool),
-        )
+        is_counted_T = np.arange(self.seq_len) >= (self.seq_len - 1 if self.last_only else 0)
+        counts_SBT = is_real_SB[..., None] & is_counted_T
+        return _gather(self.ids_M, position_SBT, counts_SBT, np.ones(start_SB.shape, bool))
 
     def epoch(self) -> Iterator[Batch]:
         """Yield the batches of the first epoch."""
@@ -226,8 +216,19 @@ def read_steps(
     return Batch(*map(pad, steps_S))
 
 
+def _gather(
+    ids_M: np.ndarray, position_BT: np.ndarray, is_counted_BT: np.ndarray, reset_B: np.ndarray
+) -> Batch:
+    return Batch(
+        inputs_BT=ids_M[position_BT].astype(np.int32),
+        targets_BT=ids_M[position_BT + 1].astype(np.int32),
+        weights_BT=is_counted_BT.astype(np.float32),
+        reset_B=reset_B,
+    )
+
+
 def _mix(number: np.ndarray) -> np.ndarray:
-    # The finalizer of splitmix64 (Steele, Lea and Flood 2014): every bit changes half of the bits.
+    # The finalizer of splitmix64 (Steele, Lea and Flood 2014): each bit affects half of the bits.
     number = (number ^ number >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     number = (number ^ number >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return number ^ number >> np.uint64(31)
@@ -262,22 +263,20 @@ def training_batches(ids_M: np.ndarray, config: ConfigDict) -> Streams | Windows
             f"config.seq_len={seq_len}: the training text has {len(ids_M)} characters, too few "
             "for one window and the character after it; give a longer text or a smaller seq_len"
         )
-    if config.data.order == "windows":
-        needed = batch_size + seq_len
-        if len(ids_M) - seq_len > MAX_SHUFFLED:
-            raise UserError(
-                f"config.data.order=windows: the text has {len(ids_M) - seq_len:,} windows, "
-                f"and at most {MAX_SHUFFLED:,} can be shuffled; use config.data.order=streams"
-            )
-    else:
-        needed = batch_size * seq_len + 1
+    is_windows = config.data.order == "windows"
+    if is_windows and len(ids_M) - seq_len > MAX_SHUFFLED:
+        raise UserError(
+            f"config.data.order=windows: the text has {len(ids_M) - seq_len:,} windows, "
+            f"and at most {MAX_SHUFFLED:,} can be shuffled; use config.data.order=streams"
+        )
+    needed = batch_size + seq_len if is_windows else batch_size * seq_len + 1
     if len(ids_M) < needed:
         raise UserError(
             f"config.batch_size={batch_size}: with config.seq_len={seq_len} it takes at least "
             f"{needed:,} characters of training text, and there are {len(ids_M):,}; "
             "lower batch_size or seq_len"
         )
-    if config.data.order == "windows":
+    if is_windows:
         last_only = config.data.loss_on == "last"
         return Windows(ids_M, batch_size, seq_len, last_only, seed=config.seed)
     return Streams(
@@ -324,9 +323,4 @@ def cold_batches(ids_M: np.ndarray, seq_len: int, batch_size: int) -> Iterator[B
     for begin in range(0, last, batch_size * seq_len):
         position_BT = np.arange(begin, begin + batch_size * seq_len).reshape(batch_size, seq_len)
         safe_BT = np.minimum(position_BT, last - 1)
-        yield Batch(
-            inputs_BT=ids_M[safe_BT].astype(np.int32),
-            targets_BT=ids_M[safe_BT + 1].astype(np.int32),
-            weights_BT=(position_BT < last).astype(np.float32),
-            reset_B=np.ones(batch_size, dtype=bool),
-        )
+        yield _gather(ids_M, safe_BT, position_BT < last, np.ones(batch_size, bool))
