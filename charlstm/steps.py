@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # help() then shows names such as TrainStep
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from jax import export
 from charlstm.checks import check_batch, check_count, check_divides, check_params, check_shape
 from charlstm.data.batches import Batch
 from charlstm.keys import derive_key
+from charlstm.lstm.reference import mask_rows
 from charlstm.model import Carry, CharLSTM, check_carry, predict, zero_carry
 from charlstm.optim import update_with
 
@@ -87,7 +88,8 @@ def init_state(
 
 def reset_rows(carry: Carry, reset_B: jax.Array) -> Carry:
     """Return `carry` with zeros in the rows where `reset_B` is true."""
-    return jax.tree.map(lambda leaf_BH: jnp.where(reset_B[:, None], 0.0, leaf_BH), carry)
+    keep_B = jnp.logical_not(reset_B)
+    return jax.tree.map(lambda leaf_BH: mask_rows(leaf_BH, keep_B), carry)
 
 
 def cross_entropy(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
@@ -296,6 +298,32 @@ def make_eval_step(model: CharLSTM) -> EvalStep:
     return eval_step
 
 
+def run_batches(
+    step: Callable[[Any, Any, Batch], tuple[Any, Any]],
+    params: Any,
+    carry: Any,
+    batches: Iterable[Batch],
+) -> Iterator[tuple[Batch, Any]]:
+    """Yield (batch, output) for each batch of step(params, carry, batch) -> (carry, output).
+
+    Each output is yielded after the next step has started, so that the device does not wait for
+    the host.
+    """
+    pending: tuple[Batch, Any] | None = None
+
+    def to_device(leaf: Any) -> Any:
+        # Explicit for NumPy arrays, because jax.transfer_guard forbids implicit transfers.
+        return jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+    for batch in batches:
+        carry, output = step(params, carry, Batch(*map(to_device, batch)))
+        if pending is not None:
+            yield pending
+        pending = batch, output
+    if pending is not None:
+        yield pending
+
+
 def evaluate(
     eval_step: EvalStep,
     params: Any,
@@ -306,32 +334,19 @@ def evaluate(
 
     Args:
       eval_step: as make_eval_step returns, best compiled by jax.jit.
-      params: the model's.
-      carry: before the first batch, such as zero_carry(model, batch_size).
-      batches: Batches of the same size, the carry of each handed on to the next.
+      params: the parameters of the model.
+      carry: the carry before the first batch, such as zero_carry(model, batch_size).
+      batches: Batches of the same size; the carry passes from each to the next.
 
     Raises:
-      ValueError: if no character in them counts.
+      ValueError: if the sum of the weights is 0.
     """
     sums = {"nats": 0.0, "correct": 0.0, "count": 0.0}
-    pending: Metrics | None = None
-
-    def on_device(batch: Batch) -> Batch:
-        # Arrays of NumPy only: jax.transfer_guard forbids to pass them on as they are.
-        is_numpy = lambda leaf: isinstance(leaf, np.ndarray)  # noqa: E731
-        return Batch(*(jax.device_put(leaf) if is_numpy(leaf) else leaf for leaf in batch))
-
-    def add(totals: Metrics | None) -> None:
-        # In Python's double precision: float32 would lose characters beyond 16 million.
-        for name, value in (totals or {}).items():
-            sums[name] += float(value)
-
-    for batch in batches:
-        carry, totals = eval_step(params, carry, on_device(batch))
-        add(pending)  # one batch late, so that the device never waits for the host
-        pending = totals
-    add(pending)
+    for _, totals in run_batches(eval_step, params, carry, batches):
+        # In Python's double precision, because float32 cannot count beyond 16 million.
+        for name in sums:
+            sums[name] += float(totals[name])
     count = sums["count"]
     if not count:
-        raise ValueError("batches: no character in them counts")
+        raise ValueError("batches: the sum of the weights is 0")
     return {"loss": sums["nats"] / count, "accuracy": sums["correct"] / count, "count": count}

@@ -14,25 +14,23 @@ from charlstm.data.corpus import Corpus, forget_pages, open_corpus
 from charlstm.errors import UserError
 from charlstm.evaluation import dynamic
 from charlstm.evaluation.memorization import PIECE_CHARS, share_found
-from charlstm.evaluation.report import measure_baselines, refuse_not_finite, table
+from charlstm.evaluation.report import check_finite, format_report, measure_baselines
 from charlstm.evaluation.scoring import (
     TEMPERATURES_R,
     best_temperature,
-    figures,
     losses_at_temperatures,
-    make_temperature_step,
-    read,
-    scores,
+    metrics_of,
+    sum_losses,
 )
 from charlstm.model import CharLSTM, zero_carry
 from charlstm.runs.folder import Run
-from charlstm.steps import make_score_step
+from charlstm.steps import make_score_step, run_batches
 from charlstm.training.setup import open_run_text
 
 logger = logging.getLogger(__name__)
 
-MUCH_KNOWN = 0.1
-COLD_CHARS = 2**13  # characters of a batch of cold windows; they fit into the cache
+MAX_KNOWN_SHARE = 0.1
+COLD_CHARS = 2**13  # characters per batch of cold windows, which fit into the CPU cache
 
 
 class HeldOut(NamedTuple):
@@ -53,7 +51,7 @@ class Evaluation:
     held_out_size: int
 
     def __str__(self) -> str:
-        return "\n".join(table(self.metrics, self.train_size, self.held_out_size))
+        return "\n".join(format_report(self.metrics, self.train_size, self.held_out_size))
 
 
 def open_held_out(
@@ -64,7 +62,7 @@ def open_held_out(
     Args:
       run: the run whose vocabulary maps characters to ids.
       path: a text, as config.data.path.
-      unknown: what to do with characters that the model does not know: 'error', 'drop', 'replace'.
+      unknown: what to do with characters outside the vocabulary: 'error', 'drop' or 'replace'.
       with_training_part: warn if the training part, which baselines need, cannot be read.
 
     Raises:
@@ -103,14 +101,15 @@ def evaluate(
     fit_temperature: bool = False,
     baselines: bool = True,
 ) -> Evaluation:
-    """Return the metrics of a held-out text, stateful and in cold windows.
+    """Return the metrics of a held-out text, stateful and in stateless windows.
 
     Args:
       run, model, params: as load_model returns them.
       held_out: the text, as open_held_out returns it.
-      window: T of cold windows.
-      dynamic_rate: the learning rate of dynamic evaluation; None leaves it out.
-      fit_temperature: fit a softmax temperature on the first half, and measure it on the second.
+      window: T of the stateless windows.
+      dynamic_rate: the learning rate of dynamic evaluation; None skips it.
+      fit_temperature: fit a softmax temperature on the first half of the text, and measure it on
+        the second.
       baselines: measure n-grams and compressors, if there is a training part.
 
     Raises:
@@ -129,7 +128,7 @@ def evaluate(
         metrics["dynamic"] = _measure_dynamic(run, model, params, held_out, dynamic_rate, loss)
     if fit_temperature:
         metrics["temperature"] = _measure_temperature(run, model, params, ids_M)
-    refuse_not_finite(metrics, held_out.name)
+    check_finite(metrics, held_out.name)
     if baselines and held_out.train_M is not None:
         metrics["baselines"] = measure_baselines(held_out.train_M, ids_M, run.vocab)
     train_size = 0 if held_out.train_M is None else len(held_out.train_M)
@@ -145,7 +144,7 @@ def _warn_of_known_text(held_out: HeldOut) -> None:
     if held_out.train_M is None or len(held_out.ids_M) < PIECE_CHARS:
         return
     share = share_found(held_out.ids_M, held_out.train_M)
-    if share > MUCH_KNOWN:
+    if share > MAX_KNOWN_SHARE:
         logger.warning(
             "about %.0f %% of %s occurs verbatim in the training part; the metrics show "
             "memorization, not prediction",
@@ -157,7 +156,7 @@ def _warn_of_known_text(held_out: HeldOut) -> None:
 def _measure_both(
     run: Run, model: CharLSTM, params: Any, held_out: HeldOut, window: int
 ) -> dict[str, Any]:
-    """Return the stateful metrics, and those of cold windows as 'cold'."""
+    """Return the stateful metrics, and those of stateless windows as 'cold'."""
     score_step, ids_M = jax.jit(make_score_step(model)), held_out.ids_M
 
     def releasing(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -166,17 +165,16 @@ def _measure_both(
             forget_pages(ids_M)
 
     def measure(batches: Iterable[Batch], batch_size: int, num_chars: int) -> dict[str, Any]:
-        empty = zero_carry(model, batch_size)
-        scored = scores(score_step, params, empty, releasing(batches))
-        return figures(read(scored, num_chars, held_out.bytes_V))
+        carry = zero_carry(model, batch_size)
+        outputs = run_batches(score_step, params, carry, releasing(batches))
+        return metrics_of(sum_losses(outputs, num_chars, held_out.bytes_V))
 
     batches, last = evaluation_batches(ids_M, run.config, batch_size=1), len(ids_M) - 1
-    num_counted = batches.num_windows if isinstance(batches, Windows) else last
+    num_chars = batches.num_windows if isinstance(batches, Windows) else last
     window = min(window, last)  # a longer window would read the same characters
     batch_size = min(max(1, COLD_CHARS // window), -(-last // window))
     cold = measure(cold_batches(ids_M, window, batch_size), batch_size, last)
-    steps = batches.epoch()
-    stateful = measure(steps, batches.batch_size, num_counted)
+    stateful = measure(batches.epoch(), batches.batch_size, num_chars)
     return stateful | {"cold": {"window": window} | cold}
 
 
@@ -184,27 +182,22 @@ def _measure_dynamic(
     run: Run, model: CharLSTM, params: Any, held_out: HeldOut, rate: float, static_loss: float
 ) -> dict[str, Any]:
     anchor = dynamic.make_anchor(model, params, [run.vocab.encode(text) for text in run.prompts])
-    reader = dynamic.Reader(params, zero_carry(model, 1))
+    state = dynamic.DynamicState(params, zero_carry(model, 1))
+    step = jax.jit(dynamic.make_dynamic_step(model, rate))
     batches = Streams(held_out.ids_M, 1, dynamic.WINDOW)
-    steps = batches.epoch()
-    scored = scores(jax.jit(dynamic.make_dynamic_step(model, rate)), anchor, reader, steps)
-    reading = read(scored, len(held_out.ids_M) - 1, held_out.bytes_V)
-    if not reading.loss < static_loss + math.log(len(run.vocab)):
+    outputs = run_batches(step, anchor, state, batches.epoch())
+    sums = sum_losses(outputs, len(held_out.ids_M) - 1, held_out.bytes_V)
+    if not sums.loss < static_loss + math.log(len(run.vocab)):
         raise UserError(f"--dynamic_rate={rate}: dynamic evaluation diverges; give a lower rate")
-    return {"rate": rate, "window": dynamic.WINDOW} | figures(reading)
+    return {"rate": rate, "window": dynamic.WINDOW} | metrics_of(sums)
 
 
 def _measure_temperature(
     run: Run, model: CharLSTM, params: Any, ids_M: np.ndarray
 ) -> dict[str, Any]:
-    temperature_step, half = jax.jit(make_temperature_step(model)), len(ids_M) // 2
-
-    def losses(part_M: np.ndarray, temperatures_R: Any) -> np.ndarray:
-        batches = evaluation_batches(part_M, run.config)
-        steps = batches.epoch()
-        empty = zero_carry(model, batches.batch_size)
-        return losses_at_temperatures(temperature_step, params, empty, steps, temperatures_R)
-
-    fitted = best_temperature(losses(ids_M[:half], TEMPERATURES_R))
-    plain, tempered = losses(ids_M[half:], [1.0, fitted]) / math.log(2)
+    halves_M = np.split(ids_M, [len(ids_M) // 2])
+    first, second = (evaluation_batches(half_M, run.config) for half_M in halves_M)
+    fitted = best_temperature(losses_at_temperatures(model, params, first, TEMPERATURES_R))
+    losses_R = losses_at_temperatures(model, params, second, np.array([1.0, fitted]))
+    plain, tempered = (losses_R / math.log(2)).tolist()
     return {"fitted": fitted, "bits_per_char": tempered, "bits_per_char_at_1": plain}

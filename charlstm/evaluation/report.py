@@ -1,14 +1,16 @@
-"""What evaluate.py shows beside a model: baselines on the same split, a table, and a verdict."""
+"""The report of an evaluation: baselines on the same split, a table and a comparison."""
 
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from charlstm.data.vocab import Vocab
 from charlstm.errors import RunError
 from charlstm.evaluation import baselines
+from charlstm.system.tables import plain_text
 
 COLUMNS = {
     "bits_per_char": "bits/char",
@@ -20,7 +22,7 @@ COLUMNS = {
 
 
 def measure_baselines(train_M: np.ndarray, ids_M: np.ndarray, vocab: Vocab) -> dict[str, Any]:
-    """Return the bits per character of each baseline, and on how many characters they rest."""
+    """Return the bits per character of each baseline, and the numbers of characters they use."""
     train_M = train_M[-baselines.MAX_TRAINING_CHARS :]
     ids_M = ids_M[: baselines.MAX_HELD_OUT_CHARS]
     size = len(vocab)
@@ -41,25 +43,25 @@ def measure_baselines(train_M: np.ndarray, ids_M: np.ndarray, vocab: Vocab) -> d
     }
 
 
-def refuse_not_finite(figures: dict[str, Any], text: str) -> None:
-    """Raise RunError if a figure, at any depth, is not finite."""
-    for name, value in figures.items():
+def check_finite(metrics: dict[str, Any], text: str) -> None:
+    """Raise RunError if a metric, at any depth, is not finite."""
+    for name, value in metrics.items():
         if isinstance(value, dict):
-            refuse_not_finite(value, text)
+            check_finite(value, text)
         elif isinstance(value, float) and not math.isfinite(value):
             raise RunError(
-                f"{text}: {name} is {value}, so the weights are of no use; try another --checkpoint"
+                f"{text}: {name} is {value}, thus the weights are useless; try another --checkpoint"
             )
 
 
-def verdict(bits: float, baseline_bits: dict[str, float]) -> str:
-    """Return a sentence that compares a model with the baselines."""
+def compare(bits: float, baseline_bits: dict[str, float]) -> str:
+    """Return a sentence that compares the model with the baselines."""
     worse = [name for name, value in baseline_bits.items() if value > bits]
     others = [name for name in baseline_bits if name not in worse]
     if not worse:
-        return "The model is better than none of the baselines."
+        return "The model is no better than any baseline."
     if others:
-        return f"The model is better than {listed(worse)}, and not better than {listed(others)}."
+        return f"The model is better than {listed(worse)}, but not than {listed(others)}."
     best = min(baseline_bits, key=lambda name: baseline_bits[name])
     share = 1 - bits / baseline_bits[best]
     return (
@@ -73,34 +75,40 @@ def listed(names: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def table(figures: dict[str, Any], train_size: int, held_out_size: int) -> Iterator[str]:
-    """Yield the lines that show figures such as evaluate.py --json prints.
+def format_report(metrics: dict[str, Any], train_size: int, held_out_size: int) -> Iterator[str]:
+    """Yield the table of an evaluation, and sentences on it.
 
     Args:
-      figures: what was measured.
+      metrics: as evaluate.py --json prints them.
       train_size, held_out_size: the characters available to the baselines.
     """
-    yield f"text           {figures['text']}"
-    yield f"characters     {figures['characters']}"
-    yield f"perplexity     {figures['perplexity']:.4f}"
+    yield f"text           {metrics['text']}"
+    yield f"characters     {metrics['characters']}"
+    yield f"perplexity     {metrics['perplexity']:.4f}"
     yield ""
-    yield _row("", COLUMNS)
-    yield _row("carried", _shown(figures))
-    if "dynamic" in figures:
-        yield _row("dynamic", _shown(figures["dynamic"]))
-    yield _row(f"cold, windows of {figures['cold']['window']}", _shown(figures["cold"]))
-    if heat := figures.get("temperature"):
-        yield ""
+    table = Table("", box=None, pad_edge=False)
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right")
+    rows = {"stateful": metrics, "dynamic": metrics.get("dynamic")}
+    rows[f"cold, windows of {metrics['cold']['window']}"] = metrics["cold"]
+    found = metrics.get("baselines")
+    bits = found["bits_per_char"] if found else {}
+    for name, row in (
+        rows | {name: {"bits_per_char": value} for name, value in bits.items()}
+    ).items():
+        if row:
+            cells = (row.get(key) for key in COLUMNS)
+            table.add_row(name, *("" if cell is None else f"{cell:.4f}" for cell in cells))
+    yield plain_text(table)
+    yield ""
+    if fit := metrics.get("temperature"):
         yield (
-            f"A softmax temperature of {heat['fitted']:.3f}, fitted on the first half, gives the "
-            f"second {heat['bits_per_char']:.4f} bits/char instead of "
-            f"{heat['bits_per_char_at_1']:.4f}."
+            f"A softmax temperature of {fit['fitted']:.3f}, fitted on the first half, gives the "
+            f"second {fit['bits_per_char']:.4f} bits/char instead of "
+            f"{fit['bits_per_char_at_1']:.4f}."
         )
-    if not (found := figures.get("baselines")):
+    if not found:
         return
-    for name, value in found["bits_per_char"].items():
-        yield _row(name, {"bits_per_char": f"{value:.4f}"})
-    yield ""
     if found["training_characters"] < train_size or found["held_out_characters"] < held_out_size:
         yield (
             f"The baselines learn from the last {found['training_characters']:,} characters of "
@@ -109,13 +117,4 @@ def table(figures: dict[str, Any], train_size: int, held_out_size: int) -> Itera
         )
     if found["held_out_characters"] < baselines.MIN_COMPRESSED_CHARS:
         yield "No compressors: the text is too short."
-    yield verdict(figures["bits_per_char"], found["bits_per_char"])
-
-
-def _shown(figures: dict[str, Any]) -> dict[str, str]:
-    return {key: f"{figures[key]:.4f}" for key in COLUMNS if figures[key] is not None}
-
-
-def _row(name: str, cells: dict[str, str]) -> str:
-    shown = "".join(f"{cells.get(key) or '':>11}" for key in COLUMNS)
-    return f"{name:24}{shown}".rstrip()
+    yield compare(metrics["bits_per_char"], bits)

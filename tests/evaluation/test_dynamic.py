@@ -14,13 +14,12 @@ from charlstm.evaluation.dynamic import (
     FLOOR,
     WINDOW,
     Anchor,
-    Reader,
+    DynamicState,
     adapt,
     make_anchor,
     make_dynamic_step,
 )
-from charlstm.evaluation.scoring import scores
-from charlstm.steps import make_score_step
+from charlstm.steps import make_score_step, run_batches
 
 V, H, T = 6, 8, 5
 
@@ -52,9 +51,9 @@ def gradient(model, params, ids_T, carry, weights_T):
 
 
 @partial(jax.jit, static_argnums=0)
-def dynamic_step(model, rate, decay, anchor, reader, batch):
+def dynamic_step(model, rate, decay, anchor, state, batch):
     """Take a step with traced rate and decay, to compile it once for all of them."""
-    return make_dynamic_step(model, rate, decay)(anchor, reader, batch)
+    return make_dynamic_step(model, rate, decay)(anchor, state, batch)
 
 
 def flat(tree):
@@ -84,18 +83,18 @@ def test_a_step_scores_first_and_then_moves_as_the_formula_says(model, params, t
     ids_T, weights_T = texts[0][: T + 1].astype(np.int32), np.array([1, 1, 1, 1, 0])
     batch = Batch(ids_T[None, :-1], ids_T[None, 1:], weights_T[None], np.zeros(1, bool))
     carry = jax.tree.map(lambda leaf: leaf + 0.1, zero_carry(model, 1))
-    reader, scored = dynamic_step(model, rate, decay, anchor, Reader(moved, carry), batch)
+    state, scored = dynamic_step(model, rate, decay, anchor, DynamicState(moved, carry), batch)
 
     static_carry, static = jax.jit(make_score_step(model))(moved, carry, batch)
     assert_close(scored[0], static[0])
     np.testing.assert_array_equal(scored[1], static[1])
-    assert_close(reader.carry, static_carry)
+    assert_close(state.carry, static_carry)
 
     grads = clipped(flat(gradient(model, moved, ids_T, carry, weights_T)))
     scales, here, home = flat(anchor.scales), flat(moved), flat(params)
     wanted = here - rate * grads / (scales + FLOOR * scales.mean())
     wanted += np.minimum(decay * scales / scales.mean(), 1) * (home - here)
-    np.testing.assert_allclose(flat(reader.params), wanted, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(flat(state.params), wanted, rtol=1e-4, atol=1e-6)
     assert np.abs(wanted - here).max() > 1e-3
 
 
@@ -105,7 +104,7 @@ def test_a_document_begins_from_an_empty_carry(model, params, texts):
     step = jax.jit(make_dynamic_step(model))
     full = jax.tree.map(lambda leaf: leaf + 1, zero_carry(model, 1))
     found, wanted = (
-        step(anchor, Reader(params, carry), batch) for carry in (full, zero_carry(model, 1))
+        step(anchor, DynamicState(params, carry), batch) for carry in (full, zero_carry(model, 1))
     )
     assert_equal(found, wanted)
 
@@ -113,22 +112,20 @@ def test_a_document_begins_from_an_empty_carry(model, params, texts):
 def test_a_text_that_repeats_itself_is_learnt_while_it_is_read(model, params, texts):
     ids_M = np.tile([0, 3, 1, 1, 5, 2], 600).astype(np.int32)
     anchor, batches = make_anchor(model, params, texts), Streams(ids_M, 1, WINDOW)
-    steps = range(batches.steps_per_epoch)
     step = jax.jit(make_dynamic_step(model))
-    start = Reader(params, zero_carry(model, 1))
-    nats = [nats_BT.mean() for _, nats_BT, _ in scores(step, anchor, start, map(batches, steps))]
-    static = scores(
-        jax.jit(make_score_step(model)), params, zero_carry(model, 1), map(batches, steps)
-    )
-    first, *_, last = [nats_BT.mean() for _, nats_BT, _ in static]
+    start = DynamicState(params, zero_carry(model, 1))
+    outputs = run_batches(step, anchor, start, batches.epoch())
+    nats = [float(nats_BT.mean()) for _, (nats_BT, _) in outputs]
+    score_step = jax.jit(make_score_step(model))
+    outputs = run_batches(score_step, params, zero_carry(model, 1), batches.epoch())
+    first, *_, last = [float(nats_BT.mean()) for _, (nats_BT, _) in outputs]
     assert nats[0] == pytest.approx(first)
     assert nats[-2] < last - 0.1
-    # What it has become is what adapt gives.
     learnt = adapt(model, anchor, ids_M)
-    reader = start
-    for index in steps:
-        reader, _ = step(anchor, reader, batches(index))
-    np.testing.assert_array_equal(flat(learnt), flat(reader.params))
+    state = start
+    for batch in batches.epoch():
+        state, _ = step(anchor, state, batch)
+    np.testing.assert_array_equal(flat(learnt), flat(state.params))
 
 
 def test_zero_rate_and_full_decay_give_the_anchor_or_no_change(model, params, texts):
@@ -136,6 +133,6 @@ def test_zero_rate_and_full_decay_give_the_anchor_or_no_change(model, params, te
     moved = jax.tree.map(lambda leaf: leaf + 1, params)
     batch = Batch(texts[0][None, :-1], texts[0][None, 1:], np.ones((1, 10)), np.ones(1, bool))
     for decay, wanted in ((0.0, moved), (1.0, params), (7.0, params)):
-        reader = Reader(moved, zero_carry(model, 1))
-        reader, _ = dynamic_step(model, 0.0, decay, Anchor(params, ones), reader, batch)
-        assert_close(reader.params, wanted, SUM_ORDER)
+        state = DynamicState(moved, zero_carry(model, 1))
+        state, _ = dynamic_step(model, 0.0, decay, Anchor(params, ones), state, batch)
+        assert_close(state.params, wanted, SUM_ORDER)

@@ -12,16 +12,14 @@ from charlstm.data.batches import Batch, Streams, Windows, cold_batches
 from charlstm.evaluation.scoring import (
     MAX_BLOCKS,
     TEMPERATURES_R,
-    Reading,
+    LossSums,
     best_temperature,
-    figures,
     losses_at_temperatures,
-    make_temperature_step,
-    read,
-    scores,
+    metrics_of,
     standard_error,
+    sum_losses,
 )
-from charlstm.steps import evaluate, make_eval_step, make_score_step
+from charlstm.steps import evaluate, make_eval_step, make_score_step, run_batches
 
 V, H = 7, 8
 BYTES_V = np.array([1, 2, 1, 3, 1, 4, 1])
@@ -37,11 +35,10 @@ def trained():
     return model, params, ids_M, jax.jit(make_eval_step(model)), jax.jit(make_score_step(model))
 
 
-def reading_of(trained, batches, batch_size, num_chars):
+def sums_of(trained, batches, batch_size, num_chars, bytes_V=BYTES_V):
     model, params, _, _, score_step = trained
-    return read(
-        scores(score_step, params, zero_carry(model, batch_size), batches), num_chars, BYTES_V
-    )
+    outputs = run_batches(score_step, params, zero_carry(model, batch_size), batches)
+    return sum_losses(outputs, num_chars, bytes_V)
 
 
 def test_a_text_read_in_one_go_has_the_figures_of_evaluate(trained):
@@ -50,10 +47,9 @@ def test_a_text_read_in_one_go_has_the_figures_of_evaluate(trained):
         (Streams(ids_M, 1, 50), len(ids_M) - 1),
         (Windows(ids_M, 3, 50), len(ids_M) - 50),
     ):
-        steps = range(batches.steps_per_epoch)
-        empty = zero_carry(model, batches.batch_size)
-        wanted = evaluate(eval_step, params, empty, map(batches, steps))
-        found = figures(reading_of(trained, map(batches, steps), batches.batch_size, num_chars))
+        carry = zero_carry(model, batches.batch_size)
+        wanted = evaluate(eval_step, params, carry, batches.epoch())
+        found = metrics_of(sums_of(trained, batches.epoch(), batches.batch_size, num_chars))
         assert found["nats_per_char"] == pytest.approx(wanted["loss"], rel=1e-6)
         assert found["accuracy"] == wanted["accuracy"]
         assert found["characters"] == wanted["count"] == num_chars
@@ -66,11 +62,11 @@ def test_cold_windows_are_each_read_alone(trained):
         piece = ids_M[begin : begin + window + 1]
         alone = Batch(piece[None, :-1], piece[None, 1:], np.ones((1, len(piece) - 1)), np.ones(1))
         nats += float(eval_step(params, zero_carry(model, 1), alone)[1]["nats"])
-    reading = reading_of(trained, cold_batches(ids_M, window, 4), 4, len(ids_M) - 1)
-    assert reading.nats_K.sum() == pytest.approx(nats, rel=1e-5)
-    carried = reading_of(trained, map(Streams(ids_M, 1, 50), range(21)), 1, len(ids_M) - 1)
-    assert abs(carried.loss - reading.loss) > 1e-4  # the carry would have made a difference
-    assert reading.num_bytes == carried.num_bytes == BYTES_V[ids_M[1:]].sum()
+    cold = sums_of(trained, cold_batches(ids_M, window, 4), 4, len(ids_M) - 1)
+    assert cold.nats_K.sum() == pytest.approx(nats, rel=1e-5)
+    stateful = sums_of(trained, Streams(ids_M, 1, 50).epoch(), 1, len(ids_M) - 1)
+    assert abs(stateful.loss - cold.loss) > 1e-4  # the carry makes a difference
+    assert cold.num_bytes == stateful.num_bytes == BYTES_V[ids_M[1:]].sum()
 
 
 @given(st.integers(2, 60), st.integers(1, 12), st.integers(1, 5))
@@ -92,24 +88,24 @@ def test_cold_windows_have_each_character_but_the_first_once(size, seq_len, batc
 def test_blocks_are_consecutive_and_of_equal_size(num_chars, length):
     nats_M = np.random.default_rng(num_chars).random(num_chars)
     pieces = [nats_M[begin : begin + length] for begin in range(0, num_chars, length)]
-    none = np.zeros(1, bool)
-    scored = [
-        (Batch(None, np.zeros((1, len(p)), int), np.ones((1, len(p))), none), p[None], p[None] > 2)
-        for p in pieces
-    ]
-    reading = read(scored, num_chars, BYTES_V)
-    wanted = [block.sum() for block in np.array_split(nats_M, len(reading.nats_K))]
-    assert len(reading.nats_K) == max(1, min(MAX_BLOCKS, num_chars // 100))
-    assert reading.count_K.max() - reading.count_K.min() <= 1
-    if num_chars % len(wanted) == 0:  # otherwise others of them are longer by one
-        np.testing.assert_allclose(reading.nats_K, wanted)
-    assert reading.nats_K.sum() == pytest.approx(nats_M.sum())
+    outputs = []
+    for piece in pieces:
+        shape = 1, len(piece)
+        batch = Batch(None, np.zeros(shape, int), np.ones(shape), np.zeros(1, bool))
+        outputs.append((batch, (piece[None], np.zeros(shape, bool))))
+    sums = sum_losses(outputs, num_chars, BYTES_V)
+    wanted = [block.sum() for block in np.array_split(nats_M, len(sums.nats_K))]
+    assert len(sums.nats_K) == max(1, min(MAX_BLOCKS, num_chars // 100))
+    assert sums.count_K.max() - sums.count_K.min() <= 1
+    if num_chars % len(wanted) == 0:  # otherwise array_split has other long blocks
+        np.testing.assert_allclose(sums.nats_K, wanted)
+    assert sums.nats_K.sum() == pytest.approx(nats_M.sum())
 
 
 def test_batches_that_count_something_else_are_refused(trained):
     ids_M = trained[2]
     with pytest.raises(ValueError, match="num_chars=1100: the batches count 1002"):
-        reading_of(trained, cold_batches(ids_M, 100, 2), 2, 1100)
+        sums_of(trained, cold_batches(ids_M, 100, 2), 2, 1100)
 
 
 def test_the_standard_error_worked_out_by_hand():
@@ -128,7 +124,7 @@ def test_the_standard_error_is_the_spread_of_means_of_new_texts():
 
 def test_figures_worked_out_by_hand():
     nats_K, count_K = np.array([2.0, 4.0]) * math.log(2), np.array([2, 2])
-    found = figures(Reading(nats_K, count_K, correct=1, num_bytes=6))
+    found = metrics_of(LossSums(nats_K, count_K, correct=1, num_bytes=6))
     assert found == pytest.approx(
         {
             "characters": 4,
@@ -143,28 +139,27 @@ def test_figures_worked_out_by_hand():
 
 
 def test_without_known_bytes_there_are_no_bits_per_byte(trained):
-    model, params, ids_M, _, score_step = trained
-    scored = scores(score_step, params, zero_carry(model, 1), map(Streams(ids_M, 1, 50), range(21)))
-    found = figures(read(scored, len(ids_M) - 1, bytes_V=None))
+    ids_M = trained[2]
+    batches = Streams(ids_M, 1, 50).epoch()
+    found = metrics_of(sums_of(trained, batches, 1, len(ids_M) - 1, bytes_V=None))
     assert found["bits_per_byte"] is None
     assert found["bits_per_char"] > 0
 
 
 def test_a_loss_beyond_the_exponential_has_an_infinite_perplexity():
-    found = figures(Reading(np.array([1e6]), np.array([1]), correct=0, num_bytes=1))
+    found = metrics_of(LossSums(np.array([1e6]), np.array([1]), correct=0, num_bytes=1))
     assert found["perplexity"] == math.inf
 
 
 def test_losses_at_a_temperature_are_those_of_weights_divided_by_it(trained):
     model, params, ids_M, eval_step, _ = trained
-    batches = Streams(ids_M, 4, 50)
-    steps, empty = range(batches.steps_per_epoch), zero_carry(model, 4)
-    found = losses_at_temperatures(
-        jax.jit(make_temperature_step(model)), params, empty, map(batches, steps), [0.7, 1.0, 1.6]
-    )
-    for temperature, loss in zip((0.7, 1.0, 1.6), found, strict=True):
+    batches, temperatures_R = Streams(ids_M, 4, 50), np.array([0.7, 1.0, 1.6])
+    found = losses_at_temperatures(model, params, batches, temperatures_R)
+    for temperature, loss in zip(temperatures_R, found, strict=True):
         dense = jax.tree.map(lambda leaf, by=temperature: leaf / by, params["dense"])
-        wanted = evaluate(eval_step, params | {"dense": dense}, empty, map(batches, steps))
+        wanted = evaluate(
+            eval_step, params | {"dense": dense}, zero_carry(model, 4), batches.epoch()
+        )
         assert loss == pytest.approx(wanted["loss"], rel=1e-5)
 
 

@@ -15,8 +15,6 @@ from conftest import ROOT
 from helpers import small_config, untrained_run
 from launching import WarmLauncher, command_of, run_command, train_on
 
-from charlstm.data.vocab import Vocab
-from charlstm.errors import RunError
 from charlstm.evaluation import report
 
 TINY = ["--config=tiny", "--config.num_steps=60", "--config.eval_every_steps=30"]
@@ -249,7 +247,7 @@ def test_learning_while_reading_is_told_beside_reading(trained):
     assert 0.5 < heat["fitted"] < 2
     assert abs(heat["bits_per_char"] - heat["bits_per_char_at_1"]) < 0.2
     assert abs(heat["bits_per_char_at_1"] - figures["bits_per_char"]) < 0.2
-    shown = "\n".join(report.table(figures | {"text": ""}, 0, 0))
+    shown = "\n".join(report.format_report(figures | {"text": ""}, 0, 0))
     assert f"temperature of {heat['fitted']:.3f}, fitted on the first half" in shown
     assert re.search(rf"\ndynamic +{dynamic['bits_per_char']:.4f} ", shown)
 
@@ -282,47 +280,6 @@ def test_another_text_is_evaluated_without_baselines_where_the_runs_own_has_gone
     assert "baselines" not in json.loads(result.stdout)
     assert "no baselines, which need the run's own text" in result.stderr
     assert silent.stderr == ""
-
-
-def test_the_verdict_names_what_a_model_is_better_than():
-    bits = {"uniform": 6.0, "5-gram": 2.5, "xz": 2.0}
-    assert report.verdict(7.0, bits) == "The model is better than none of the baselines."
-    assert report.verdict(2.1, bits) == (
-        "The model is better than uniform and 5-gram, and not better than xz."
-    )
-    assert report.verdict(1.5, bits) == (
-        "The model is better than all baselines: it needs 25.0% fewer bits than the best of them, "
-        "xz."
-    )
-
-
-def test_compressors_are_for_texts_long_enough_to_tell():
-    vocab, ids_M = Vocab("ab"), np.arange(2000) % 2
-    for size, wanted in ((499, False), (500, True)):
-        found = report.measure_baselines(ids_M, ids_M[:size], vocab)["bits_per_char"]
-        assert ("gzip -9" in found) == wanted
-        assert "5-gram" in found
-
-
-def test_the_table_says_where_baselines_have_seen_less():
-    row = {name: 1.25 for name in report.COLUMNS} | {"standard_error": None}
-    found = {"training_characters": 10, "held_out_characters": 5, "bits_per_char": {"uniform": 2.0}}
-    figures = row | {"text": "a.txt", "characters": 4, "perplexity": 2.4, "baselines": found}
-    figures["cold"] = row | {"window": 8}
-    whole = list(report.table(figures, 10, 5))
-    cut = list(report.table(figures, 1000, 5))
-    assert "No compressors: the text is too short." in whole
-    assert [line for line in cut if line not in whole] == [
-        "The baselines learn from the last 10 characters of 1,000, and predict the first 5 of 5."
-    ]
-    assert "uniform" + " " * 22 + "2.0000" in whole
-
-
-def test_figures_that_are_not_finite_are_refused():
-    report.refuse_not_finite({"text": "a", "loss": 1.0, "cold": {"error": None, "loss": 2.0}}, "a")
-    for bad in (math.nan, math.inf):
-        with pytest.raises(RunError, match="a: loss is "):
-            report.refuse_not_finite({"text": "a", "cold": {"loss": bad}}, "a")
 
 
 def test_it_runs_from_any_folder_with_a_path_or_a_name_of_a_config(trained, tmp_path):
