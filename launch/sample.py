@@ -2,15 +2,10 @@
 
   python launch/sample.py --workdir=runs/default-pg345 --prompt='The castle ' --length=1000
 
-The text goes to stdout, after the prompt if one is given; a form feed separates several texts. A
-prompt is cleaned as the run's text was. Without one, a run on documents starts a new document and
-stops at its end, and another run continues a random passage of its training text. Flags that are
-not given have the values of the run's config.sample. On a terminal control characters appear as
-escapes such as \\x1b, unless --raw is given.
-
---adapt_to=FILE applies dynamic evaluation to that text first; the run folder does not change.
---check compares the text with the training text: stderr shows how many of its words occur there,
-and how much is copied.
+The prompt and the text go to stdout; a form feed separates several texts. A prompt is cleaned as
+the run's text was. Without one, a run on documents starts a new document and stops at its end, and
+another run continues a random passage of its training text. Flags default to the run's
+config.sample. On a terminal control characters appear as escapes such as \\x1b.
 """
 
 import os
@@ -20,23 +15,13 @@ sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -P` l
 import app  # first, since it handles signals
 
 # isort: split
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
-
 from absl import flags
 from etils import epath
 
 from charlstm.cli import folders, options
-from charlstm.config_check import check_setting
 from charlstm.errors import UserError, printable
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from charlstm.runs.folder import Run
-
-# Characters of a chunk with --stream: small enough to read along also with --method=window.
-STREAM_CHUNK = 16
+STREAM_CHUNK = 16  # characters, few enough to follow --method=window
 MAX_SAMPLES = 10**7
 
 WORKDIR = flags.DEFINE(
@@ -73,7 +58,7 @@ UNKNOWN = flags.DEFINE_enum(
     ["error", "drop", "replace"],
     "unknown characters of the prompt and of --adapt_to",
 )
-CHECK = flags.DEFINE_boolean("check", False, "count known words and copies, on stderr")
+CHECK = flags.DEFINE_boolean("check", False, "count known words and copied spans, on stderr")
 WORDS = flags.DEFINE(
     options.LOCAL_PATH, "words", "", "a UTF-8 list of further known words for --check"
 )
@@ -92,56 +77,20 @@ def read_prompt() -> str:
     return prompt
 
 
-def changed_settings() -> dict[str, Any]:
-    """Return the settings of config.sample that the flags change, checked."""
-    changed = {}
-    for flag in (LENGTH, TEMPERATURE, TOP_K, TOP_P, METHOD):
-        if flag.value is not None:
-            try:
-                check_setting(f"sample.{flag.name}", flag.value)
-            except UserError as error:
-                raise UserError(str(error).replace("config.sample.", "--")) from None
-            changed[flag.name] = flag.value
-    return changed
-
-
-def write(
-    run: "Run", opening: str, chunks: Iterable["np.ndarray"], end_id: int | None
-) -> list["np.ndarray"]:
-    """Print the chunks ids_BT, and return the ids_L of each text."""
-    import numpy as np
-
-    from charlstm.sampling import before_end
-
-    def show(text: str) -> None:
-        sys.stdout.write(printable(text) if sys.stdout.isatty() and not RAW.value else text)
-
-    if STREAM.value:
-        parts = [np.zeros(0, np.int32)]
-        show(opening)
-        for ids_1T in chunks:
-            parts.append(before_end(ids_1T[0], end_id))
-            show(run.decode(parts[-1]))
-            sys.stdout.flush()
-        texts = [np.concatenate(parts)]
-    else:
-        texts = [before_end(ids_L, end_id) for ids_L in np.concatenate(list(chunks), axis=1)]
-        for number, ids_L in enumerate(texts):
-            sys.stdout.write("\n\f\n" if number else "")
-            show(opening + run.decode(ids_L))
-    sys.stdout.write("\n")
+def show(text: str) -> None:
+    """Print a piece of text at once."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() and not RAW.value else text)
     sys.stdout.flush()
-    return texts
 
 
 def main() -> None:
     """Write text as the flags say."""
     if WORDS.value and not CHECK.value:
-        raise UserError(f"--words={WORDS.value}: is for --check, which is not given")
+        raise UserError(f"--words={WORDS.value}: needs --check")
     if STREAM.value and NUM_SAMPLES.value > 1:
         raise UserError(f"--num_samples={NUM_SAMPLES.value}: --stream shows one text at a time")
-    prompt, changed = read_prompt(), changed_settings()
-    listed = options.read_text_file(WORDS) if WORDS.value else ""
+    changed = options.changed_settings("sample", LENGTH, TEMPERATURE, TOP_K, TOP_P, METHOD)
+    prompt, listed = read_prompt(), options.read_text_file(WORDS) if WORDS.value else ""
     from charlstm.evaluation import sample_check, writing  # they import JAX
     from charlstm.runs.checkpoints import load_model
     from charlstm.runs.folder import load_run
@@ -149,27 +98,18 @@ def main() -> None:
 
     workdir = folders.trained_workdir(WORKDIR.value)
     run = load_run(epath.Path(workdir))
-    settings = run.config.sample.to_dict() | changed
-    kept_length = 0 if STREAM.value else settings["length"]
-    writing.check_memory(run, len(prompt), NUM_SAMPLES.value, kept_length)
+    length = 0 if STREAM.value else changed.get("length", run.config.sample.length)
+    writing.check_memory(run, len(prompt), NUM_SAMPLES.value, length)
     run, model, params = load_model(workdir, CHECKPOINT.value)
     train_M = sample_check.open_training_part(run) if CHECK.value else None
     if ADAPT_TO.value:
-        params = writing.adapted(run, model, params, ADAPT_TO.value, UNKNOWN.value)
-    prompts, opening = writing.encode_prompts(
-        run, prompt, settings["method"], NUM_SAMPLES.value, SEED.value, UNKNOWN.value
-    )
-    chunks = writing.generate(
-        run,
-        model,
-        params,
-        prompts,
-        settings,
-        seed=SEED.value,
-        chunk=STREAM_CHUNK if STREAM.value else CHUNK_LEN,
-        stop_at_end=STOP_AT_END.value,
-    )
-    texts = write(run, opening, chunks, model.end_id if STOP_AT_END.value else None)
+        params = writing.adapt_to_text(run, model, params, ADAPT_TO.value, UNKNOWN.value)
+    holders: tuple[flags.FlagHolder, ...] = (NUM_SAMPLES, SEED, UNKNOWN, STOP_AT_END)
+    request = {holder.name: holder.value for holder in holders} | changed
+    chunk = STREAM_CHUNK if STREAM.value else CHUNK_LEN
+    result = writing.generate(run, model, params, prompt, chunk=chunk, **request)
+    texts = (writing.show_stream if STREAM.value else writing.show_each)(result, run, show)
+    show("\n")
     if train_M is not None:
         sample_check.log_report(texts, train_M, run.vocab, listed)
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from charlstm.cli import folders, streams
 from charlstm.config import base_config, flatten
-from charlstm.config_check import check_key, parse_setting, validate
+from charlstm.config_check import check_key, check_setting, parse_setting, validate
 from charlstm.data.encoding import decode
 from charlstm.errors import UserError, one_line
 from charlstm.system.console import launcher_command
@@ -90,6 +90,21 @@ def train_command(holder: flags.FlagHolder, settings: dict[str, Any]) -> str:
     path = settings.get("data.path", holder.value.data.path)
     workdir = folders.free_workdir(folders.default_workdir(config_name(holder), path))
     return launcher_command("train", *words, f"--workdir={workdir}")
+
+
+def changed_settings(section: str, *holders: flags.FlagHolder) -> dict[str, Any]:
+    """Return the settings of a section of the config that flags of the same names change.
+
+    Raises:
+      UserError: if a value is invalid.
+    """
+    changed = {holder.name: holder.value for holder in holders if holder.value is not None}
+    for name, value in changed.items():
+        try:
+            check_setting(f"{section}.{name}", value)
+        except UserError as error:
+            raise UserError(str(error).replace(f"config.{section}.", "--")) from None
+    return changed
 
 
 def read_text_file(flag: flags.FlagHolder) -> str:

@@ -60,9 +60,9 @@ class Cleaning(NamedTuple):
             chunks = map(drop_punctuation, chunks)
         return chunks
 
-    def apply_to(self, text: str) -> str:
+    def apply_to(self, text: str, stats: CleaningStats | None = None) -> str:
         """Clean a short text, such as a prompt, as the files of a text are cleaned."""
-        return "".join(self.apply([normalize_newlines(text)], is_file=False))
+        return "".join(self.apply([normalize_newlines(text)], stats, is_file=False))
 
 
 def normalize_newlines(text: str) -> str:

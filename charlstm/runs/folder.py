@@ -81,10 +81,6 @@ class Run(NamedTuple):
         """The cleaning of the run's text and of all text that its model reads."""
         return Cleaning.from_config(self.config.data)
 
-    def encode(self, text: str, unknown: str = "error") -> np.ndarray:
-        """Return the ids of a text such as a prompt, after the run's cleaning."""
-        return self.vocab.encode(self.cleaning.apply_to(text), unknown)
-
     def decode(self, ids: Any) -> str:
         """Return the text of `ids`, with the run's separator for the end of a document."""
         separator, text = self.cleaning.separator, self.vocab.decode(ids)

@@ -86,7 +86,7 @@ def test_run_cleans_its_prompts():
     config.data.lowercase = config.data.strip_punctuation = True
     config.data.document_separator = "\r\n%\r\n"
     run = Run(None, config, vocab, {}, [], {}, "threefry2x32")
-    ids_M = run.encode("The\r\n%\r\nCASTLE\r\n--")
+    ids_M = vocab.encode(run.cleaning.apply_to("The\r\n%\r\nCASTLE\r\n--"))
     assert vocab.decode(ids_M) == f"the{END}castle\n"
     assert run.decode(ids_M) == "the\n%\ncastle\n"
 

@@ -2,15 +2,13 @@
 
 import json
 
-import numpy as np
 import pytest
 from helpers import small_config
 
 from charlstm.data.vocab import END
 from charlstm.evaluation.measure import open_held_out
-from charlstm.evaluation.writing import encode_prompts, generate
+from charlstm.evaluation.writing import generate, show_each
 from charlstm.runs.checkpoints import load_model
-from charlstm.sampling import before_end
 from charlstm.training.loop import train
 
 STORY = "Once upon a time.\n"
@@ -49,12 +47,11 @@ def write(workdir):
     run, model, params = load_model(workdir)
 
     def write(prompt="", num_samples=1, stop_at_end=True):
-        prompts, opening = encode_prompts(run, prompt, "carry", num_samples)
-        settings = run.config.sample.to_dict() | {"length": 100, "temperature": 0.0}
-        chunks = generate(run, model, params, prompts, settings, chunk=50, stop_at_end=stop_at_end)
-        end_id = model.end_id if stop_at_end else None
-        ids_BL = np.concatenate(list(chunks), axis=1)
-        return [opening + run.decode(before_end(ids_L, end_id)) for ids_L in ids_BL]
+        options = {"chunk": 50, "stop_at_end": stop_at_end, "length": 100, "temperature": 0.0}
+        writing = generate(run, model, params, prompt, num_samples=num_samples, **options)
+        shown = []
+        show_each(writing, run, shown.append)
+        return [text.removeprefix("\n\f\n") for text in shown]
 
     return write
 
@@ -80,3 +77,10 @@ def test_held_out_documents_include_their_end(workdir, tmp_path):
     own = open_held_out(run)
     assert len(own.ids_M) == round(0.1 * 300 * len(STORY + END))
     assert own.name.endswith("/stories")
+
+
+def test_generate_reports_a_frame_cut_from_the_prompt(workdir, caplog):
+    run, model, params = load_model(workdir)
+    frame = "*** START OF THE PROJECT GUTENBERG EBOOK ***\n"
+    generate(run, model, params, f"{frame}Once up", unknown="drop")
+    assert f"{len(frame.strip())} characters" in caplog.text
