@@ -58,6 +58,22 @@ def check_ids(name: str, ids: Any, vocab_size: int, ndim: int = 2, least: int = 
             )
 
 
+def check_sampling(temperature: Any, top_k: Any, top_p: Any) -> None:
+    """Raise ValueError for an invalid option of a sampler, a number or an array of numbers.
+
+    Arrays of JAX are not checked, since they may be traced or on a device.
+    """
+    rules = (
+        ("temperature", temperature, lambda value: value >= 0, "at least 0"),
+        ("top_k", top_k, lambda value: value >= 0, "at least 0"),
+        ("top_p", top_p, lambda value: (value > 0) & (value <= 1), "above 0 and at most 1"),
+    )
+    for name, value, is_valid, allowed in rules:
+        if isinstance(value, int | float | np.ndarray | np.generic | list | tuple):
+            if not np.all(is_valid(np.asarray(value))):
+                raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
 def check_batch(batch: Any, vocab_size: int) -> None:
     """Raise ValueError unless the arrays of a Batch have matching shapes and valid ids."""
     check_ids("inputs_BT", batch.inputs_BT, vocab_size)

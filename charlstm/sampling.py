@@ -1,4 +1,4 @@
-"""New text: a pure step from one character to the next, and loops around it."""
+"""Sampling: a pure step from one character to the next, and loops around it."""
 
 from __future__ import annotations  # help() then shows names such as TrainStep
 
@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from charlstm.checks import check_choice, check_count, check_ids
+from charlstm.checks import check_choice, check_count, check_ids, check_sampling
 from charlstm.lstm.reference import vary_alike
 from charlstm.model import Carry, CharLSTM, predict, zero_carry
 
 PAD_ID = -1  # padding before a prompt
-# Characters of one compiled call of `stream`. A call prepares the weights, which takes as
-# long as 25 characters of one text: with 512 places that is 5 %.
+# Characters of one compiled call of `stream`. Preparing the weights takes as long as about 25
+# characters, thus about 5 % of a call.
 CHUNK_LEN = 512
 
 
@@ -24,13 +24,13 @@ def filter_top_k_top_p(weights_BV: jax.Array, top_k: Any, top_p: Any) -> jax.Arr
     """Return `weights_BV` with 0 for all but the most probable characters.
 
     Args:
-      weights_BV: probabilities or multiples of them, in each row one that is not 0.
-      top_k: keep this many; 0 keeps all (Fan et al. 2018, arXiv 1805.04833).
-      top_p: keep the fewest that hold at least this probability, and at least one (Holtzman et
-        al. 2019, arXiv 1904.09751); 1 keeps all. With top_k, counted among what top_k keeps.
+      weights_BV: unnormalized probabilities, at least one above 0 in each row.
+      top_k: the number of characters to keep; 0 keeps all (Fan et al. 2018, arXiv 1805.04833).
+      top_p: keep the smallest set with at least this probability, and at least one character
+        (Holtzman et al. 2019, arXiv 1904.09751); 1 keeps all. It applies after top_k.
     """
     top_k, top_p = column(top_k), column(top_p)
-    # The bits of floats that are not negative order as they do, and XLA sorts integers on a CPU
+    # The bits of nonnegative floats have the order of the floats, and XLA sorts integers on a CPU
     # three times as fast.
     bits_BV = jax.lax.bitcast_convert_type(weights_BV, jnp.int32)
     sorted_BV = jax.lax.bitcast_convert_type(-jnp.sort(-bits_BV, axis=-1), jnp.float32)
@@ -39,7 +39,7 @@ def filter_top_k_top_p(weights_BV: jax.Array, top_k: Any, top_p: Any) -> jax.Arr
     among_BV &= (sums_BV - sorted_BV < top_p * sums_BV[:, -1:]) | (top_p >= 1)
     count_B1 = jnp.maximum(jnp.sum(among_BV, axis=-1, keepdims=True), 1)
     least_B1 = jnp.take_along_axis(sorted_BV, count_B1 - 1, axis=-1)
-    # Of those that tie for the last place, by rounding too, the first, so that ties keep no more.
+    # Among equal weights at the limit, keep the first ones, so that ties keep no more characters.
     above_BV, ties_BV = weights_BV > least_B1, weights_BV == least_B1
     places_B1 = count_B1 - jnp.sum(above_BV, axis=-1, keepdims=True)
     is_kept_BV = above_BV | (ties_BV & (jnp.cumsum(ties_BV, axis=-1) <= places_B1))
@@ -47,7 +47,7 @@ def filter_top_k_top_p(weights_BV: jax.Array, top_k: Any, top_p: Any) -> jax.Arr
 
 
 def column(setting: Any) -> jax.Array:
-    """Return a number, or one for each row, in a shape that broadcasts against rows."""
+    """Reshape a number, or one for each row, so that it broadcasts against rows."""
     return jnp.reshape(jnp.asarray(setting), (-1, 1))
 
 
@@ -59,10 +59,10 @@ def sample_token(
     top_k: Any = 0,
     top_p: Any = 1.0,
 ) -> jax.Array:
-    """Return ids_B distributed as softmax(logits / temperature); temperature 0 takes the largest.
+    """Return ids_B distributed as softmax(logits / temperature); temperature 0 takes the argmax.
 
-    Each row is the inverse of its distribution function at its number of `uniforms_B`, of [0, 1).
-    A row whose logits are not numbers gets PAD_ID, which is no character's id.
+    Each id is the inverse of the cumulative distribution at the number in `uniforms_B`, of [0, 1).
+    A row with logits that are NaN gets PAD_ID, which is no character's id.
     """
     greedy_B1 = column(temperature) == 0
     below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
@@ -73,7 +73,7 @@ def sample_token(
         lambda: filter_top_k_top_p(weights_BV, top_k, top_p),
         lambda: weights_BV,
     )
-    # However the sums are rounded, a character without weight is never reached, and one always is.
+    # For any rounding of the sums, a character of weight 0 is never reached, and one always is.
     sums_BV = jnp.where(weights_BV > 0, jnp.cumsum(weights_BV, axis=-1), 0.0)
     total_B1 = jnp.max(sums_BV, axis=-1, keepdims=True)
     reached_BV = sums_BV > jnp.where(greedy_B1, 0.0, column(uniforms_B) * total_B1)
@@ -82,7 +82,7 @@ def sample_token(
 
 
 def draw_uniforms(key: jax.Array, batch_size: int) -> jax.Array:
-    """Return uniforms_B of [0, 1), each a function of `key` and the number of its row alone."""
+    """Return uniforms_B of [0, 1), each a function of `key` and its row index only."""
     keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch_size))
     return jax.vmap(partial(jax.random.uniform, dtype=jnp.float32))(keys_B)
 
@@ -100,13 +100,15 @@ def sample_step(
 ) -> tuple[Carry, jax.Array]:
     """Read one character and draw the next: (params, carry, ids_B, key) -> (carry, ids_B).
 
-    Pure. `temperature`, `top_k` and `top_p` are numbers, traced or not, for all rows or one each.
-    The key is one of the caller's: charlstm.keys has those that a run uses.
+    Pure. `temperature`, `top_k` and `top_p` are numbers or arrays of one per row, and may be
+    traced. charlstm.keys describes the keys that a run uses.
 
     Raises:
-      ValueError: for ids that are not below V, unless they are traced: such rows draw -1.
+      ValueError: for an invalid option, or ids that are not below V, unless they are traced. Rows
+        with invalid traced ids draw -1.
     """
     check_ids("ids_B", ids_B, model.vocab_size, ndim=1)
+    check_sampling(temperature, top_k, top_p)
     logits_B1V, carry = predict(model, params, ids_B[:, None], carry)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     return carry, sample_token(draw_uniforms(key, ids_B.shape[0]), logits_B1V[:, 0], **settings)
@@ -124,14 +126,14 @@ def step_carry(
 def step_window(
     model: CharLSTM, params: Any, recent_BT: jax.Array, ids_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the latest characters with one more for the oldest, and logits_BV of the next."""
+    """Return the window moved by one character, and logits_BV of the next."""
     window_BT = jnp.concatenate([recent_BT, ids_B[:, None]], axis=1)
     logits_BTV, _ = predict(model, params, window_BT, zero_carry(model, ids_B.shape[0]))
     return window_BT[:, 1:], logits_BTV[:, -1]
 
 
-# (model, params, memory, ids_B) -> (memory, logits_BV): one step of work a character, or the
-# tutorial's way, which rereads the last characters for each new one.
+# (model, params, memory, ids_B) -> (memory, logits_BV): one time step per character, or a whole
+# window per character, as in the Keras tutorial.
 READERS: dict[str, Callable[..., Any]] = {"carry": step_carry, "window": step_window}
 
 
@@ -150,13 +152,13 @@ def check_prompts(method: str, seq_len: int, lengths: Sequence[Any], width: Any)
 
 
 def initial_state(model: CharLSTM, method: str, seq_len: int, prompt_BP: Any) -> tuple[Any, Any]:
-    """Return the state (memory, ids_B) before anything is read, and ids_BP, the prompt's rest.
+    """Return the initial state (memory, ids_B), and ids_BP, the rest of the prompt.
 
-    `prompt_BP` are prompts that end in the last column, with PAD_ID before them.
+    `prompt_BP` are right-aligned prompts with PAD_ID before them.
     """
     if method == "carry":
         return (zero_carry(model, prompt_BP.shape[0]), prompt_BP[:, 0]), prompt_BP[:, 1:]
-    # What lies before the last window is never read.
+    # Characters before the last window are not read.
     width = prompt_BP.shape[1]
     return (prompt_BP[:, width - seq_len : -1], prompt_BP[:, -1]), prompt_BP[:, width:]
 
@@ -172,15 +174,15 @@ def generate_chunk(
     key: jax.Array,
     settings: dict[str, Any],
 ) -> tuple[Any, jax.Array]:
-    """Return the state after `count` <= T more places, counted from `first`, and their ids_BT.
+    """Return the state after `count` <= T more positions from `first` on, and their ids_BT.
 
-    Places below 0 are the prompt's and taken from `given_BT`; from 0 on the text is drawn. One
-    loop for both, since compiling it takes most of the time of a short text.
+    Positions below 0 belong to the prompt and are taken from `given_BT`; from 0 on, characters are
+    drawn. One loop serves both, because compiling it takes most of the time of a short text.
     """
     batch_size, size = given_BT.shape
     state, given_BT, _ = vary_alike((state, jnp.asarray(given_BT), key))
     keys_T = jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(size))
-    # Before the loop, where many small draws are one large one.
+    # Drawn before the loop, where one large draw replaces many small ones.
     uniforms_TB = jax.vmap(partial(draw_uniforms, batch_size=batch_size))(keys_T)
 
     def step(index: Any, written: Any) -> Any:
@@ -194,7 +196,7 @@ def generate_chunk(
     return state, ids_TB.T
 
 
-# Shared by all streams of a process, and traced in all but the sizes: it is compiled once.
+# Compiled once per model, method and B, and shared by all streams of a process.
 compiled_generate_chunk = jax.jit(generate_chunk, static_argnames=("model", "read"))
 
 
@@ -204,21 +206,21 @@ def make_sampler(
     """Return sampler(params, prompt_BP, key, **options) -> ids_BL, a pure function to be compiled.
 
     It continues B prompts by L = `length` characters each. Character n is drawn as sample_step
-    does with fold_in(key, n). A row depends on the key, its number, its own prompt and settings,
-    but not on the other rows or on L.
+    does with fold_in(key, n). A row depends on the key, its index, prompt and settings, but not on
+    other rows or on L.
 
     Args:
       model: the language model.
-      length: L, the prompt not counted.
-      method: 'carry' hands the carry on; 'window' rereads the last characters for each new one.
-      seq_len: how far 'window' rereads; it needs prompts of at least this length.
+      length: L, without the prompt.
+      method: 'carry' passes the carry on; 'window' reads a window anew for each character.
+      seq_len: length of the window of 'window', which needs prompts of at least this length.
 
-    The options, numbers or arrays of one for each row, may be traced:
-      lengths_B: how many characters of each row of prompt_BP are its prompt, at least 1; what
-        follows them is ignored. None means all P.
+    The options are numbers or arrays of one per row, and may be traced:
+      lengths_B: the length of the prompt in each row of prompt_BP, at least 1; characters after it
+        are ignored. None means all P.
       temperature: 0 takes the most probable character.
       top_k: choose among the k most probable characters; 0 means all.
-      top_p: choose among the fewest characters with this much probability; 1 means all.
+      top_p: choose from the smallest set of characters with this probability; 1 means all.
 
     Raises:
       ValueError: for an invalid argument of this function or of the sampler, such as an id that is
@@ -246,6 +248,7 @@ def make_sampler(
         elif not isinstance(lengths_B, jax.core.Tracer):
             lengths = np.asarray(lengths_B).tolist()
         check_prompts(method, seq_len, lengths, width)
+        check_sampling(temperature, top_k, top_p)
         if length == 0:
             return jnp.zeros((batch_size, 0), jnp.int32)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -261,7 +264,7 @@ def make_sampler(
 
 
 def align(prompt_BP: Any, lengths_B: Any) -> jax.Array:
-    """Return left-aligned prompts moved to the right ends of the rows, with padding before them."""
+    """Right-align left-aligned prompts, with PAD_ID before them."""
     width = prompt_BP.shape[1]
     sources_BP = jnp.arange(width)[None] - width + column(lengths_B)
     moved_BP = jnp.take_along_axis(jnp.asarray(prompt_BP), jnp.maximum(sources_BP, 0), axis=1)
@@ -269,7 +272,7 @@ def align(prompt_BP: Any, lengths_B: Any) -> jax.Array:
 
 
 def until_end(pieces: Iterable[np.ndarray], end_id: int | None) -> Iterator[np.ndarray]:
-    """Yield pieces ids_BT of texts until each row has had `end_id`; None never comes."""
+    """Yield pieces ids_BT of texts until every row contains `end_id`; None yields all."""
     is_ended_B: Any = False
     for ids_BT in pieces:
         yield ids_BT
@@ -298,7 +301,7 @@ def stream(
     top_p: Any = 1.0,
     chunk: int = CHUNK_LEN,
 ) -> Iterator[np.ndarray]:
-    """Yield the ids_BL that make_sampler's sampler gives for the same key, in pieces ids_BT.
+    """Yield the ids_BL of make_sampler's sampler for the same key, in pieces ids_BT.
 
     It compiles once per model, method and B.
 
@@ -306,16 +309,17 @@ def stream(
       model, params: the language model.
       prompts: B sequences of ids, each of its own length.
       key: a random key.
-      length: L, the prompts not counted.
+      length: L, without the prompts.
       method, seq_len, temperature, top_k, top_p: as in make_sampler.
       chunk: characters of prompt or text per piece, at most CHUNK_LEN.
 
     Raises:
-      ValueError: for an argument that makes no sense, when the first piece is asked for.
+      ValueError: for an invalid argument, when the first piece is requested.
     """
     check_count("length", length, least=0)
     check_count("chunk", chunk)
     check_count("the number of prompts", len(prompts))
+    check_sampling(temperature, top_k, top_p)
     for prompt in prompts:
         check_ids("prompts", prompt, model.vocab_size, ndim=1)
     batch_size, width = len(prompts), max(map(len, prompts))
@@ -323,7 +327,7 @@ def stream(
     prompt_BP = np.full((batch_size, width), PAD_ID, np.int32)
     for row_P, prompt in zip(prompt_BP, prompts, strict=True):
         row_P[width - len(prompt) :] = prompt
-    # Arrays of one type and size, so that no other kind of number means another compilation.
+    # Arrays of one type and size, so that other kinds of numbers do not compile again.
     settings = {
         "temperature": np.broadcast_to(np.float32(temperature), batch_size),
         "top_k": np.broadcast_to(np.int32(top_k), batch_size),
@@ -335,7 +339,7 @@ def stream(
         count = min(chunk, CHUNK_LEN, length - first)
         begun_BP, rest_BP = rest_BP[:, :count], rest_BP[:, count:]
         given_BT = np.pad(begun_BP, ((0, 0), (0, CHUNK_LEN - begun_BP.shape[1])))
-        # Put by hand, since jax.transfer_guard forbids it otherwise.
+        # Explicit, because jax.transfer_guard forbids implicit transfers.
         given = jax.device_put((state, given_BT, first, count))
         state, ids_BT = compiled_generate_chunk(
             model, READERS[method], params, *given, key, jax.device_put(settings)

@@ -572,3 +572,15 @@ def test_texts_are_made_until_each_has_come_to_its_end():
         assert len(list(until_end(source, end_id))) == count
         # And no piece is made that nobody sees.
         assert len(list(source)) == 4 - count
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("temperature", -1), ("temperature", np.nan), ("top_k", -1), ("top_p", 0.0), ("top_p", 2)],
+)
+def test_samplers_refuse_invalid_options(option, value):
+    sampler = make_sampler(MODEL, length=3)
+    arguments = PARAMS, jnp.asarray(PROMPT_BP), jax.random.key(0)
+    for options in ({option: value}, {option: np.array([0.5, value, 0.5])}):
+        with pytest.raises(ValueError, match=f"^{option}="):
+            sampler(*arguments, **options)

@@ -90,5 +90,5 @@ def test_default_recipe_reaches_known_entropies():
 
 
 @pytest.mark.slow
-def test_default_recipe_reaches_known_entropies_of_larger_sources():
+def test_default_recipe_reaches_entropies_of_larger_sources():
     check_excess(is_small=False)

@@ -146,12 +146,12 @@ def test_without_known_bytes_there_are_no_bits_per_byte(trained):
     assert found["bits_per_char"] > 0
 
 
-def test_a_loss_beyond_the_exponential_has_an_infinite_perplexity():
+def test_perplexity_of_a_huge_loss_is_infinite():
     found = metrics_of(LossSums(np.array([1e6]), np.array([1]), correct=0, num_bytes=1))
     assert found["perplexity"] == math.inf
 
 
-def test_losses_at_a_temperature_are_those_of_weights_divided_by_it(trained):
+def test_temperature_divides_the_weights_of_the_last_layer(trained):
     model, params, ids_M, eval_step, _ = trained
     batches, temperatures_R = Streams(ids_M, 4, 50), np.array([0.7, 1.0, 1.6])
     found = losses_at_temperatures(model, params, batches, temperatures_R)
