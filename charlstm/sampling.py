@@ -212,7 +212,7 @@ def make_sampler(
     Args:
       model: the language model.
       length: L, without the prompt.
-      method: 'carry' passes the carry on; 'window' reads a window anew for each character.
+      method: 'carry' passes the carry on; 'window' reads a whole window for each character.
       seq_len: length of the window of 'window', which needs prompts of at least this length.
 
     The options are numbers or arrays of one per row, and may be traced:
@@ -228,7 +228,6 @@ def make_sampler(
     """
     check_count("length", length, least=0)
     check_prompts(method, seq_len, [], 0)
-    read = READERS[method]
 
     def sampler(
         params: Any,
@@ -257,7 +256,7 @@ def make_sampler(
         given_BT = jnp.pad(rest_BP, ((0, 0), (0, length)))
         count = given_BT.shape[1]
         chunk = state, given_BT, first, count
-        _, ids_BT = generate_chunk(model, read, params, *chunk, key, settings)
+        _, ids_BT = generate_chunk(model, READERS[method], params, *chunk, key, settings)
         return ids_BT[:, count - length :]
 
     return sampler
