@@ -10,7 +10,6 @@ from helpers import SUM_ORDER, assert_close, assert_equal
 from charlstm import (
     Batch,
     CharLSTM,
-    Vocab,
     init_state,
     make_eval_step,
     make_train_step,
@@ -341,15 +340,3 @@ def test_streams_with_context_nearly_match_one_stream():
     exact, warm, cold = loss(1, 0), loss(8, 4 * T), loss(8, 0)
     assert exact["count"] == warm["count"] == cold["count"] == 2002
     assert abs(warm["loss"] - exact["loss"]) < 0.1 * abs(cold["loss"] - exact["loss"])
-
-
-def test_a_text_of_a_kilobyte_is_learnt_by_heart(book):
-    text = book[:1000]
-    vocab = Vocab.from_text(text)
-    batches = Streams(vocab.encode(text), batch_size=4, seq_len=50)
-    model = CharLSTM(vocab_size=len(vocab), hidden_size=128)
-    # Down to 0, since at a constant rate the last steps' loss leaps about.
-    schedule = optax.cosine_decay_schedule(1e-2, 400)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    _, losses = run_steps(initial_state(model, optimizer), batches, 400, model, optimizer)
-    assert losses[-batches.steps_per_epoch :].mean() < 0.1

@@ -77,18 +77,18 @@ def test_brackets_are_nested():
     assert np.mean(opened) == pytest.approx(0.4, abs=0.01)
 
 
-def check_excess(is_small):
-    for source, config in known_sources(is_small):
-        points = train(config.to_dict(), Checkpoints(time.time()), source)
-        excess = points[-1]["bits_per_char"] / source.entropy_rate - 1
-        # The entropy of a held-out text differs from its expectation by about 0.1 %.
-        assert -0.005 < excess < 0.02, source.name
-
-
-def test_default_recipe_reaches_known_entropies():
-    check_excess(is_small=True)
-
-
-@pytest.mark.slow
-def test_default_recipe_reaches_entropies_of_larger_sources():
-    check_excess(is_small=False)
+@pytest.mark.parametrize(
+    ("is_small", "index"),
+    [
+        (True, 0),
+        pytest.param(True, 1, marks=pytest.mark.slow),
+        pytest.param(False, 0, marks=pytest.mark.slow),
+        pytest.param(False, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_default_recipe_reaches_known_entropies(is_small, index):
+    source, config = list(known_sources(is_small))[index]
+    points = train(config.to_dict(), Checkpoints(time.time()), source)
+    excess = points[-1]["bits_per_char"] / source.entropy_rate - 1
+    # The entropy of a held-out text differs from its expectation by about 0.1 %.
+    assert -0.005 < excess < 0.02
