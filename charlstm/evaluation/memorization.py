@@ -1,4 +1,4 @@
-"""Are the words that a model writes words, and how much of its text is copied?"""
+"""Memorization: known words, and spans of a text that occur in another."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from charlstm.data.cleaning import break_at_space
 # "o'clock" is one word, "well-known" is two.
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 NUM_PIECES, PIECE_CHARS = 50, 64
-CHUNK = 2**20  # places of a training text that are followed at once: they take fifty megabytes
+CHUNK = 2**20  # positions of the other text compared at once, which take 50 MB
 
 
 def words(text: str) -> list[str]:
@@ -22,10 +22,7 @@ def words(text: str) -> list[str]:
 
 
 def whole_words(text: str) -> list[str]:
-    """Return the words of a text that is a piece of a longer one.
-
-    Those at its beginning and its end are left out, since they may be cut off there.
-    """
+    """Return the words of a piece of a text, without the first and last, which may be cut off."""
     text = _straight(text).strip("'")
     found = _WORD.finditer(text)
     return [
@@ -34,7 +31,7 @@ def whole_words(text: str) -> list[str]:
 
 
 def known_words(chunks: Iterable[str]) -> set[str]:
-    """Return the different words of a text in chunks, whose borders mean nothing."""
+    """Return the distinct words of a text, which may be cut into chunks anywhere."""
     return {word for chunk in break_at_space(chunks) for word in words(chunk)}
 
 
@@ -43,16 +40,16 @@ def match_lengths(
 ) -> list[np.ndarray]:
     """Return the length of the longest match in another text for each position of each text.
 
-    This is exact. For each million characters of the other text it takes half a second where
-    10,000 were made, a second where 80,000 were. Copies of thousands of characters take longer, a
-    time that grows with the square of their length, and so does what repeats itself in both.
+    The result is exact. For each million characters of the other text, it takes half a second for
+    texts of 10,000 characters and a second for 80,000. The time grows with the square of the
+    length of the matches.
 
     Args:
       texts: the ids_L of each text; a match ends where its text ends.
       ids_M: the other text.
-      vocab_size: V, above all ids.
+      vocab_size: V, larger than all ids.
     """
-    # An id that the other text has not, so that all texts are compared in one go.
+    # An id that the other text does not contain separates the texts.
     border = np.array([vocab_size])
     joined_L = np.concatenate([part for ids_L in texts for part in (ids_L, border)])
     lengths_L = np.zeros(len(joined_L), np.int64)
@@ -66,12 +63,12 @@ def match_lengths(
 def share_found(text_L: np.ndarray, ids_M: np.ndarray) -> float:
     """Estimate the share of a text that occurs verbatim in another.
 
-    Of NUM_PIECES pieces of PIECE_CHARS characters, evenly spread over the text, those are counted
-    that stand there. It takes at most 0.1 s for each million characters of the other text.
+    It is the share of NUM_PIECES pieces of PIECE_CHARS characters, evenly spread over the text,
+    that occur there. It takes at most 0.1 s per million characters of the other text.
 
     Args:
       text_L: the ids of the text, at least PIECE_CHARS.
-      ids_M: those of the other one, of the same type.
+      ids_M: the ids of the other text, of the same type.
     """
     starts = np.linspace(0, len(text_L) - PIECE_CHARS, NUM_PIECES).astype(int)
     pieces = {text_L[start : start + PIECE_CHARS].tobytes() for start in starts}
@@ -82,18 +79,17 @@ def share_found(text_L: np.ndarray, ids_M: np.ndarray) -> float:
     return 1 - len(pieces) / num_pieces
 
 
-def verbatim_runs(lengths_L: np.ndarray, min_length: int) -> np.ndarray:
+def copied_spans(lengths_L: np.ndarray, min_length: int) -> np.ndarray:
     """Return starts_R, the starts of the maximal copied spans of at least `min_length` > 0.
 
-    Maximal: neither with the character before nor with the one after does it stand in the other
-    text. Two of them may overlap.
+    A maximal span cannot be extended on either side. Spans may overlap.
 
     Args:
-      lengths_L: of one text, from match_lengths.
+      lengths_L: the lengths of one text from match_lengths.
       min_length: in characters.
     """
     ends_L = np.arange(len(lengths_L)) + lengths_L
-    # Else the run from the place before holds this one.
+    # Otherwise the span that starts one position earlier contains this one.
     is_new_L = np.diff(ends_L, prepend=0) > 0
     return np.flatnonzero(is_new_L & (lengths_L >= min_length))
 
@@ -103,17 +99,16 @@ def _straight(text: str) -> str:
 
 
 def _follow(ours_L: np.ndarray, ids_M: np.ndarray, theirs: np.ndarray, base: int) -> np.ndarray:
-    """Return lengths_L, the longest match of each place of ours with the places `theirs` of ids_M.
+    """Return lengths_L, the longest match of each position with the positions `theirs` of ids_M.
 
-    All places go on by one character at a time, as long as they have a match. Those with the same
-    characters so far have the same rank.
+    All matches grow by one character at a time. Matches of equal characters have the same rank.
     """
     lengths_L = np.zeros(len(ours_L), np.int64)
     ours = np.arange(len(ours_L))
     our_ranks, their_ranks = np.zeros_like(ours), np.zeros_like(theirs)
     length = 0
     while len(theirs):
-        # Ours end at a border, which nothing matches, but theirs end anywhere.
+        # Our texts end at a separator, which matches nothing; the other text ends anywhere.
         within = np.searchsorted(theirs, len(ids_M) - length)
         theirs, their_ranks = theirs[:within], their_ranks[:within]
         codes_U, our_ranks = np.unique(

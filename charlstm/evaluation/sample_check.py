@@ -9,9 +9,9 @@ import numpy as np
 from charlstm.data.batches import split
 from charlstm.data.vocab import Vocab
 from charlstm.evaluation.memorization import (
+    copied_spans,
     known_words,
     match_lengths,
-    verbatim_runs,
     whole_words,
     words,
 )
@@ -20,24 +20,24 @@ from charlstm.training.setup import open_run_text
 
 logger = logging.getLogger(__name__)
 
-LONG_RUN = 40  # characters: longer than a phrase that two writers share by chance
+LONG_SPAN = 40  # characters, longer than phrases that two writers share by chance
 NUM_UNKNOWN = 5
-DECODED = 2**20  # characters of a training text that are strings at once
+DECODED = 2**20  # characters of a training text decoded at once
 
 
 def open_training_part(run: Run) -> np.ndarray:
-    """Return ids_M, what `run` has learnt from.
+    """Return ids_M of the training part of the text of `run`.
 
     Raises:
       UserError: if its text cannot be read or has changed.
     """
     data = run.config.data
-    text = open_run_text(run, "bring it back, or leave out --check")
+    text = open_run_text(run, "bring it back, or omit --check")
     return split(text.ids_M, data)[0]
 
 
 def log_report(texts: Sequence[np.ndarray], train_M: np.ndarray, vocab: Vocab, listed: str) -> None:
-    """Log the report on `texts`; `listed` is a text of further known words."""
+    """Log the report on `texts`; `listed` is a text of additional known words."""
     for line in report(texts, train_M, vocab, set(words(listed))):
         logger.info(line)
 
@@ -48,13 +48,13 @@ def report(
     """Yield the lines of a report on words and copies.
 
     Args:
-      texts: ids_L of each text that was made.
+      texts: ids_L of each generated text.
       train_M: the training text.
-      vocab: of both.
-      listed: words that are known, too.
+      vocab: the vocabulary of both.
+      listed: additional known words.
     """
     num_chars = sum(map(len, texts))
-    yield f"checking {num_chars:,} characters against {len(train_M):,} of the training text"
+    yield f"comparing {num_chars:,} characters with {len(train_M):,} of the training text"
     chunks = (
         vocab.decode(train_M[start : start + DECODED]) for start in range(0, len(train_M), DECODED)
     )
@@ -64,21 +64,21 @@ def report(
 
 
 def format_words(texts: Sequence[str], known: Set[str], listed: Set[str]) -> Iterator[str]:
-    """Yield how many words there are, how many of them are known, and which are not."""
+    """Yield lines on the number of words, the share of known words and the unknown ones."""
     found = [word for text in texts for word in whole_words(text)]
     if not found:
         yield "words: none"
         return
     unknown = Counter(word for word in found if word not in known)
     share = 1 - unknown.total() / len(found)
-    yield f"words: {len(found):,}, of which {share:.1%} stand in the training text"
+    yield f"words: {len(found):,}; {share:.1%} occur in the training text"
     if listed:
         unknown = Counter({word: unknown[word] for word in unknown if word not in listed})
         share = 1 - unknown.total() / len(found)
-        yield f"words: {share:.1%} stand there or in the word list"
+        yield f"words: {share:.1%} occur there or in the word list"
     if unknown:
         most = (f"{quoted(word)} ({count})" for word, count in unknown.most_common(NUM_UNKNOWN))
-        yield f"words that do not: {unknown.total():,}, most often {', '.join(most)}"
+        yield f"unknown words: {unknown.total():,}, most often {', '.join(most)}"
 
 
 def format_copies(texts: Sequence[str], lengths: Sequence[np.ndarray]) -> Iterator[str]:
@@ -87,21 +87,18 @@ def format_copies(texts: Sequence[str], lengths: Sequence[np.ndarray]) -> Iterat
     text, lengths_L = texts[index], lengths[index]
     longest = int(lengths_L.max(initial=0))
     if not longest:
-        yield "copied: nothing"
+        yield "longest copied span: none"
         return
     start = int(lengths_L.argmax())
+    yield (f"longest copied span: {longest:,} characters, {quoted(text[start : start + longest])}")
+    num_spans = sum(len(copied_spans(lengths_L, LONG_SPAN + 1)) for lengths_L in lengths)
+    per_10000 = 1e4 * num_spans / sum(map(len, texts))
     yield (
-        f"copied: the longest run that stands in the training text has {longest:,} characters: "
-        f"{quoted(text[start : start + longest])}"
-    )
-    num_runs = sum(len(verbatim_runs(lengths_L, LONG_RUN + 1)) for lengths_L in lengths)
-    per_10000 = 1e4 * num_runs / sum(map(len, texts))
-    yield (
-        f"copied: runs of more than {LONG_RUN} characters: {num_runs:,}, "
-        f"{per_10000:.2f} in 10,000 characters"
+        f"copied spans of more than {LONG_SPAN} characters: {num_spans:,}, "
+        f"{per_10000:.2f} per 10,000 characters"
     )
 
 
 def quoted(text: str) -> str:
-    """Return `text` in quotes, a long one without its middle."""
+    """Return `text` in quotes, without its middle if it is long."""
     return repr(text) if len(text) <= 90 else f"{text[:50]!r} ... {text[-30:]!r}"

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from charlstm import Vocab
 from charlstm.evaluation import memorization
 from charlstm.evaluation.memorization import (
+    copied_spans,
     known_words,
     match_lengths,
-    verbatim_runs,
     whole_words,
     words,
 )
@@ -44,7 +44,7 @@ def test_runs_are_those_found_by_trying_all(texts, other, min_length):
     found = lengths_of(texts, other)
     assert found == [longest_at(text, other) for text in texts]
     for text, lengths in zip(texts, found, strict=True):
-        starts = verbatim_runs(np.array(lengths, np.int64), min_length).tolist()
+        starts = copied_spans(np.array(lengths, np.int64), min_length).tolist()
         wanted = [run for run in maximal_runs(text, other) if run[1] >= min_length]
         assert [(start, lengths[start]) for start in starts] == sorted(wanted)
 
@@ -65,8 +65,8 @@ def test_copies_are_found_where_they_are():
     assert lengths_of(["ab", "cd", ""], "abcd") == [[2, 1], [2, 1], []]
     # 'abc' and 'bcd' overlap; 'bc' is in both and no run of its own.
     [lengths] = lengths_of(["abcd"], "abcgbcd")
-    assert verbatim_runs(np.array(lengths), 1).tolist() == [0, 1]
-    assert verbatim_runs(np.array(lengths), 4).tolist() == []
+    assert copied_spans(np.array(lengths), 1).tolist() == [0, 1]
+    assert copied_spans(np.array(lengths), 4).tolist() == []
 
 
 def test_words_are_letters_with_apostrophes_inside():

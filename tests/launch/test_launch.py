@@ -143,24 +143,24 @@ def test_a_terminal_gets_no_control_characters_unless_asked(tmp_path, book):
 
 
 def figures_of_check(stderr):
-    """Return words, share, longest run and its text, long runs of what --check has told."""
+    """Return words, known share, longest span, its text and the number of long spans."""
     pattern = (
-        r"words: ([\d,]+), of which ([\d.]+)% stand in the training text\n(?:words.*\n)*"
-        r"copied: the longest run .* has ([\d,]+) characters: (.*)\n"
-        r"copied: runs of more than 40 characters: ([\d,]+), "
+        r"words: ([\d,]+); ([\d.]+)% occur in the training text\n(?:.*words.*\n)*"
+        r"longest copied span: ([\d,]+) characters, (.*)\n"
+        r"copied spans of more than 40 characters: ([\d,]+), "
     )
     num_words, share, longest, quoted, num_runs = re.search(pattern, stderr).groups()
     return int(num_words), float(share), int(longest), ast.literal_eval(quoted), int(num_runs)
 
 
-def test_a_check_tells_of_words_and_copies_and_leaves_the_text_as_it_is(trained, book):
+def test_check_reports_words_and_copies_of_the_same_text(trained, book):
     folder, part = trained[0], book[: len(book) - len(book) // 10]
     flags = ("--prompt=The count came", "--length=300", "--temperature=0.9")
     plain = sample(folder, *flags)
     checked = sample(folder, *flags, "--check")
     assert checked.stdout == plain.stdout
     assert plain.stderr == ""
-    assert f"checking 300 characters against {len(part):,} of the training" in checked.stderr
+    assert f" 300 characters with {len(part):,} of the training" in checked.stderr
     made = plain.stdout.removeprefix("The count came").removesuffix("\n")
     found = re.findall("[a-z]+", made.lower())[1:-1]
     num_words, share, longest, quoted, num_runs = figures_of_check(checked.stderr)
@@ -176,7 +176,7 @@ def test_a_check_tells_of_words_and_copies_and_leaves_the_text_as_it_is(trained,
     # Streamed it is the same, and texts of a run are checked together.
     assert sample(folder, *flags, "--check", "--stream").stderr == checked.stderr
     three = sample(folder, *flags, "--check", "--num_samples=3")
-    assert "checking 900 characters" in three.stderr
+    assert " 900 characters with " in three.stderr
     assert figures_of_check(three.stderr)[2] >= longest
 
 
@@ -185,9 +185,9 @@ def test_a_word_list_makes_more_words_known(trained):
     plain = sample(folder, *flags)
     (folder / "words.txt").write_text("\n".join(plain.stdout.split()), encoding="utf-8")
     listed = sample(folder, *flags, "--words=words.txt")
-    assert "words that do not: " in plain.stderr
-    assert "words: 100.0% stand there or in the word list" in listed.stderr
-    assert "words that do not" not in listed.stderr
+    assert "unknown words: " in plain.stderr
+    assert "words: 100.0% occur there or in the word list" in listed.stderr
+    assert "unknown words" not in listed.stderr
 
 
 def test_the_window_method_writes_too(trained):
