@@ -1,5 +1,6 @@
 """Comparisons with one tolerance policy, configs of small runs, and edits of a run."""
 
+import re
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -7,12 +8,13 @@ from functools import partial
 import jax
 import numpy as np
 from etils import epath
+from launching import NOISE
 from ml_collections import ConfigDict
 
 from charlstm.config import base_config
 from charlstm.model import model_from_config
 from charlstm.optim import make_optimizer, make_schedule
-from charlstm.runs.checkpoints import Checkpoints, load_model
+from charlstm.runs.checkpoints import Checkpoints, load_model, steps_in
 from charlstm.runs.folder import write_run
 from charlstm.runs.metrics import read_records
 from charlstm.steps import init_state
@@ -70,6 +72,13 @@ def assert_runs_close(workdir, reference):
     for name in ("train/loss", "val/loss"):
         assert_close(series(workdir, name), series(reference, name), SUM_ORDER)
     assert_close(load_model(workdir, "latest")[2], load_model(reference, "latest")[2])
+
+
+def assert_stopped(workdir, output):
+    """Check that `output`, of a run that a signal stopped, names the step of its checkpoint."""
+    step = max(steps_in(epath.Path(workdir) / "checkpoints"), default=0)
+    assert re.search(rf"saved .*\bstep {step}\b", output), output
+    assert not [noise for noise in NOISE if noise in output], output
 
 
 def small_config(book_path, **changes):

@@ -24,12 +24,12 @@ TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 
 # The modules of the package from the core outwards. Each imports only what stands before it.
 ORDER = """
-    errors files system.paths system.tables system.console system.native_output
+    errors files system.paths system.tables system.console
     config config_check checks keys
     data.gutenberg data.encoding data.vocab data.cleaning data.find data.sources data.passes
     data.corpus data.batches
     lstm.reference lstm.fused lstm.cudnn model optim steps sampling
-    parallel.sharding parallel.processes
+    parallel.sharding parallel.native_output parallel.processes
     runs.plots runs.metrics runs.folder runs.checksums runs.orbax_calls runs.checkpoints
     planning.cost runs.machine
     training.setup training.progress training.validation training.loop

@@ -1,6 +1,7 @@
-"""Several processes as one run. JAX's own runtime connects them; here they agree and part.
+"""Train one run with several processes: connect, agree, detect a dead process, shut down.
 
-Every function is to be called by all processes alike. Where there is one process, they do nothing.
+jax.distributed connects the processes. All of them must call the same functions in the same order.
+With one process, the functions do no communication.
 """
 
 import importlib.util
@@ -20,32 +21,32 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from charlstm.errors import RunError, UserError, one_line
-from charlstm.system.native_output import aborts_explained, end_at_once, only_python_writes
+from charlstm.parallel.native_output import aborts_explained, hard_exit, only_python_writes
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# A process that has been silent for so long is taken for dead.
+# A process without a heartbeat for this long counts as dead.
 HEARTBEAT_SECONDS = 20
-# Seconds between queries of the coordination service.
+# Interval between queries of the coordination service.
 WATCH_SECONDS = 3.0
-# How long a process waits for the others when it is done, and when it has failed: with them, or
-# alone, in which case they wait for it.
+# How long a process waits for the others before it disconnects: after success, and after an error,
+# where the others may never arrive.
 DONE_SECONDS = 60.0
 FAILED_SECONDS = 3.0
 
 
 class Cluster(NamedTuple):
-    """The processes that may train one run."""
+    """A group of processes that can train one run."""
 
     name: str
-    num_processes: int | None  # None: JAX finds out
-    is_certain: bool = True  # otherwise there may be one, and JAX has to look
+    num_processes: int | None  # None: JAX detects it
+    is_certain: bool = True  # False: only JAX can tell whether there are other processes
 
 
 def find_cluster(variables: Mapping[str, str]) -> Cluster | None:
-    """Return the cluster that JAX would join by itself, by the `variables` of the environment."""
+    """Return the cluster that JAX would detect from the environment `variables`."""
 
     def count(name: str) -> int | None:
         return int(word) if (word := variables.get(name, "")).isdecimal() else None
@@ -57,13 +58,13 @@ def find_cluster(variables: Mapping[str, str]) -> Cluster | None:
         return Cluster("Open MPI", count("OMPI_COMM_WORLD_SIZE"))
     if all(f"SLURM_{name}" in variables for name in slurm):
         return Cluster("Slurm", count("SLURM_NTASKS"))
-    # Any pod has the first variable; JAX joins the pods of an indexed Job only.
+    # Every pod has the first variable, but JAX joins only the pods of an indexed Job.
     if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= variables.keys():
         if importlib.util.find_spec("kubernetes"):
             return Cluster("Kubernetes", None)
         logger.warning(
-            "the pods of a Kubernetes Job can train together, but the package kubernetes is not "
-            "installed: this process trains alone; to join the others: pip install kubernetes"
+            "this process trains alone: to join the other pods of the Kubernetes Job it needs the "
+            "package kubernetes; pip install kubernetes"
         )
     if importlib.util.find_spec("libtpu"):
         return Cluster("Cloud TPU", None, is_certain=False)
@@ -74,18 +75,19 @@ def find_cluster(variables: Mapping[str, str]) -> Cluster | None:
 def joined(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
 ) -> Iterator[None]:
-    """Be one of the processes of a cluster within the block, if one is named or JAX finds one.
+    """Initialize jax.distributed within the block if there is a cluster.
 
-    Without arguments jax.distributed looks for one: Cloud TPU, Slurm, Open MPI, Kubernetes. With 1
-    for `num_processes` this process stays alone.
+    Without `coordinator`, JAX detects Cloud TPU, Slurm, Open MPI and Kubernetes. With
+    `num_processes` 1, this process trains alone.
 
     Args:
       coordinator: HOST:PORT at which process 0 listens.
-      num_processes, process_id: how many there are, and which this is, from 0.
-      timeout: how many seconds to wait for the others.
+      num_processes: the number of processes.
+      process_id: the number of this process, from 0.
+      timeout: how many seconds to wait for the other processes.
 
     Raises:
-      UserError: if the arguments do not fit together.
+      UserError: if the processes cannot connect.
     """
     if num_processes == 1:
         yield
@@ -99,7 +101,7 @@ def joined(
         return
     watch = Watch()
     # Gloo prints each connection on stdout.
-    with aborts_explained(watch.last_message(0)), only_python_writes("stdout"):
+    with aborts_explained(watch.message([0])), only_python_writes("stdout"):
         watch.start()
         connect()
         try:
@@ -108,34 +110,34 @@ def joined(
             # The runtime raises its own types if another process dies during an all-reduce.
             cause = error.__cause__ if isinstance(error, UserError) else error
             if isinstance(cause, ValueError | RuntimeError):
-                watch.await_verdict()
-            watch.leave(FAILED_SECONDS)
+                watch.wait()
+            watch.shutdown(FAILED_SECONDS)
             raise
-        watch.leave(DONE_SECONDS)
+        watch.shutdown(DONE_SECONDS)
 
 
 def _join(cluster: Cluster, coordinator: str | None, process_id: int | None, timeout: int) -> bool:
-    """Join a cluster; return whether there is one.
+    """Initialize jax.distributed; return whether there is a cluster.
 
     Raises:
-      UserError: if that fails.
+      UserError: if the processes cannot connect.
     """
     who = "this process" if process_id is None else f"process {process_id}"
     if cluster.num_processes != 1 and cluster.is_certain:
         number = cluster.num_processes or "all"
-        logger.info("%s: %s waits for %s processes to meet", cluster.name, who, number)
+        logger.info("%s: %s waits for %s processes to connect", cluster.name, who, number)
     remedy = (
-        "start all of them, process 0 on the coordinator's host, with the same --coordinator and "
-        "--num_processes, and a --process_id of its own for each; the port must be free there; "
+        "start all of them with the same --coordinator and --num_processes and different "
+        "--process_id, process 0 on the coordinator's host, where the port must be free; "
         "--num_processes=1 trains alone"
     )
-    failed = f"{cluster.name}: {who} could not join"
-    # Where a process is missing the runtime aborts, with pages of its own; this comes before.
-    waited = f"{cluster.name}: {who} has waited {timeout} s for all processes to meet; {remedy}"
-    alarm = threading.Timer(timeout, end_at_once, [waited])
+    failed = f"{cluster.name}: {who} could not connect"
+    # If a process is missing, the runtime prints pages and aborts; this timer fires before.
+    waited = f"{cluster.name}: {who} waited {timeout} s for all processes to connect; {remedy}"
+    alarm = threading.Timer(timeout, hard_exit, [waited])
     alarm.daemon = True
     alarm.start()
-    # Otherwise the runtime aborts a process that has lost another before the watch reports it.
+    # Without this, the runtime aborts before Watch can report which process is dead.
     jax.config.update("jax_enable_recoverability", True)
     try:
         with (
@@ -143,7 +145,7 @@ def _join(cluster: Cluster, coordinator: str | None, process_id: int | None, tim
             aborts_explained(f"{failed}; {remedy}"),
             warnings.catch_warnings(),
         ):
-            # Processes that flags name need no package to be found.
+            # With --coordinator, JAX does not need the package kubernetes.
             warnings.filterwarnings("ignore", message="Kubernetes environment detected")
             jax.distributed.initialize(
                 coordinator,
@@ -162,10 +164,10 @@ def _join(cluster: Cluster, coordinator: str | None, process_id: int | None, tim
 
 
 def connect() -> None:
-    """Let all devices of all processes find each other now.
+    """Connect all devices of all processes by a first all-reduce.
 
-    On CPUs the first sum over them has to begin everywhere within 30 seconds, and one process may
-    have a text to prepare or a program to compile that another finds done.
+    On CPUs all processes must start the first all-reduce within 30 seconds of each other. Later,
+    one process may prepare a text or compile a program that another finds in its cache.
     """
     mesh = Mesh(np.array(jax.devices()), ("all",))
     sharding = NamedSharding(mesh, PartitionSpec("all"))
@@ -177,20 +179,21 @@ def connect() -> None:
 
 
 def is_shared() -> bool:
-    """Return whether several processes train the run."""
+    """Return whether there are several processes."""
     return jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Return whether this process is the one that writes logs, samples and pictures."""
+    """Return whether this is process 0, which writes logs, samples and pictures."""
     return jax.process_index() == 0
 
 
-def together(work: Callable[[], Result]) -> Result:
-    """Return what `work` gives here, once it is done everywhere; if it fails on one, all fail.
+def run_on_all_processes(work: Callable[[], Result]) -> Result:
+    """Return work(), after all processes have finished theirs.
 
     Raises:
-      UserError: that of `work`, or one that names the process on which it failed.
+      UserError: on all processes if `work` raises it on one: its own error there, one that names
+        the process elsewhere.
     """
     error: UserError | None = None
     try:
@@ -202,28 +205,30 @@ def together(work: Callable[[], Result]) -> Result:
         raise error
     if failed.any():
         which, code = int(np.argmax(failed > 0)), int(failed.max())
-        message = f"process {which} of {len(failed)} could not go on: its own message says why"
+        message = f"process {which} of {len(failed)} failed; see the message of that process"
         raise RunError(message) if code == RunError.exit_code else UserError(message)
     return result
 
 
-def agree(should_stop: Callable[[], bool]) -> Callable[[], bool]:
-    """Return a should_stop that is true on all processes once `should_stop` is on one of them."""
+def any_process(should_stop: Callable[[], bool]) -> Callable[[], bool]:
+    """Return a function that is true on all processes if should_stop() is true on any."""
     if not is_shared():
         return should_stop
     return lambda: bool(gather(int(should_stop())).any())
 
 
-def least(value: int) -> int:
-    """Return the least of the `value` of all processes."""
+def min_over_processes(value: int) -> int:
+    """Return the smallest `value` of all processes."""
     return int(gather(value).min())
 
 
 def check_same(settings: dict[str, Any]) -> None:
-    """Raise UserError, naming them, if `settings` are not the same on all processes."""
+    """Raise UserError with the names of `settings` that differ between processes."""
     lengths = gather(len(settings))
     if len(set(lengths.tolist())) > 1:
-        raise UserError("the processes run different versions of charlstm; install one on all")
+        raise UserError(
+            "the processes run different versions of charlstm; install the same version on all"
+        )
     sums = [zlib.crc32(f"{name}={value!r}".encode()) for name, value in settings.items()]
     all_sums = gather(sums)
     differing = [
@@ -234,18 +239,18 @@ def check_same(settings: dict[str, Any]) -> None:
             str(index) for index, row in enumerate(all_sums) if not np.array_equal(row, all_sums[0])
         ]
         raise UserError(
-            f"{', '.join(differing)}: not the same on process 0 and on {', '.join(others)}; give "
-            "all processes the same flags, files and versions"
+            f"{', '.join(differing)}: differs between process 0 and process {', '.join(others)}; "
+            "use the same flags, files and versions for all processes"
         )
 
 
 def gather(value: Any) -> np.ndarray:
-    """Return the numbers of all processes, process by process; they are of 32 bits, unsigned."""
+    """Return `value`, a uint32 or several, of each process along a new first axis."""
     return process_allgather(np.asarray(value, np.uint32))
 
 
 def client() -> Any:
-    """Return JAX's client of its distributed runtime, None if this version hides it elsewhere."""
+    """Return the client of JAX's coordination service, or None if JAX has moved it."""
     try:
         from jax._src import distributed
 
@@ -255,56 +260,56 @@ def client() -> Any:
 
 
 class Watch:
-    """A thread that exits this process with one line when another one is dead.
+    """A thread that ends this process with one line if another process dies.
 
-    Without it a process would wait for ever in a sum to which another no longer adds.
+    Without it, this process would wait for ever in an all-reduce.
     """
 
     def __init__(self) -> None:
-        self._everybody = list(range(jax.process_count()))
+        self._indices = list(range(jax.process_count()))
         self._is_over = threading.Event()
 
     def start(self) -> None:
-        """Watch the processes that are there now."""
+        """Start the thread, or warn if this JAX version has no client."""
         if client() is None:
             logger.warning(
-                "with this version of JAX a process that dies is not noticed: the others wait "
-                "for it until you stop them"
+                "this version of JAX cannot report a dead process: the other processes would wait "
+                "for it; stop them by hand, or install another version of JAX"
             )
             return
         threading.Thread(target=self._run, daemon=True).start()
 
-    def leave(self, seconds: float) -> None:
-        """Disconnect once all processes have arrived, or after a timeout."""
+    def wait(self) -> None:
+        """Wait until the thread would have ended this process if another one were dead."""
+        time.sleep(HEARTBEAT_SECONDS + 2 * WATCH_SECONDS)
+
+    def shutdown(self, seconds: float) -> None:
+        """Disconnect once all processes call this, or after `seconds`."""
         self._is_over.set()
-        with suppress(Exception):  # of types that are not documented
-            client().wait_at_barrier("leave", int(seconds * 1000))
-            # Process 0 hosts the service; without it the others would abort.
-            while is_first() and len(client().get_live_nodes(self._everybody)) > 1:
+        with suppress(Exception):  # JAX does not document the types
+            client().wait_at_barrier("shutdown", int(seconds * 1000))
+            # Process 0 hosts the service; if it disconnects first, the others abort.
+            while is_first() and len(client().get_live_nodes(self._indices)) > 1:
                 time.sleep(0.1)
         jax.distributed.shutdown()
 
-    def await_verdict(self) -> None:
-        """Wait for so long that the watch would have ended this process, had another one gone."""
-        time.sleep(HEARTBEAT_SECONDS + 2 * WATCH_SECONDS)
-
-    def last_message(self, *gone: int) -> str:
-        """Return the line that names the processes that have gone."""
-        names = ", ".join(map(str, gone))
+    def message(self, dead: list[int]) -> str:
+        """Return the line that reports the `dead` processes."""
+        names = ", ".join(map(str, dead))
         return (
-            f"process {names} of {len(self._everybody)} has gone or does not answer: process "
-            f"{jax.process_index()} ends, too; give all the same command again, which goes on from "
+            f"process {names} of {len(self._indices)} is dead or does not answer: process "
+            f"{jax.process_index()} exits, too; run the same command again on all to resume from "
             "the last checkpoint"
         )
 
     def _run(self) -> None:
-        met = client().get_live_nodes(self._everybody)
+        first = client().get_live_nodes(self._indices)
         while not self._is_over.wait(WATCH_SECONDS):
             try:
-                there = client().get_live_nodes(self._everybody)
+                live = client().get_live_nodes(self._indices)
                 # A restarted process has another incarnation and does not know this run.
-                gone = [index for index in self._everybody if there.get(index) != met.get(index)]
-            except Exception:  # of types that are not documented
-                gone = [0]  # which holds the line
-            if gone and not self._is_over.is_set():
-                end_at_once(self.last_message(*gone))
+                dead = [index for index in self._indices if live.get(index) != first.get(index)]
+            except Exception:  # JAX does not document the types
+                dead = [0]  # process 0 hosts the service
+            if dead and not self._is_over.is_set():
+                hard_exit(self.message(dead))

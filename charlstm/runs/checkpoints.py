@@ -58,7 +58,7 @@ class Checkpoints:
             for step in steps_in(self._folder):
                 read_metadata(self._folder / str(step))
         else:
-            processes.together(self._tidy_up)
+            processes.run_on_all_processes(self._tidy_up)
             if is_local(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
         path = self._stack.enter_context(plain_path(self._folder))
@@ -176,7 +176,7 @@ class Checkpoints:
             try:
                 state, metadata = self.restore(step, abstract_state)
             except DamagedError as error:
-                processes.together(partial(self._quarantine, step, error))
+                processes.run_on_all_processes(partial(self._quarantine, step, error))
                 self._manager.reload()
                 continue
             if is_wanted(metadata):

@@ -74,13 +74,13 @@ def train(
       UserError: for an invalid setting or text, or a folder of another run or process.
       RunError: if the run cannot be saved or its loss stays nonfinite.
     """
-    should_stop = processes.agree(should_stop)
+    should_stop = processes.any_process(should_stop)
     workdir = epath.Path(given_path(os.fspath(workdir)))
-    setup = processes.together(partial(set_up, config, workdir))
+    setup = processes.run_on_all_processes(partial(set_up, config, workdir))
     processes.check_same(shared_settings(setup))
     with ExitStack() as stack, write_errors_reported(workdir):
-        processes.together(partial(open_folder, setup, stack))
-        processes.together(partial(check_shared, workdir))
+        processes.run_on_all_processes(partial(open_folder, setup, stack))
+        processes.run_on_all_processes(partial(check_shared, workdir))
         checkpoints = stack.enter_context(closing(Checkpoints(workdir)))
         rollbacks = 0
         while True:
@@ -209,7 +209,7 @@ def steps_of_call(setup: Setup, step: int, seconds_per_step: float) -> int:
     most = min(max_steps_per_call(setup), num_due)
     # The clock may stand still between two calls.
     in_time = most if seconds_per_step == 0 else int(min(most, CALL_SECONDS / seconds_per_step))
-    return processes.least(max(1, in_time))
+    return processes.min_over_processes(max(1, in_time))
 
 
 def compile_train_steps(

@@ -1,7 +1,6 @@
-"""Several processes as one run, for real: two on this machine, over loopback, with Gloo."""
+"""Several processes of one run, on this machine: connected over loopback by Gloo."""
 
 import logging
-import re
 import signal
 import socket
 import tempfile
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from etils import epath
-from helpers import assert_runs_close
-from launching import NOISE, WarmLauncher
+from helpers import assert_runs_close, assert_stopped
+from launching import WarmLauncher
 
 from charlstm.parallel import processes
 from charlstm.runs.checkpoints import steps_in
@@ -24,7 +23,7 @@ FLAGS = [
     "--config.eval_every_steps=12",
     "--config.checkpoint_every_steps=12",
     "--config.sample.length=40",
-    # As in test_sharding.py, which trains the other parts of the default recipe.
+    # test_sharding.py trains the other parts of the default recipe.
     "--config.optimizer.learning_rate=2e-3",
     "--config.optimizer.name=adamw",
     "--config.optimizer.schedule=constant",
@@ -35,19 +34,20 @@ FLAGS = [
 
 
 def by_flags(port, size, index):
+    """Return the flags that describe a cluster, and no variables."""
     where = f"--coordinator=127.0.0.1:{port}", f"--num_processes={size}", f"--process_id={index}"
     return where, {}
 
 
 def by_slurm(port, size, index):
-    """What srun sets, all on this machine."""
+    """Return no flags, and the variables that srun sets."""
     names = {"NTASKS": size, "PROCID": index, "LOCALID": index, "STEP_NODELIST": "localhost"}
     surroundings = {f"SLURM_{name}": str(value) for name, value in names.items()}
     return [], surroundings | {"SLURM_JOB_ID": "1", "JAX_COORDINATOR_PORT": str(port)}
 
 
 def by_open_mpi(port, size, index):
-    """What mpirun sets, all on this machine."""
+    """Return no flags, and the variables that mpirun sets."""
     names = {"SIZE": size, "RANK": index, "LOCAL_RANK": index}
     surroundings = {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in names.items()}
     uri = "4096.0;tcp://127.0.0.1:1"
@@ -58,12 +58,21 @@ class Processes:
     """The processes of one run of launch/train.py."""
 
     def __init__(
-        self, launch, folder, flags, size=2, num_devices=1, flags_of_last=(), place=by_flags
+        self,
+        launch,
+        folder,
+        flags,
+        size=2,
+        num_devices=1,
+        flags_of_last=(),
+        place=by_flags,
+        variables=(),
     ):
         """Start them; place(port, size, index) returns flags and environment of one of them."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        count = f"--xla_force_host_platform_device_count={num_devices}"
+        common = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
+        common |= dict(variables)
         self.errors = [Path(tempfile.mkdtemp(dir=folder), "out") for _ in range(size)]
         self.processes = []
         for index, path in enumerate(self.errors):
@@ -76,12 +85,12 @@ class Processes:
                 *own,
                 cwd=folder,
                 out=path,
-                env={"XLA_FLAGS": count} | surroundings,
+                env=common | surroundings,
             )
             self.processes.append(started)
 
     def wait(self, seconds=120):
-        """Wait for all to end; return their exit codes."""
+        """Wait until all have ended; return their exit codes."""
         deadline = time.monotonic() + seconds
         try:
             return [process.wait(max(1, deadline - time.monotonic())) for process in self.processes]
@@ -90,19 +99,21 @@ class Processes:
                 process.kill()
 
     def wait_for_step(self, workdir, step, seconds=90):
-        """Wait until a checkpoint of `step` or a later one is there."""
+        """Wait until the latest checkpoint has reached `step`."""
         deadline = time.monotonic() + seconds
-        while not [
-            found for found in steps_in(epath.Path(workdir) / "checkpoints") if found >= step
-        ]:
+        while latest_step(workdir) < step:
             assert time.monotonic() < deadline, self.said(0)
             assert self.processes[0].poll() is None, self.said(0)
             time.sleep(0.05)
 
     def said(self, index):
-        """Return what one process has printed after it has met the others."""
+        """Return what one process has printed, without the line that it waits for the others."""
         lines = self.errors[index].read_text().splitlines(keepends=True)
-        return "".join(line for line in lines if "processes to meet\n" not in line)
+        return "".join(line for line in lines if " waits for " not in line)
+
+
+def latest_step(workdir):
+    return max(steps_in(epath.Path(workdir) / "checkpoints"), default=0)
 
 
 SLURM = by_slurm(1, 2, 0)[1]
@@ -126,18 +137,15 @@ INDEXED_JOB = POD | {"JOB_COMPLETION_INDEX": "0"}
         ({}, ("libtpu",), ("Cloud TPU", None, False)),
     ],
 )
-def test_the_environment_says_which_cluster_there_is(
-    variables, packages, found, monkeypatch, caplog
-):
+def test_find_cluster_reads_the_environment(variables, packages, found, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("charlstm"), "propagate", True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name in packages or None)
     assert processes.find_cluster(variables) == found
-    # In a pod a package is missed only where it would find other processes.
     is_missed = variables == INDEXED_JOB and not packages
     assert ("pip install kubernetes" in caplog.text) == is_missed
 
 
-def test_a_pod_trains_alone_without_a_word(monkeypatch, recwarn, caplog):
+def test_kubernetes_pod_trains_alone_without_a_warning(monkeypatch, recwarn, caplog):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     with processes.joined(None, None, None, 3):
         assert not processes.is_shared()
@@ -145,12 +153,12 @@ def test_a_pod_trains_alone_without_a_word(monkeypatch, recwarn, caplog):
     assert caplog.text == ""
 
 
-def test_a_jax_that_hides_its_client_is_told_of(monkeypatch, caplog):
+def test_watch_warns_if_jax_has_no_client(monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("charlstm"), "propagate", True)
     monkeypatch.delattr("jax._src.distributed.global_state")
     assert processes.client() is None
     processes.Watch().start()
-    assert "a process that dies is not noticed" in caplog.text
+    assert "dead process" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -170,41 +178,40 @@ def reference(launch, tmp_path_factory, book):
     return folder / "reference"
 
 
-# A checkpoint of each step leaves time to act before the end.
+# A checkpoint after each step leaves time to act before the end.
 SLOWLY = ["--config.checkpoint_every_steps=1"]
+CHEAPLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
-def test_two_processes_of_four_devices_that_one_signal_stops_train_as_one_device(launch, reference):
+def test_two_processes_then_one_train_as_one_device(launch, reference):
     folder, workdir = reference.parent, reference.parent / "two"
     run = Processes(launch, folder, [*FLAGS, *SLOWLY, "--workdir=two"], num_devices=4)
-    run.wait_for_step(workdir, 2)
+    run.wait_for_step(workdir, 13)
     run.processes[1].send_signal(signal.SIGTERM)
     assert run.wait() == [128 + signal.SIGTERM] * 2, run.said(0) + run.said(1)
-    [saved] = re.findall(r"stopped and saved at step (\d+)", run.said(0))
-    assert max(steps_in(epath.Path(workdir) / "checkpoints")) == int(saved)
-    assert not [noise for noise in NOISE if noise in run.said(0) + run.said(1)]
+    assert_stopped(workdir, run.said(0))
+    # Both write their shards, and process 0 everything else.
+    parts = {path.name for path in workdir.glob("checkpoints/12/state/ocdbt.process_*")}
+    assert parts == {"ocdbt.process_0", "ocdbt.process_1"}
+    assert "validation" in run.said(0)
+    assert "8 x cpu" in run.said(0)
+    assert len(run.said(1).splitlines()) == 1  # that it stops
 
-    run = Processes(launch, folder, [*FLAGS, "--workdir=two"], num_devices=4)
-    assert run.wait() == [0, 0], run.said(0) + run.said(1)
+    answer = launch("train", *FLAGS, "--workdir=two", cwd=folder)
+    assert answer.returncode == 0, answer.stderr
     assert_runs_close(workdir, reference)
     names = [{p.name for p in where.iterdir()} for where in (workdir, reference)]
     ours, theirs = ({name for name in found if "tfevents" not in name} for found in names)
     assert ours == theirs
     assert list(workdir.glob("*tfevents*"))
-    # Both wrote their shards, and the first wrote the rest.
-    parts = {path.name for path in workdir.glob("checkpoints/24/state/ocdbt.process_*")}
-    assert parts == {"ocdbt.process_0", "ocdbt.process_1"}
-    assert "validation" in run.said(0)
-    assert "8 x cpu" in run.said(0)
-    assert run.said(1) == ""
 
 
-def test_the_death_of_either_process_ends_the_other_and_loses_nothing(launch, reference):
+def test_death_of_either_process_ends_the_other(launch, reference):
     folder, flags = reference.parent, [*FLAGS, "--workdir=tried"]
     workdir = folder / "tried"
     saved = 0
     for victim in (1, 0):
-        run = Processes(launch, folder, [*flags, *SLOWLY], num_devices=4)
+        run = Processes(launch, folder, [*flags, *SLOWLY], variables=CHEAPLY)
         run.wait_for_step(workdir, saved + 2)
         begin = time.monotonic()
         run.processes[victim].kill()
@@ -212,79 +219,76 @@ def test_the_death_of_either_process_ends_the_other_and_loses_nothing(launch, re
         assert time.monotonic() - begin < 60
         assert codes[1 - victim] == 1
         last = run.said(1 - victim).splitlines()[-1]
-        assert last.startswith(f"error: process {victim} of 2 has gone"), run.said(1 - victim)
+        assert last.startswith(f"error: process {victim} of 2 "), run.said(1 - victim)
         assert "Traceback" not in run.said(1 - victim)
-        saved = max(steps_in(epath.Path(workdir) / "checkpoints"))
+        saved = latest_step(workdir)
 
     assert saved < 24
-    answer = launch("train", *flags, cwd=folder)  # one process resumes
+    answer = launch("train", *flags, cwd=folder)  # the reference has compiled its program
     assert answer.returncode == 0, answer.stderr
     assert_runs_close(workdir, reference)
 
 
 @pytest.mark.parametrize("place", [by_slurm, by_open_mpi])
-def test_a_cluster_is_found_by_its_surroundings(place, launch, reference):
-    # They have met if they find that they were told different things.
+def test_processes_of_slurm_and_open_mpi_connect(place, launch, reference):
+    # That their seeds differ shows that they are connected.
     flags = {"flags_of_last": ["--config.seed=1"], "place": place}
     run = Processes(launch, reference.parent, [*FLAGS, "--workdir=found"], **flags)
     assert run.wait() == [2, 2], run.said(0)
     for index in (0, 1):
         [line] = run.said(index).splitlines()
-        assert "config.seed: not the same on process 0 and on 1" in line
+        assert "config.seed: " in line
     assert not (reference.parent / "found").exists()
 
 
-def test_a_process_can_stay_alone_in_a_cluster(launch, reference):
+def test_process_trains_alone_with_num_processes_1(launch, reference):
     def alone(port, size, index):
         return ["--num_processes=1"], by_slurm(port, size + 1, index)[1]
 
-    # It has not waited for the other if it finds that there is no text.
+    # It reads the text only if it does not wait for the other process.
     flags = [*FLAGS, "--join_timeout=3", "--config.data.path=none.txt"]
     run = Processes(launch, reference.parent, flags, size=1, place=alone)
     assert run.wait() == [2]
-    assert "none.txt: no such file" in run.said(0)
+    assert "none.txt" in run.said(0)
 
 
 MISTAKES = [
-    (["--config.data.path=other.txt"], 2, "the text: not the same on process 0 and on 1", True),
-    (["--config.data.path=none.txt"], 2, "process 1 of 2 could not go on: its own message", False),
+    (["--config.data.path=other.txt"], "the text: ", True),
+    (["--config.data.path=none.txt"], "process 1 of 2 ", False),
 ]
 
 
-@pytest.mark.parametrize(("flags", "code", "message", "on_both"), MISTAKES)
-def test_processes_that_do_not_fit_together_are_refused(
-    flags, code, message, on_both, launch, reference
-):
+@pytest.mark.parametrize(("flags", "fact", "on_both"), MISTAKES)
+def test_processes_with_different_settings_are_refused(flags, fact, on_both, launch, reference):
     folder = reference.parent
     (folder / "other.txt").write_text((folder / "book.txt").read_text() + "More.\n")
     run = Processes(launch, folder, [*FLAGS, "--workdir=refused"], flags_of_last=flags)
-    assert run.wait() == [code, code]
+    assert run.wait() == [2, 2]
     for index in (0, 1):
         assert len(run.said(index).splitlines()) == 1, run.said(index)
-        assert (message in run.said(index)) == (on_both or index == 0)
+        assert (fact in run.said(index)) == (on_both or index == 0)
     assert not (folder / "refused").exists()
 
 
-def test_processes_that_are_too_few_wait_no_longer_than_they_are_told(launch, reference):
+def test_missing_process_is_reported_after_join_timeout(launch, reference):
     run = Processes(launch, reference.parent, [*FLAGS, "--workdir=few", "--join_timeout=3"], size=3)
     run.processes[1].kill()
     codes = run.wait()
     assert codes[0] == codes[2] == 1
     for index in (0, 2):
         said_at_once = run.errors[index].read_text().splitlines()[0]
-        assert f"process {index} waits for 3 processes to meet" in said_at_once
+        assert f"process {index} waits for 3 " in said_at_once
         [line] = run.said(index).splitlines()
-        assert f"process {index} has waited 3 s for all processes to meet" in line
+        assert f"process {index} waited 3 s" in line
         assert "--coordinator=127.0.0.1:" in line
     assert not (reference.parent / "few").exists()
 
 
-def test_a_second_run_of_the_same_folder_is_refused_on_all(launch, reference):
-    # The reference is finished: only its lock is in question.
+def test_second_run_in_the_same_folder_is_refused_on_all(launch, reference):
     from charlstm.files import lock_folder
 
     with lock_folder(epath.Path(reference)):
         run = Processes(launch, reference.parent, [*FLAGS, "--workdir=reference"])
         assert run.wait() == [2, 2]
     assert "in use by process" in run.said(0)
-    assert "process 0 of 2 could not go on" in run.said(1)
+    assert "process 0 of 2 " in run.said(1)

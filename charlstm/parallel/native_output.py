@@ -1,4 +1,4 @@
-"""What libraries in C++ do beside their work: they print, and they abort the process."""
+"""Control what C++ libraries print, and explain an abort of the process."""
 
 import ctypes
 import logging
@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def aborts_explained(message: str) -> Iterator[None]:
-    """Print `message` if the runtime aborts the process within the block, as when process 0 dies.
+    """Print `message` if the runtime aborts the process within the block.
 
-    JAX has no hook for that, and Python's own signal handlers come too late.
+    It does if process 0 dies. JAX has no hook for it, and Python's signal handlers run too late.
     """
     if sys.platform == "win32":
         yield
@@ -25,7 +25,7 @@ def aborts_explained(message: str) -> Iterator[None]:
     signal_type = ctypes.CFUNCTYPE(None, ctypes.c_int)
     set_handler = ctypes.CDLL(None).signal
     set_handler.argtypes, set_handler.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    # Without locks, which the interrupted thread may hold: neither logging nor print.
+    # Neither logging nor print: the interrupted thread may hold their locks.
     line = f"error: {printable(message)}\n".encode()
     stderr = sys.stderr.fileno()
 
@@ -44,7 +44,7 @@ def aborts_explained(message: str) -> Iterator[None]:
 
 @contextmanager
 def only_python_writes(name: str) -> Iterator[None]:
-    """Discard what libraries in C++ print on sys.stdout or sys.stderr, by `name`."""
+    """Discard what C++ libraries print to `name` ("stdout" or "stderr") within the block."""
     before = getattr(sys, name)
     number = {"stdout": 1, "stderr": 2}[name]
     ours, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
@@ -60,7 +60,7 @@ def only_python_writes(name: str) -> Iterator[None]:
         os.close(ours)
 
 
-def end_at_once(message: str) -> None:
-    """Log `message` and end the process, whatever its other threads wait for."""
+def hard_exit(message: str) -> None:
+    """Log `message` and exit at once, without waiting for other threads."""
     logger.error(message)
     os._exit(RunError.exit_code)
