@@ -1,11 +1,11 @@
-"""What the launchers share: flags in, mistakes as one line out."""
+"""Run a launcher: parse its flags, print a mistake as one line, return its exit code."""
 
 import os
 import sys
 
-# Without an installed charlstm the message about what to install comes from the package itself.
+# So that a charlstm that is not installed can print how to install it.
 sys.path.append(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from charlstm.cli import signals, streams  # first, since they handle streams and signals
+from charlstm.cli import signals, streams  # first: they set up streams and signals
 
 # isort: split
 import signal
@@ -21,23 +21,20 @@ from charlstm.errors import RunError, UserError
 
 StopSignal = signals.StopSignal
 
-GIVEN_FLAGS = tuple(sys.argv[1:])  # before they are put into their normal form
-flags.DEFINE_boolean("debug", False, "show where in the code a mistake was noticed")
-MAX_MINUTES = 365 * 24 * 60
+GIVEN_FLAGS = tuple(sys.argv[1:])  # before options.normalise
+flags.DEFINE_boolean("debug", False, "print the traceback of a mistake")
 
 
 def run(main: Callable[[], int | None], example: str = "") -> None:
-    """Parse the flags, call `main`, and exit with its code; a user's mistake is one line and 2.
+    """Parse the flags, call `main` and exit with its code, or with 2 and one line for a UserError.
 
-    `example` is the flags of the example that --help shows.
+    `example` is the flags of the example that --help prints.
     """
 
     def guarded(argv: list[str]) -> int | None:
         try:
             if len(argv) > 1:
-                raise UserError(
-                    f"{argv[1]}: not a flag; flags begin with --, and --help lists them"
-                )
+                raise UserError(f"{argv[1]}: not a flag; flags begin with --, see --help")
             from charlstm.system.console import show_logs
 
             show_logs()
@@ -45,7 +42,7 @@ def run(main: Callable[[], int | None], example: str = "") -> None:
             return main()
         except UserError as error:
             return fail(error)
-        except KeyboardInterrupt:  # only in a notebook: elsewhere signals.py is faster
+        except KeyboardInterrupt:  # only in a notebook; elsewhere signals.py exits
             return 128 + signal.SIGINT
         except Exception as error:
             if problem := runtime.problem_of_jax(error):
@@ -60,16 +57,16 @@ def run(main: Callable[[], int | None], example: str = "") -> None:
 
 
 def set_logging() -> None:
-    """Let dependencies log errors of their own only, and show their warnings as lines."""
+    """Silence the logs of dependencies, and print their warnings as lines."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # JAX and Orbax log much that is not about the run, and pages about a failed save.
+    # JAX and Orbax log details, and pages about a failed save.
     logging.set_verbosity(logging.FATAL)
     calm_warnings()
     sys.unraisablehook = _unraisable
 
 
 def calm_warnings() -> None:
-    """Show warnings as lines, and those for developers not at all, whatever PYTHONWARNINGS says."""
+    """Print warnings as lines, except those for developers, and ignore PYTHONWARNINGS."""
     warnings.resetwarnings()
     for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)
@@ -77,30 +74,24 @@ def calm_warnings() -> None:
     warnings.showwarning = runtime.show_warning  # type: ignore[assignment]
 
 
-def check_minutes(minutes: float | None) -> None:
-    """Raise UserError if --minutes is given and no time from 0 to a year."""
-    if minutes is not None and not 0 < minutes <= MAX_MINUTES:
-        raise UserError(f"--minutes={minutes}: must be a number above 0, at most {MAX_MINUTES:,}")
-
-
 def _unraisable(event: Any) -> None:
-    # After a failed save, each of Orbax's other writes finds its loop closed and reports it here.
+    # After a failed save, Orbax's other writes report here that their event loop is closed.
     if str(event.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(event)
 
 
 def _with_stdout(work: Callable[[], int | None]) -> int | None:
-    """Return the exit code of `work`, or 1 with a line if stdout cannot take what it prints."""
+    """Return the exit code of `work`, or print one line and return 1 if stdout is not writable."""
     code: int | None = 0
     try:
         code = work()
     except OSError:
         if streams.stdout_failure() is None:
-            raise  # it was another file
+            raise  # the error is of another file
     error = streams.stdout_failure()
-    # A reader that closes its pipe, such as head, has enough.
+    # A reader may close its pipe, as `head` does.
     if not code and error is not None and not isinstance(error, BrokenPipeError):
-        code = fail(RunError(f"stdout: cannot be written ({error.strerror}); make room there"))
+        code = fail(RunError(f"stdout: cannot be written ({error.strerror}); free space there"))
     streams.discard_unwritten()
     return code
 
@@ -118,7 +109,7 @@ def _parse(argv: list[str]) -> list[str]:
     except (flags.Error, UserError) as error:
         sys.exit(fail(error))
     except SystemExit:
-        sys.exit(0)  # after --helpfull, which absl counts as a failure
+        sys.exit(0)  # after --helpfull, where absl exits with 1
     except Exception as error:  # a config file is a program
         given = [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
         sys.exit(fail(config_error([str(DEFAULT_CONFIG), *given][-1], error)))

@@ -92,7 +92,7 @@ def installed_baselines() -> list[str]:
 def main() -> None:
     """Measure as the flags say."""
     sections = parse_sections()
-    app.check_minutes(MINUTES.value)
+    options.check_minutes(MINUTES.value)
     flagged: dict[str, Any] = {"rounds": REPEATS.value, "minutes": MINUTES.value}
     flagged["shapes"] = tuple(map(parse_shape, SHAPES.value or ()))
     flagged["text"] = TEXT.value and find_source(TEXT.value, remedy="give --text=FILE").path

@@ -57,7 +57,7 @@ def main() -> None:
     chips, minutes, seconds = parse_chips(CHIPS.value), MINUTES.value, SECONDS.value
     if chips:
         cost.check_rows(config, *chips)
-    app.check_minutes(minutes)
+    options.check_minutes(minutes)
     if minutes and not seconds:
         raise UserError("--seconds=0: --minutes has to time steps; leave --seconds out")
     from charlstm import planning  # its functions import JAX

@@ -1,4 +1,4 @@
-"""How tests start the launchers: as a user does, or sixty at a time."""
+"""Start launchers: in a new process, or in a fork of one that has imported their modules."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-# What would tell of a fault of ours, whatever the exit code.
+# Signs of a bug in any output.
 NOISE = ("Traceback", "Exception ignored", "Exception in thread", "terminate called", "Warning")
 
 
@@ -23,7 +23,7 @@ def command_of(launcher, *flags):
 
 
 def run_command(launcher, *flags, cwd=None, **options):
-    """Run a launcher to its end; whatever happens, it must not show a traceback."""
+    """Run a launcher; check that it prints no traceback; return the finished process."""
     command = command_of(launcher, *flags)
     result = subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=120, **options
@@ -34,7 +34,7 @@ def run_command(launcher, *flags, cwd=None, **options):
 
 
 def train_on(text, folder, *flags):
-    """Train on a text, as book.txt in `folder`, to the end; return what the launcher answered."""
+    """Train on a text, written to book.txt in `folder`; return the finished process."""
     (folder / "book.txt").write_text(text, encoding="utf-8")
     result = run_command("train", *flags, "--config.data.path=book.txt", cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -56,7 +56,7 @@ class WarmLauncher:
         self.process = subprocess.Popen(command, **pipes, **options)
 
     def __call__(self, launcher, *flags, cwd) -> Answer:
-        """Run a launcher to its end."""
+        """Run a launcher and return its answer."""
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             started = self.start(launcher, *flags, cwd=cwd, out=out, err=err)
@@ -65,7 +65,7 @@ class WarmLauncher:
     def start(self, launcher, *flags, cwd, out, err=None, env=None):
         """Start a launcher that writes to the files `out` and `err`, by default the same file.
 
-        It is the leader of a process group, and `env` is added to its environment.
+        It leads a process group of its own. `env` is added to its environment.
         """
         _, script, *words = command_of(launcher, *flags)
         self._send("start", [str(cwd), str(out), str(err or out), env or {}, script, *words])
@@ -116,7 +116,7 @@ class Started:
 
 
 def serve():
-    """Start processes, and return their exit codes, as WarmLauncher requests on stdin."""
+    """Start processes and return their exit codes, as a WarmLauncher requests on stdin."""
     for module in sys.argv[1:]:
         import_module(module)
     for line in sys.stdin:
@@ -134,7 +134,7 @@ def serve():
 def run_script(cwd, out, err, env, script, *words):
     """Run a launcher as the main program of this process, and exit."""
     code = 1
-    signal.alarm(300)  # in case that the tests have ended
+    signal.alarm(300)  # if the tests end before it
     os.setsid()
     try:
         os.chdir(cwd)

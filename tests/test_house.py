@@ -236,6 +236,7 @@ def test_public_names_can_be_imported():
     assert len(charlstm.__all__) == len(set(charlstm.__all__))
     for name in charlstm.__all__:
         assert getattr(charlstm, name).__name__ == name
+    assert dir(charlstm) == sorted(charlstm.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = charlstm.nonsense
 

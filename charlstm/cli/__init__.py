@@ -1,1 +1,1 @@
-"""What the commands in launch/ share."""
+"""Code of several launchers: flags, run folders, signals, streams, environment."""

@@ -1,4 +1,4 @@
-"""Which folder a launcher writes to: the run folder, and that of --out."""
+"""Choose the folders that launchers read and write: run folders and --out."""
 
 import glob
 import logging
@@ -18,17 +18,17 @@ from charlstm.files import is_local, read_json, temporary_name
 logger = logging.getLogger("charlstm.folders")
 
 RUNS = Path("runs")
-DRACULA = "pg345"  # the stem of the file that an empty config.data.path downloads
-MANUAL = "python-manual"  # what trains instead where the download fails
+DRACULA = "pg345"  # the stem of the default book, for an empty config.data.path
+MANUAL = "python-manual"  # the text in its place if the download fails
 _MAX_NAME = 80
 _MAX_LISTED = 5  # runs in a message
 
 
 def text_name(path: str) -> str:
-    """Return a name for the text at config.data.path `path`, safe as part of a file name.
+    """Return a safe file name for the text at `path`, a value of config.data.path.
 
-    A file gives its stem, a folder its name, and a pattern that of the folder it searches. The
-    text is not read, since the name must be the same at every start.
+    The name is the stem of a file, the name of a folder, or the folder of a pattern. It must be the
+    same at every start, so it depends on `path` only.
     """
     if not path:
         return DRACULA
@@ -58,7 +58,7 @@ def default_workdir(config_name: str, path: str) -> str:
 
 
 def free_workdir(workdir: str) -> str:
-    """Return `workdir`, or where there is something, the first of WORKDIR-2, WORKDIR-3, ... ."""
+    """Return the first of WORKDIR, WORKDIR-2, WORKDIR-3, ... that does not exist."""
     number, free = 1, workdir
     while epath.Path(free).exists():
         number += 1
@@ -67,7 +67,7 @@ def free_workdir(workdir: str) -> str:
 
 
 def in_free_workdir(words: Sequence[str], workdir: str) -> list[str]:
-    """Return the flags `words` with --workdir=free_workdir(workdir) for any --workdir of theirs."""
+    """Return the flags `words` with their --workdir replaced by free_workdir(workdir)."""
     others, remaining = [], iter(words)
     for word in remaining:
         name, equals, _ = word.partition("=")
@@ -84,7 +84,7 @@ def is_run(folder: Path) -> bool:
 
 
 def existing_runs(parent: Path = RUNS) -> list[Path]:
-    """Return the runs in the folder `parent`, the one that was trained last first."""
+    """Return the runs in the folder `parent`, the most recently trained first."""
 
     def trained_at(folder: Path) -> float:
         files = (folder / name for name in ("config.json", "metrics.jsonl"))
@@ -95,21 +95,21 @@ def existing_runs(parent: Path = RUNS) -> list[Path]:
 
 
 def trained_workdir(given: str) -> str:
-    """Return the --workdir that was given, or the run in runs/ that was trained last; log which.
+    """Return the run folder `given`, or log and return the most recently trained run in runs/.
 
     Raises:
-      UserError: if none was given and there is no run, or there is none in the given one.
+      UserError: if there is no run.
     """
     if given:
         if is_local(epath.Path(given)) and not is_run(Path(given)) and (there := _nearby(given)):
-            raise UserError(f"{given}: no run there (no config.json); there are {there}")
+            raise UserError(f"{given}: no run in this folder (no config.json); found runs: {there}")
         return given
     runs = existing_runs()
     if not runs:
         there = _nearby("")
-        hint = f"; there are {there}" if there else ", or train one with launch/train.py"
+        hint = f"; found runs: {there}" if there else ", or train one with launch/train.py"
         raise UserError(f"no run in {RUNS.absolute()}; give --workdir=DIR{hint}")
-    others = f", the last trained of {len(runs)} in {RUNS}/" if len(runs) > 1 else ""
+    others = f" (the most recent of {len(runs)} in {RUNS}/)" if len(runs) > 1 else ""
     logger.info("run folder: %s%s", runs[0], others)
     return str(runs[0])
 
@@ -126,11 +126,11 @@ def _nearby(given: str) -> str:
 
 
 def make_out(out: str, report: str, keys: set[str]) -> epath.Path:
-    """Return the folder `out`, made if need be, for a launcher that writes `report` and more there.
+    """Create the folder `out` of a launcher, if necessary, and return it.
 
     Raises:
-      UserError: if it cannot be made, or if it is not empty and has no `report` of an earlier
-        start, a JSON object with `keys`.
+      UserError: if it cannot be created, or has files but no `report` of an earlier start, which
+        is a JSON object with `keys`.
     """
     folder = epath.Path(out)
     try:
@@ -143,12 +143,12 @@ def make_out(out: str, report: str, keys: set[str]) -> epath.Path:
     with suppress(DamagedError, TypeError):
         if keys <= set(read_json(folder / report)):
             return folder
-    # What a start leaves that was killed before it wrote its report.
+    # Files of a start that was killed before it wrote its report.
     leftovers = {".lock", temporary_name(report)}
     if others := sorted({path.name for path in entries} - leftovers):
         shown = ", ".join(others[:_MAX_LISTED])
         raise UserError(
-            f"--out={out}: is not empty, and has no {report} of an earlier start (it holds "
-            f"{shown}); choose another --out"
+            f"--out={out}: is not empty and has no {report} of this launcher (found {shown}); "
+            "choose another --out"
         )
     return folder

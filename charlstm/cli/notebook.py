@@ -1,4 +1,4 @@
-"""A command in a notebook, by %run: the process survives it."""
+"""Run a launcher by %run in a notebook, whose process goes on after it."""
 
 import sys
 import warnings
@@ -12,7 +12,7 @@ from charlstm.cli import streams
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Restore streams, warnings and flags at the end of the block if the process is IPython's."""
+    """In a notebook, restore streams, warnings and flags after the block."""
     if not streams.is_notebook():
         yield
         return
@@ -26,7 +26,7 @@ def restored() -> Iterator[None]:
 
 
 def forget_flags() -> None:
-    """Let a launcher define its flags again."""
+    """Remove the flags of the launcher, so that it can define them again."""
     own = {flag.name for flag in flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])}
     for name in list(flags.FLAGS):
         if name in own or name.split(".")[0] == "config":

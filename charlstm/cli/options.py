@@ -1,4 +1,4 @@
-"""Flags for paths and for the config: --config=NAME and --config.KEY=VALUE."""
+"""Define and check flags of several launchers: paths, --config=NAME and --config.KEY=VALUE."""
 
 import difflib
 import os
@@ -23,11 +23,12 @@ from charlstm.system.paths import given_path, local_path
 REPOSITORY = Path(streams.REPOSITORY)
 DEFAULT_CONFIG = REPOSITORY / "configs" / "default.py"
 MAX_FILE_BYTES = 2**26  # of a file that a flag names
+MAX_MINUTES = 365 * 24 * 60
 _CONFIG_FLAG = re.compile(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", re.DOTALL)
 
 
 class PathParser(flags.ArgumentParser):
-    """Parses the value of a flag that is a path, by a function of charlstm.system.paths."""
+    """Parser of a flag whose value is a path."""
 
     syntactic_help = "a path"
 
@@ -43,7 +44,7 @@ LOCAL_PATH, ANY_PATH = PathParser(local_path), PathParser(given_path)
 
 
 def define_config(default: Path = DEFAULT_CONFIG) -> flags.FlagHolder:
-    """Define --config and --config.KEY=VALUE, once the command line's are known to be sound."""
+    """Define --config and --config.KEY=VALUE, after checking those of the command line."""
     try:
         words = flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
         sys.argv = normalise([*sys.argv[:1], *words])
@@ -58,7 +59,7 @@ def define_config(default: Path = DEFAULT_CONFIG) -> flags.FlagHolder:
 
 
 def config_name(holder: flags.FlagHolder) -> str:
-    """Return the name of the config file without folder and ending."""
+    """Return the name of the config file without folder and suffix."""
     return Path(config_flags.get_config_filename(flags.FLAGS[holder.name])).stem
 
 
@@ -74,10 +75,7 @@ def checked_config(holder: flags.FlagHolder) -> ConfigDict:
 
 
 def train_command(holder: flags.FlagHolder, settings: dict[str, Any]) -> str:
-    """Return a command of train.py for `settings` and the config flags given here.
-
-    It trains in a folder that does not exist.
-    """
+    """Return a train.py command with `settings`, this command's config flags and a new folder."""
     words = []
     for word in sys.argv[1:]:
         name, _, value = word.partition("=")
@@ -107,6 +105,12 @@ def changed_settings(section: str, *holders: flags.FlagHolder) -> dict[str, Any]
     return changed
 
 
+def check_minutes(minutes: float | None) -> None:
+    """Raise UserError if --minutes is not between 0 and a year."""
+    if minutes is not None and not 0 < minutes <= MAX_MINUTES:
+        raise UserError(f"--minutes={minutes}: must be a number above 0, at most {MAX_MINUTES:,}")
+
+
 def read_text_file(flag: flags.FlagHolder) -> str:
     """Return the text of the file that `flag` names; raise UserError if it cannot be read."""
     name = f"--{flag.name}={flag.value}"
@@ -114,25 +118,27 @@ def read_text_file(flag: flags.FlagHolder) -> str:
         with open(os.path.expanduser(flag.value), "rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)  # some, such as /dev/zero, have no end
     except OSError as error:
-        raise UserError(f"{name}: {error.strerror or error}; give a UTF-8 file") from None
+        raise UserError(
+            f"{name}: cannot be read ({error.strerror or error}); give a UTF-8 file"
+        ) from None
     if len(raw) > MAX_FILE_BYTES:
         raise UserError(f"{name}: has more than {MAX_FILE_BYTES:,} bytes; give a smaller file")
     return "".join(decode([raw], name))
 
 
 def config_error(path: str, error: Exception) -> UserError:
-    """Return the error for the config file at `path`, which raised `error`."""
+    """Return the UserError for a config file at `path` that raised `error`."""
     return UserError(
         f"--config={path}: raised {type(error).__name__}: {error}; it must define get_config()"
     )
 
 
 def normalise(argv: list[str]) -> list[str]:
-    """Return `argv` with every config flag checked, in the form --config.KEY=VALUE.
+    """Return `argv` with every config flag checked and in the form --config.KEY=VALUE.
 
-    config_flags answers a mistyped key or a missing file with pages of traceback, or late.
+    For a mistyped key or a missing file, config_flags would print a traceback.
     """
-    files: list[str] = []  # the last comes first, since settings change what it gives
+    files: list[str] = []  # the last one wins, and comes before the settings that change it
     normal: list[str] = []
     words = iter(argv)
     for word in words:
@@ -158,7 +164,7 @@ def normalise(argv: list[str]) -> list[str]:
 
 
 def _config_path(name: str) -> Path:
-    """Return the file that `name` means: a path, or a name in configs/."""
+    """Return the path of a config file, given by its path or its name in configs/."""
     in_repository = REPOSITORY / name
     by_name = REPOSITORY / "configs" / f"{name}.py"
     for path in (Path(os.path.expanduser(name)), in_repository, by_name):
@@ -171,8 +177,8 @@ def _config_path(name: str) -> Path:
 
 
 def fail(error: Exception) -> int:
-    """Print `error` as one line, with --debug after its traceback; return the exit code."""
-    if "--debug" in sys.argv:  # the mistake may be in the flags, which are not parsed then
+    """Print `error` as one line, after its traceback if --debug is set; return the exit code."""
+    if "--debug" in sys.argv:  # flags may not be parsed yet
         traceback.print_exception(error)
     streams.show_error(one_line(error))
     return getattr(error, "exit_code", 2)

@@ -1,4 +1,4 @@
-"""Set up JAX, its compilation cache and the memory allocator for a command."""
+"""Set up JAX, its compilation cache and the memory allocator for a launcher."""
 
 import ctypes
 import glob
@@ -17,29 +17,28 @@ from charlstm.cli import streams
 from charlstm.errors import UserError, one_line
 from charlstm.system.paths import cache_folder, given_path
 
-WRITING_SECONDS = 60  # a file that has changed within these may be unfinished
+WRITING_SECONDS = 60  # another process may still write a file younger than this
 
 
 def prepare() -> None:
-    """Set what JAX, NumPy and the C library read when they are loaded.
+    """Set the environment of JAX, NumPy and the C library, before they are imported.
 
     Raises:
-      UserError: if a variable of the environment asks JAX for what the launchers cannot do.
+      UserError: if the environment has a setting of JAX with which launchers cannot work.
     """
     for name, value in os.environ.items():
         if name.startswith("JAX_TRANSFER_GUARD") and value.startswith("disallow"):
             raise UserError(
-                f"{name}={value}: launchers copy to devices; unset it, or set it to log"
+                f"{name}={value}: launchers need transfers to devices; unset it, or set it to log"
             )
-    # The orthogonal initialiser is slow, and its result depends on the machine, where OpenBLAS
-    # spreads over threads. It reads this when JAX loads it.
+    # With more threads, the orthogonal initializer is slow and depends on the machine.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     keep_compilations()
     keep_memory()
 
 
 def problem_of_jax(error: Exception) -> str:
-    """Return the problem of JAX's variables or devices behind `error`, '' if there is none."""
+    """Return how JAX's environment or devices cause `error`, or '' if they do not."""
     for name, value in os.environ.items():
         # JAX checks some values when it is imported.
         if name.startswith("JAX_") and name.lower() in str(error).lower():
@@ -52,21 +51,21 @@ def problem_of_jax(error: Exception) -> str:
         except (RuntimeError, AssertionError) as reason:
             wanted = os.environ.get("JAX_PLATFORMS")
             name = f"JAX_PLATFORMS={wanted}" if wanted else "JAX"
-            # JAX asserts without a message that a plugin for CUDA is installed.
+            # Without a CUDA plugin, JAX raises an AssertionError without a message.
             why = one_line(reason) if str(reason) else "no such device, or not installed"
-            return f"{name}: no device can be used ({why}); unset it, or install JAX for the device"
+            return f"{name}: no usable device ({why}); unset it, or install JAX for the device"
     return ""
 
 
 def show_warning(message: Warning | str, *place: Any) -> None:
-    """Show a warning as one line."""
+    """Print a warning as one line."""
     streams.show_line(f"warning: {one_line(message)}")
 
 
 def keep_compilations() -> None:
-    """Let JAX keep what it compiles for the next start, by default in the user's cache.
+    """Set JAX's persistent compilation cache, by default in the cache folder of the user.
 
-    Each machine has its own folder there, since machines of different kinds may share a home.
+    Each host has its own folder, because hosts of different kinds may share a home folder.
     """
     if (given := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is not None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = given_path(given)
@@ -74,7 +73,7 @@ def keep_compilations() -> None:
     try:
         folder = cache_folder() / "compiled" / platform.node()
     except UserError as error:
-        show_warning(f"what JAX compiles is not kept for the next start: {error}")
+        show_warning(f"JAX cannot cache compiled programs: {error}")
         return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
@@ -89,9 +88,9 @@ def keep_compilations() -> None:
 
 
 def remove_damaged(folder: Path, module: str) -> None:
-    """Remove the entries of a compiled `module` that a kill has cut off: JAX never replaces them.
+    """Remove truncated cache entries of a compiled `module`, which JAX never replaces.
 
-    Those that another process may be writing stay.
+    Recent entries stay, because another process may be writing them.
     """
     for path in folder.glob(f"{glob.escape(module)}-*-cache"):
         with suppress(OSError):
@@ -103,7 +102,7 @@ def remove_damaged(folder: Path, module: str) -> None:
 def _is_whole(entry: bytes) -> bool:
     import zstandard
 
-    # JAX compresses by one of the two.
+    # JAX uses zstandard if it is installed, else zlib.
     for make in (zstandard.ZstdDecompressor().decompressobj, zlib.decompressobj):
         decompressor: Any = make()
         with suppress(zstandard.ZstdError, zlib.error):
@@ -114,10 +113,9 @@ def _is_whole(entry: bytes) -> bool:
 
 
 def keep_memory() -> None:
-    """Tell glibc to keep freed memory, where there is a glibc.
+    """Make glibc, if it is the C library, keep freed memory in the process.
 
-    A training step needs tens of megabytes. Given back to the system after every step and fetched
-    again, page by page, they cost an eighth of its time.
+    Otherwise each training step returns its memory to the system and faults it in again.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_max, arena_max = -1, -4, -8  # from malloc.h

@@ -1,4 +1,4 @@
-"""Signals: they end a launcher with their exit code at any moment, or once its work is saved."""
+"""Exit at a signal at any moment, or after the state is saved, with the exit code 128 + signal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 from charlstm.cli import streams
 
-# Called before a signal ends the process; harmless where there is nothing left to undo.
+# Functions to call before a signal ends the process; each may be called when it is not needed.
 cleanups: list[Callable[[], object]] = []
 
 
@@ -22,16 +22,15 @@ def leave(number: int) -> None:
             undo()
     with suppress(OSError):
         if os.isatty(2):
-            os.write(2, b"\n")  # behind a progress bar and the terminal's ^C
+            os.write(2, b"\n")  # after a progress bar and the ^C of the terminal
     os._exit(128 + number)
 
 
 class SignalWatch:
-    """A thread that acts on SIGINT, SIGTERM and SIGHUP while the main thread is busy.
+    """A thread that handles SIGINT, SIGTERM and SIGHUP while the main thread is busy.
 
-    Python's own handlers wait for the main thread, which may compile for a minute. Its
-    KeyboardInterrupt gets lost in C extensions and in JAX's callbacks, and an ordinary end of the
-    process crashes XLA's compiling threads.
+    Python runs its handlers in the main thread, which may compile for a minute. C extensions and
+    callbacks of JAX may drop KeyboardInterrupt, and a normal exit during a compilation crashes XLA.
     """
 
     def __init__(self) -> None:
@@ -39,7 +38,7 @@ class SignalWatch:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Handle the signals from now on, except a SIGHUP that is ignored, as by nohup."""
+        """Start the thread and handle the signals, except a SIGHUP that nohup ignores."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer)
@@ -48,7 +47,7 @@ class SignalWatch:
         self.handle()
 
     def handle(self) -> dict[int, object]:
-        """Take over the signals; return the handlers that were there."""
+        """Set the signal handlers; return the previous ones."""
         names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
         numbers = [getattr(signal, name) for name in names]
         is_ignored = signal.getsignal(numbers[-1]) == signal.SIG_IGN
@@ -56,7 +55,7 @@ class SignalWatch:
         return {number: signal.signal(number, self._handle) for number in taken}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._thread is None:  # otherwise the thread has seen it already
+        if self._thread is None:  # otherwise the thread handles it
             self.action(number)
 
     def _watch(self, reader: int) -> None:
@@ -69,7 +68,7 @@ watch = SignalWatch()
 
 
 class StopSignal:
-    """Becomes true at SIGINT, SIGTERM or SIGHUP within its block; a second one ends the process."""
+    """Is true after SIGINT, SIGTERM or SIGHUP within its block; a second signal exits at once."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -88,16 +87,15 @@ class StopSignal:
         if self.number:
             leave(number)
         self.number = number
-        # Neither by logging nor by print, whose locks the main thread may hold.
-        # In place of a progress bar, and of the ^C that a terminal echoes behind it.
+        # Neither logging nor print: the main thread may hold their locks.
+        # Erase a progress bar and the ^C of the terminal.
         erase = "\r\x1b[2K" if os.isatty(2) else ""
         with suppress(OSError):
-            os.write(
-                2, f"{erase}stopping once the step is saved; another signal ends now\n".encode()
-            )
+            line = f"{erase}stopping after the state is saved; a second signal exits at once\n"
+            os.write(2, line.encode())
 
     def __call__(self) -> bool:
-        """Return whether a signal has come."""
+        """Return whether a signal has arrived."""
         return self.number != 0
 
 

@@ -1,6 +1,6 @@
-"""What a launcher does before any import that takes long: see to its streams and its end.
+"""Set up the standard streams and the exception hook of a launcher, before slow imports.
 
-It imports only what Python itself has loaded already.
+This module imports only what Python has already loaded.
 """
 
 import io
@@ -12,17 +12,17 @@ LAUNCH = os.path.join(REPOSITORY, "launch")
 
 
 def open_descriptors() -> None:
-    """Open the descriptors 0, 1, 2 that are closed, so that no other file gets them."""
+    """Open those of the descriptors 0, 1 and 2 that are closed, so that no other file gets them."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    # Python has no stream for a descriptor that was closed.
+    # For a closed descriptor Python sets the stream to None.
     sys.stdout = sys.stdout or open(1, "w", closefd=False)
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
 class Descriptor(io.FileIO):
-    """A raw stream that remembers why it could not be written."""
+    """A raw stream that stores the last error of a write."""
 
     failure: OSError | None = None
 
@@ -36,7 +36,7 @@ class Descriptor(io.FileIO):
 
 
 def replace_stdout() -> None:
-    """Write stdout in UTF-8 in any locale, line by line; leave a notebook's unchanged."""
+    """Make stdout UTF-8 and line-buffered in any locale, except in a notebook."""
     if hasattr(sys.stdout, "reconfigure"):
         stream = io.BufferedWriter(Descriptor(1, "w", closefd=False))
         sys.stdout = io.TextIOWrapper(
@@ -45,7 +45,7 @@ def replace_stdout() -> None:
 
 
 def stdout_failure() -> OSError | None:
-    """Return why stdout could not be written, None if it could."""
+    """Flush stdout and return the error of a write, or None."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -54,7 +54,7 @@ def stdout_failure() -> OSError | None:
 
 
 def discard_unwritten() -> None:
-    """Drop what stdout and stderr could not write; Python would try again, and fail, at its end."""
+    """Discard what stdout and stderr cannot write; otherwise Python fails on it at exit."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()
@@ -63,7 +63,7 @@ def discard_unwritten() -> None:
 
 
 def show_line(line: str) -> None:
-    """Print a line on stderr if it can be written."""
+    """Print a line to stderr; ignore failure."""
     try:
         print(line, file=sys.stderr)
     except OSError:
@@ -71,23 +71,23 @@ def show_line(line: str) -> None:
 
 
 def show_error(message: str) -> None:
-    """Print an error on stderr after the launcher's name."""
+    """Print an error to stderr, with the name of the launcher."""
     show_line(f"{os.path.basename(sys.argv[0])}: error: {message}")
 
 
 def is_launcher() -> bool:
-    """Return whether the program of this process is a launcher."""
+    """Return whether this process runs a launcher."""
     program = getattr(sys.modules["__main__"], "__file__", None)
     return program is not None and os.path.dirname(os.path.realpath(program)) == LAUNCH
 
 
 def is_notebook() -> bool:
-    """Return whether the process is IPython's, whose signals are not ours."""
+    """Return whether this is a process of IPython, which handles signals itself."""
     return "IPython" in sys.modules
 
 
 def show_uncaught(kind, error, trace) -> None:  # type: ignore[no-untyped-def]
-    """Show an exception that nothing has caught: a missing package is one line, Ctrl-C none."""
+    """Print an uncaught exception: one line for a missing package, nothing for Ctrl-C."""
     if issubclass(kind, KeyboardInterrupt):
         os._exit(130)
     if not issubclass(kind, ModuleNotFoundError) or "--debug" in sys.argv:
@@ -96,7 +96,7 @@ def show_uncaught(kind, error, trace) -> None:  # type: ignore[no-untyped-def]
     remedy = f"install it with: {sys.executable} -m pip install -e {REPOSITORY}"
     environment = os.path.join(REPOSITORY, ".venv", "bin", "python")
     if os.path.exists(environment) and environment != sys.executable:
-        remedy = f"start the launcher with {environment}, or {remedy}"
+        remedy = f"run the launcher with {environment}, or {remedy}"
     show_error(f"{sys.executable} has no module {error.name}; {remedy}")
 
 

@@ -1,4 +1,4 @@
-"""What --help prints, in the order of use: the text, configs, flags, an example."""
+"""Build the text of --help: description, texts, configs, flags, an example."""
 
 import ast
 import re
@@ -13,17 +13,17 @@ from charlstm.cli import options, streams
 from charlstm.system.console import launcher_command
 
 TEXT = (
-    "--config.data.path=FILE names your text: a UTF-8 file, a folder of them, or a pattern such as "
-    "'books/*.txt'; .gz, .zst, .bz2 and .xz are decompressed. Without it: Dracula, downloaded once."
+    "--config.data.path=PATH sets the text: a UTF-8 file, a folder of files, or a pattern such as "
+    "'books/*.txt'; .gz, .zst, .bz2 and .xz are decompressed. Default: Dracula, downloaded once."
 )
-SETTINGS = "--config.KEY=VALUE changes one setting; charlstm/config.py explains all of them."
-INDENT = 28  # columns, for the names of flags
+SETTINGS = "--config.KEY=VALUE changes one setting; charlstm/config.py describes them."
+INDENT = 28  # columns of the names of flags
 
 
 def help_text(example: str) -> str:
-    """Return the help of the launcher that runs; `example` is its flags in an example.
+    """Return the help of this launcher, with `example` as the flags of the example.
 
-    A launcher whose example has a book.txt learns from texts.
+    If the example has a book.txt, the help describes config.data.path.
     """
     name, width = Path(sys.argv[0]).stem, min(shutil.get_terminal_size().columns or 80, 100)
     document = sys.modules["__main__"].__doc__ or ""
@@ -32,7 +32,7 @@ def help_text(example: str) -> str:
         parts.append("Text\n" + textwrap.indent(textwrap.fill(TEXT, width - 2), "  "))
     if "config" in flags.FLAGS:
         configs = [_entry(f"  {stem}", about, width) for stem, about in _configs().items()]
-        parts.append("\n".join(["Configs, by --config=NAME or a file of yours", *configs]))
+        parts.append("\n".join(["Configs (--config=NAME or --config=FILE)", *configs]))
         parts.append(textwrap.indent(textwrap.fill(SETTINGS, width - 2), "  "))
     own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
     shown = [flag for flag in own if flag.name not in ("config", "debug")]
@@ -52,7 +52,7 @@ def _configs() -> dict[str, str]:
 
 
 def _describe(flag: flags.Flag) -> tuple[str, str]:
-    """Return how a flag is written, and what it means."""
+    """Return the syntax of a flag and its help."""
     about, default = re.sub("^<.*?>: ", "", flag.help), flag.default  # of an enum's values
     if isinstance(flag, flags.BooleanFlag):
         return f"  --{flag.name}", f"{about}; --no{flag.name} turns it off" if default else about

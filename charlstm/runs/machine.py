@@ -32,7 +32,12 @@ def default_prng_impl() -> str:
 
 
 def check_backend(config: ConfigDict) -> None:
-    """Raise UserError if `config` needs a GPU and JAX has none."""
+    """Raise UserError if the settings of JAX or its devices do not allow to train `config`."""
+    if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
+        raise UserError(
+            "jax_threefry_partitionable=False: changes the random numbers, so that a run could not "
+            "be resumed exactly; unset JAX_THREEFRY_PARTITIONABLE"
+        )
     if config.model.recurrence == "cudnn" and jax.default_backend() != "gpu":
         raise UserError(
             "config.model.recurrence=cudnn: needs an NVIDIA GPU, but the backend of JAX is "

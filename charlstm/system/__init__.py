@@ -1,1 +1,1 @@
-"""Terminals, paths and what libraries print: the surroundings of a process."""
+"""Console output, paths and tables."""

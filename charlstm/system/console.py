@@ -1,12 +1,13 @@
-"""What a launcher prints: log records, and the last line of a terminal, which is drawn repeatedly.
+"""Print log records, and redraw the last line of a terminal: progress bars and a status.
 
-Printing is best effort: a line that cannot be written is dropped, and the program goes on.
+Printing is best effort: the program goes on if a line cannot be written.
 """
 
 import io
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -32,14 +33,19 @@ from charlstm.errors import printable
 logger = logging.getLogger(__name__)
 
 REDRAW_SECONDS = 0.25
-PIPE_SECONDS = 0.05  # which a line may take from stdout to the terminal through a pipe
+PIPE_SECONDS = 0.05  # a line needs at most this to pass from stdout through a pipe to the terminal
 
 
 class BestEffort(io.RawIOBase):
-    """A file descriptor to write to; what the system does not take is dropped."""
+    """A writable file descriptor that drops what it cannot write, and warns of the first time.
 
-    def __init__(self, descriptor: int):
+    A closed pipe is no reason to warn: its reader has ended, as `head` does.
+    """
+
+    def __init__(self, descriptor: int, name: str):
         self._descriptor = descriptor
+        self._name = name
+        self._has_failed = False
 
     def fileno(self) -> int:
         """Return the descriptor."""
@@ -54,19 +60,26 @@ class BestEffort(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        """Write some bytes of `data` and return how many are done with."""
+        """Write some bytes of `data`; return how many are written or dropped."""
         try:
             return os.write(self._descriptor, data)
-        except OSError:
+        except OSError as error:
+            is_new, self._has_failed = not self._has_failed, True
+            if is_new and self._name != "stderr" and not isinstance(error, BrokenPipeError):
+                logger.warning(
+                    "%s: cannot be written (%s); its lines are lost, the program goes on",
+                    self._name,
+                    error.strerror,
+                )
             return len(data)
 
 
-def best_effort(stream: TextIO) -> TextIO:
-    """Return a stream to the same file that drops what cannot be written."""
+def best_effort(stream: TextIO, name: str) -> TextIO:
+    """Return a stream to the same file, called `name`, that drops what it cannot write."""
     if not isinstance(stream, io.TextIOWrapper):
-        return stream  # a notebook's, whose fileno() is that of the server's log
+        return stream  # of a notebook, where fileno() is the log of the server
     try:
-        raw = BestEffort(stream.fileno())
+        raw = BestEffort(stream.fileno(), name)
     except io.UnsupportedOperation:
         return stream  # in memory
     buffer = io.BufferedWriter(raw)
@@ -74,7 +87,7 @@ def best_effort(stream: TextIO) -> TextIO:
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints log records: warnings and errors to stderr, the others where they are wanted."""
+    """A handler that prints warnings and errors to stderr, and progress to stdout or stderr."""
 
     def __init__(self, progress_on_stdout: bool = False):
         super().__init__()
@@ -91,13 +104,13 @@ class ConsoleHandler(logging.Handler):
 
 
 def show_logs(progress_on_stdout: bool = False) -> None:
-    """Print the package's log records: to stderr, or all but warnings and errors to stdout.
+    """Print the log records of charlstm to stderr, or progress to stdout.
 
-    From then on sys.stderr, and sys.stdout if it is used, drop what they cannot write.
+    The streams in use become best effort.
     """
-    sys.stderr = best_effort(sys.stderr)
+    sys.stderr = best_effort(sys.stderr, "stderr")
     if progress_on_stdout:
-        sys.stdout = best_effort(sys.stdout)
+        sys.stdout = best_effort(sys.stdout, "stdout")
     package = logging.getLogger("charlstm")
     package.handlers = [ConsoleHandler(progress_on_stdout)]
     package.propagate = False
@@ -105,28 +118,42 @@ def show_logs(progress_on_stdout: bool = False) -> None:
 
 
 def launcher_command(name: str, *flags: str) -> str:
-    """Return a shell command for launch/NAME.py, started the way this process was."""
+    """Return a shell command for launch/NAME.py, with the interpreter and path of this process."""
     script = Path(sys.argv[0])
-    if script.parent.joinpath("train.py").exists():  # otherwise this process is no launcher
-        return shlex.join([sys.orig_argv[0], str(script.with_name(f"{name}.py")), *flags])
-    return shlex.join(["python", f"launch/{name}.py", *flags])
+    words = ["python", f"launch/{name}.py"]
+    if script.parent.joinpath("train.py").exists():  # otherwise this process is not a launcher
+        words = [sys.orig_argv[0], str(script.with_name(f"{name}.py"))]
+    return " ".join(map(_quote, [*words, *flags]))
 
 
-_last_line: "LastLine | None" = None  # the one that is shown
+def _quote(word: str) -> str:
+    """Return `word` for a shell, with bytes that a terminal cannot show as escapes in $'...'."""
+    if printable(word) == word and not re.search(r"[\t\n]", word):
+        return shlex.quote(word)
+    escaped = [
+        char
+        if char.isascii() and char.isprintable() and char not in "\\'"
+        else "".join(f"\\{byte:03o}" for byte in os.fsencode(char))
+        for char in word
+    ]
+    return f"$'{''.join(escaped)}'"
+
+
+_last_line: "LastLine | None" = None  # the one on the terminal
 
 
 class LastLine:
-    """The last line of a terminal, below the lines that stay; nothing where stderr is none.
+    """The last line of a terminal, below the log; hidden if stderr is not a terminal.
 
-    It is drawn by the caller's thread alone, so that no other line runs into it, and leaves the
-    cursor visible, which a process that is stopped or killed could not bring back.
+    Only the caller's thread draws it, so that no other line runs into it. The cursor stays visible,
+    because a killed process could not restore it.
     """
 
     def __init__(self, render: Callable[[int], RenderableType], is_hidden: bool = False):
-        """Prepare to draw what render(number of columns) returns."""
+        """Create a line that shows render(number of columns)."""
         self._render = render
         self._console = Console(stderr=True)
-        # Whatever FORCE_COLOR says.
+        # Console.is_terminal would follow FORCE_COLOR.
         is_terminal = sys.stderr is not None and sys.stderr.isatty()
         self.is_shown = is_terminal and not self._console.is_dumb_terminal and not is_hidden
         self._drawn_at = self._erased_at = -math.inf
@@ -139,28 +166,28 @@ class LastLine:
             self.draw()
 
     def stop(self) -> None:
-        """Erase the line for good."""
+        """Erase the line and forget it."""
         global _last_line
         if self.is_shown:
             self.erase()
             _last_line = None
 
     def draw(self, is_urgent: bool = True) -> None:
-        """Draw the line; one that is not urgent is left out if the one before is fresh."""
+        """Draw the line; if not urgent, at most once per REDRAW_SECONDS."""
         now = monotonic()
         if not self.is_shown or not (is_urgent or now - self._drawn_at > REDRAW_SECONDS):
             return
         if is_urgent and not sys.stdout.isatty():
             sleep(max(0.0, self._erased_at + PIPE_SECONDS - now))
         self._drawn_at = now
-        width = (_width_of(sys.stderr) or 80) - len("^C ")  # the terminal echoes that behind it
+        width = (_width_of(sys.stderr) or 80) - len("^C ")  # which a terminal echoes after it
         self._console.width = width
         with self._console.capture() as captured:
             self._console.print(self._render(width), end="")
         self._write(captured.get().rstrip("\n"))
 
     def erase(self) -> None:
-        """Make room for a line that stays."""
+        """Erase the line, to print another one."""
         self._drawn_at = self._erased_at = monotonic()
         self._write("")
 
@@ -179,7 +206,7 @@ def _width_of(stream: TextIO) -> int:
 
 @contextmanager
 def status(text: str) -> Iterator[None]:
-    """Show `text` as a terminal's last line within the block."""
+    """Show `text` as the last line of the terminal within the block."""
     line = LastLine(lambda width: Text(text))
     line.start()
     try:
@@ -190,7 +217,7 @@ def status(text: str) -> Iterator[None]:
 
 @contextmanager
 def reading_bar(text: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar within the block; yield advance(number of bytes that have been read)."""
+    """Show a progress bar within the block; yield advance(number of bytes read)."""
     columns = TextColumn(text), _wide_bar(), TaskProgressColumn(), TimeRemainingColumn()
     progress = Progress(*columns, expand=True)
     task = progress.add_task("", total=num_bytes)
@@ -212,7 +239,7 @@ def _wide_bar() -> BarColumn:
 
 
 class TrainingBar:
-    """A progress bar with the steps, the time left and, as far as there is room, the figures."""
+    """A progress bar with the steps, the time left and as many metrics as fit."""
 
     def __init__(self, num_steps: int, step: int, is_hidden: bool = False):
         self._line = LastLine(self._render, is_hidden)
@@ -224,7 +251,7 @@ class TrainingBar:
             expand=True,
         )
         self._task = self._progress.add_task("", total=num_steps, completed=step, text="")
-        self._figures = [""]
+        self._metrics = [""]
         self._status = "compiling"
 
     def start(self) -> None:
@@ -236,14 +263,14 @@ class TrainingBar:
         self._line.stop()
 
     def advance(self, count: int) -> None:
-        """Count `count` steps."""
+        """Add `count` steps."""
         self._status = ""
         self._progress.advance(self._task, count)
         self._line.draw(is_urgent=False)
 
     @contextmanager
     def status(self, text: str) -> Iterator[None]:
-        """Show `text` in place of the figures within the block."""
+        """Show `text` in place of the metrics within the block."""
         self._status = text
         self._line.draw()
         try:
@@ -252,21 +279,21 @@ class TrainingBar:
             self._status = ""
 
     def show(self, record: dict[str, Any]) -> None:
-        """Show a training record's figures: in the bar, and as a line of a log."""
+        """Show the metrics of a training record in the bar, or as a line of the log."""
         speed = f"{record['chars_per_second']:,.0f} chars/s"
-        self._figures = [speed, ""]
+        self._metrics = [speed, ""]
         if "train/loss" in record:
             bits = f"{record['train/bits_per_char']:.3f} bits"
             short = f"{bits}/char, {speed}"
-            self._figures = [f"loss {record['train/loss']:.3f}, {short}", short, bits, ""]
+            self._metrics = [f"loss {record['train/loss']:.3f}, {short}", short, bits, ""]
         if not (self._line.is_shown and sys.stdout.isatty()):
-            logger.info("step %d: %s", record["step"], self._figures[0])
+            logger.info("step %d: %s", record["step"], self._metrics[0])
 
     def _render(self, width: int) -> RenderableType:
         (task,) = self._progress.tasks
-        # Beside a short bar, the steps, the time left and three spaces.
+        # Reserve a short bar, the steps, the time left and three spaces.
         room = width - 4 - len(f"{task.total}/{task.total}") - len("0:00:00") - 3
-        texts = [self._status] if self._status else self._figures
+        texts = [self._status] if self._status else self._metrics
         text = next((text for text in texts if len(text) <= room), "")
         self._progress.update(self._task, text=text)
         return self._progress.get_renderable()

@@ -1,4 +1,4 @@
-"""Paths that a user gives: `~` expanded, addresses checked; and the user's cache."""
+"""Check paths that a user gives, expand `~`, and find the cache folder."""
 
 import importlib.util
 import os
@@ -7,32 +7,34 @@ from pathlib import Path
 
 from charlstm.errors import UserError
 
-# What etils.epath opens, with any one of these packages; and the extra of ours that brings one.
+# Schemes that etils.epath opens: packages of which it needs one, and our extra that installs one.
 BUCKETS = {"gs": (("gcsfs", "tensorflow"), "gcs"), "s3": (("s3fs", "tensorflow"), "s3")}
 
 
 def given_path(path: str) -> str:
-    """Return `path`, a local one or a bucket's, with `~` expanded.
+    """Return `path`, local or in a bucket, with `~` expanded.
 
     Raises:
-      UserError: if it is an address that cannot be opened, or there is no such home folder.
+      UserError: if it is an unsupported address, or if the home folder does not exist.
     """
-    # etils takes /gs/ at the beginning for gs://.
+    # etils treats a leading /gs/ as gs://.
     address = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://", path) or re.match("/(gs|s3)/", path)
     if address is None:
         return _expand(path)
     scheme = address[1]
     if scheme == "file":
-        raise UserError(f"{path}: give the path without file://, {path.partition('://')[2]}")
+        raise UserError(
+            f"{path}: file:// is not supported; give the path {path.partition('://')[2]}"
+        )
     if scheme not in BUCKETS:
         raise UserError(
             f"{path}: {scheme}:// is not supported, only local paths, gs:// and s3://; download "
-            "the file first, for example with: curl -LO ADDRESS"
+            f"the file first, for example by curl -LO {path}"
         )
     packages, extra = BUCKETS[scheme]
     if not any(map(importlib.util.find_spec, packages)):
         raise UserError(
-            f"{path}: {scheme}:// needs {packages[0]}, which comes with the extra {extra}: "
+            f"{path}: {scheme}:// needs the package {packages[0]}; install the extra {extra}: "
             f"pip install -e '.[{extra}]'"
         )
     return path
@@ -42,10 +44,10 @@ def local_path(path: str) -> str:
     """Return `path` with `~` expanded.
 
     Raises:
-      UserError: if it is an address, or there is no such home folder.
+      UserError: if it is an address, or if the home folder does not exist.
     """
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", path):
-        raise UserError(f"{path}: must be on this machine; give a local path")
+        raise UserError(f"{path}: must be a local path on this machine")
     return _expand(path)
 
 
@@ -53,15 +55,15 @@ def _expand(path: str) -> str:
     expanded = os.path.expanduser(path)
     if expanded.startswith("~") and not os.path.exists(expanded):
         home = Path(path).parts[0]
-        raise UserError(f"{path}: there is no home folder {home}; give the whole path, or ./{path}")
+        raise UserError(f"{path}: no home folder {home}; give the full path, or ./{path}")
     return expanded
 
 
 def cache_folder() -> Path:
-    """Return the folder for what is kept between runs: CHARLSTM_CACHE, or the user's cache.
+    """Return the cache folder: CHARLSTM_CACHE, or charlstm/ in the cache folder of the user.
 
     Raises:
-      UserError: if the user has no home folder.
+      UserError: if there is no home folder.
     """
     if given := os.environ.get("CHARLSTM_CACHE"):
         return Path(local_path(given))
@@ -71,5 +73,5 @@ def cache_folder() -> Path:
         return Path(user_cache_dir("charlstm")).expanduser()
     except RuntimeError:  # neither HOME nor an entry in the password file
         raise UserError(
-            "there is no home folder for the cache; set HOME, or CHARLSTM_CACHE=FOLDER"
+            "no home folder for the cache; set HOME, or CHARLSTM_CACHE=FOLDER"
         ) from None

@@ -1,11 +1,11 @@
-"""Tables as plain text."""
+"""Format tables as plain text."""
 
 from rich.console import Console
 from rich.table import Table
 
 from charlstm.errors import printable
 
-MAX_WIDTH = 2**16  # no table is wider, thus no cell is cut or wrapped
+MAX_WIDTH = 2**16  # wide enough that no cell is cut or wrapped
 
 
 def plain_text(table: Table) -> str:

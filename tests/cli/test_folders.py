@@ -56,18 +56,18 @@ def make_run(name, trained_at=None):
         ("x" * 300 + ".txt", "x" * 80),
     ],
 )
-def test_a_text_gives_its_run_folder_a_safe_name(path, name, here):
-    (here / "a$_^$b[1]\\c.txt").touch()  # exists, so its brackets are no pattern
+def test_text_name_is_a_safe_file_name(path, name, here):
+    (here / "a$_^$b[1]\\c.txt").touch()  # it exists, so its brackets are not a pattern
     wanted = name or here.parent.name
     assert folders.text_name(path) == wanted
     if path:
         assert folders.default_workdir("tiny", path) == f"runs/tiny-{wanted}"
 
 
-def test_without_a_path_the_folder_says_which_text_stands_for_dracula(here, monkeypatch):
-    # Python's manual, as long as there is neither a network nor a run of the book.
+def test_default_workdir_without_a_path_depends_on_the_network(here, monkeypatch):
+    # Python's manual if there is neither a network nor a run of the book.
     assert folders.default_workdir("tiny", "") == "runs/tiny-python-manual"
-    # A run that began with it goes on with it, even where Dracula has come since.
+    # A run of the manual keeps it, even if Dracula is available later.
     manual = make_run("tiny-python-manual")
     cache = here.parent / "other cache"
     cache.mkdir()
@@ -75,13 +75,13 @@ def test_without_a_path_the_folder_says_which_text_stands_for_dracula(here, monk
     monkeypatch.setenv("CHARLSTM_CACHE", str(cache))
     assert folders.default_workdir("tiny", "") == str(manual)
     assert folders.default_workdir("default", "") == "runs/default-pg345"
-    # A run of Dracula goes on without a look at the cache or the network.
+    # A run of Dracula needs neither the cache nor the network.
     make_run("tiny-pg345")
     monkeypatch.setattr(charlstm.data.sources, "fetch_dracula", lambda: pytest.fail("not needed"))
     assert folders.default_workdir("tiny", "") == "runs/tiny-pg345"
 
 
-def test_a_free_folder_is_one_where_nothing_is(here):
+def test_free_workdir_does_not_exist(here):
     assert folders.free_workdir("runs/x") == "runs/x"
     make_run("x")
     assert folders.free_workdir("runs/x") == "runs/x-2"
@@ -92,21 +92,21 @@ def test_a_free_folder_is_one_where_nothing_is(here):
 @pytest.mark.parametrize(
     "given", [(), ("--workdir=poems",), ("-workdir=poems",), ("--workdir", "poems")]
 )
-def test_a_command_for_a_free_folder_names_no_other(here, given):
+def test_in_free_workdir_replaces_workdir(here, given):
     (here / "poems").mkdir()
     words = ["--config=tiny", *given, "--profile"]
     expected = ["--config=tiny", "--profile", "--workdir=poems-2"]
     assert folders.in_free_workdir(words, "poems") == expected
 
 
-def test_an_output_folder_is_ours_or_empty(here):
+def test_make_out_refuses_a_folder_with_other_files(here):
     assert folders.make_out("new/out", "bench.json", {"cpu"}) == epath.Path("new/out")
     (here / "new/out/.bench.json.tmp").touch()  # of a start that was killed
     (here / "new/out/.lock").write_text("process 7 on host")
     folders.make_out("new/out", "bench.json", {"cpu"})
     for content in ("my figures", "[]", '{"cost": 3}'):
         (here / "new/out/bench.json").write_text(content)
-        with pytest.raises(UserError, match=r"new/out: is not empty.* holds bench.json"):
+        with pytest.raises(UserError, match=r"new/out: is not empty.*bench.json"):
             folders.make_out("new/out", "bench.json", {"cpu"})
     (here / "new/out/bench.json").write_text('{"cpu": "x", "step": []}')
     (here / "new/out/bench.png").touch()
@@ -118,7 +118,7 @@ def test_an_output_folder_is_ours_or_empty(here):
         folders.make_out("file", "bench.json", {"cpu"})
 
 
-def test_the_run_that_was_trained_last_is_taken_where_none_is_given(here):
+def test_trained_workdir_defaults_to_the_most_recent_run(here):
     with pytest.raises(UserError, match=r"no run in .*my poems/runs; give --workdir"):
         folders.trained_workdir("")
     assert folders.trained_workdir("given") == "given"
@@ -131,20 +131,20 @@ def test_the_run_that_was_trained_last_is_taken_where_none_is_given(here):
     assert folders.existing_runs() == [
         folders.RUNS / name for name in ("latest", "older", "oldest")
     ]
-    with pytest.raises(UserError, match=r"nowhere: no run .* there are runs/latest, runs/older"):
+    with pytest.raises(UserError, match=r"nowhere: no run .* runs/latest, runs/older"):
         folders.trained_workdir("nowhere")
     assert folders.trained_workdir("runs/oldest") == "runs/oldest"
 
 
-def test_where_no_run_is_those_nearby_are_named(here):
+def test_missing_run_is_refused_with_runs_nearby(here):
     in_clone, in_given = here.parent / "clone" / "runs" / "a", here / "mine" / "b"
     for run in (in_clone, in_given):
         run.mkdir(parents=True)
         (run / "config.json").touch()
-    with pytest.raises(UserError, match=f"no run in .*/runs; .*there are {in_clone}$"):
+    with pytest.raises(UserError, match=f"no run in .*/runs; .* {in_clone}$"):
         folders.trained_workdir("")
-    with pytest.raises(UserError, match=f"mine: no run .* there are mine/b, {in_clone}$"):
+    with pytest.raises(UserError, match=f"mine: no run .* mine/b, {in_clone}$"):
         folders.trained_workdir("mine")
     make_run("c")
-    with pytest.raises(UserError, match=f" there are runs/c, {in_clone}$"):
+    with pytest.raises(UserError, match=f" runs/c, {in_clone}$"):
         folders.trained_workdir("runs")

@@ -1,4 +1,4 @@
-"""What launchers set of JAX before it is imported, and its cache of compilations."""
+"""The environment of JAX that launchers set, and JAX's compilation cache."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from charlstm.cli import runtime
 from charlstm.errors import UserError
 
 
-def test_compilations_are_kept_in_the_users_cache_unless_told_where(monkeypatch, tmp_path):
+def test_compilation_cache_is_in_the_users_cache_by_default(monkeypatch, tmp_path):
     monkeypatch.setenv("CHARLSTM_CACHE", str(tmp_path))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     runtime.keep_compilations()
@@ -24,7 +24,7 @@ def test_compilations_are_kept_in_the_users_cache_unless_told_where(monkeypatch,
     assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).is_relative_to(tmp_path)
 
 
-# Compiles, cuts the entry off, and compiles again: prints the sizes before and after.
+# Compile, truncate the cache entry, compile again, and print the sizes before and after.
 CUT_OFF = """
 import os, sys, time, warnings
 from pathlib import Path
@@ -47,7 +47,7 @@ print(*(f"{size} {path.stat().st_size}" for path, size in sizes.items()))
 """
 
 
-def test_half_an_entry_of_our_cache_of_compilations_is_replaced(tmp_path):
+def test_truncated_cache_entry_is_replaced(tmp_path):
     environment = os.environ | {"CHARLSTM_CACHE": str(tmp_path)}
     del environment["JAX_COMPILATION_CACHE_DIR"]
     command = [sys.executable, "-c", CUT_OFF]
@@ -59,7 +59,7 @@ def test_half_an_entry_of_our_cache_of_compilations_is_replaced(tmp_path):
     assert after > 0.9 * before
 
 
-def test_only_what_is_damaged_and_ours_is_removed(tmp_path):
+def test_remove_damaged_keeps_other_files(tmp_path):
     whole = zstandard.compress(b"a program" * 100)
     contents = {
         "jit_f-1-cache": whole,
@@ -73,7 +73,7 @@ def test_only_what_is_damaged_and_ours_is_removed(tmp_path):
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         os.utime(tmp_path / name, (0, 0))
-    (tmp_path / "jit_f-7-cache").write_bytes(whole[:-3])  # another process may write it just now
+    (tmp_path / "jit_f-7-cache").write_bytes(whole[:-3])  # another process may be writing it
     (tmp_path / "jit_f-8-cache").mkdir()
     (tmp_path / "xla_gpu_per_fusion_autotune_cache_dir").mkdir()
     before = {path.name for path in tmp_path.iterdir()}
@@ -82,13 +82,13 @@ def test_only_what_is_damaged_and_ours_is_removed(tmp_path):
     assert gone == {"jit_f-3-cache", "jit_f-4-cache", "jit_f-5-cache"}
 
 
-def test_a_transfer_guard_is_refused_in_one_line(monkeypatch):
+def test_transfer_guard_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("JAX_TRANSFER_GUARD_HOST_TO_DEVICE", "disallow")
     with pytest.raises(UserError, match="JAX_TRANSFER_GUARD_HOST_TO_DEVICE=disallow"):
         runtime.prepare()
 
 
-def test_an_error_of_another_origin_is_not_explained_by_jax(monkeypatch):
+def test_problem_of_jax_ignores_other_errors(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert runtime.problem_of_jax(RuntimeError("something else")) == ""
     assert runtime.problem_of_jax(ValueError("jax is fine")) == ""

@@ -50,13 +50,13 @@ def sample(folder, *flags):
     return result
 
 
-def test_the_place_of_config_on_the_command_line_does_not_matter(tmp_path):
+def test_order_of_config_flags_does_not_matter(tmp_path):
     flags = ["--config.num_steps=0", "--config=tutorial", "--config=tiny"]
     answer = warm_launcher()("train", *flags, "--config.data.path=none.txt", cwd=tmp_path)
-    assert "none.txt: no such file" in answer.stderr
+    assert "none.txt" in answer.stderr
 
 
-def test_training_prints_on_stdout_what_it_reads_does_and_how_to_go_on(trained, book):
+def test_training_prints_text_model_and_progress_to_stdout(trained, book):
     _, result = trained
     assert [line for line in result.stderr.splitlines() if not line.startswith("warning: ")] == []
     for expected in (
@@ -74,28 +74,28 @@ def test_training_prints_on_stdout_what_it_reads_does_and_how_to_go_on(trained, 
         assert expected in result.stdout
 
 
-def test_the_same_command_again_has_nothing_to_do(trained):
+def test_same_command_again_has_nothing_to_do(trained):
     folder, _ = trained
     result = warm_launcher()("train", *TINY, "--config.data.path=book.txt", cwd=folder)
     assert result.returncode == 0
     assert "finished already, at step 60" in result.stdout
 
 
-def test_a_sample_is_the_prompt_and_as_many_characters_as_asked(trained, book):
+def test_sample_has_the_prompt_and_the_length(trained, book):
     text = sample(trained[0], "--prompt=The count", "--length=50").stdout
     assert text.startswith("The count")
     assert len(text) == len("The count") + 50 + 1  # and a newline
     assert set(text) <= set(book)
 
 
-def test_the_same_seed_gives_the_same_text_streamed_or_not(trained):
+def test_same_seed_gives_the_same_text_streamed_or_not(trained):
     flags = ("--prompt=night ", "--length=40", "--seed=3")
     text = sample(trained[0], *flags).stdout
     assert sample(trained[0], *flags, "--stream").stdout == text
     assert sample(trained[0], *flags[:2], "--seed=4").stdout != text
 
 
-def test_without_a_prompt_it_goes_on_from_the_training_text_though_that_is_gone(trained, book):
+def test_default_prompts_do_not_need_the_training_text(trained, book):
     folder, _ = trained
     (folder / "book.txt").rename(folder / "gone.txt")
     try:
@@ -109,7 +109,7 @@ def test_without_a_prompt_it_goes_on_from_the_training_text_though_that_is_gone(
     assert all(ast.literal_eval(prompt) in book for prompt in prompts)
 
 
-def test_a_reader_that_has_enough_ends_a_stream_in_silence(trained):
+def test_stream_ends_silently_if_its_reader_ends(trained):
     command = [
         sys.executable,
         str(ROOT / "launch/sample.py"),
@@ -126,7 +126,7 @@ def test_a_reader_that_has_enough_ends_a_stream_in_silence(trained):
     process.stderr.close()
 
 
-def test_a_terminal_gets_no_control_characters_unless_asked(tmp_path, book):
+def test_terminal_gets_control_characters_only_with_raw(tmp_path, book):
     (tmp_path / "book.txt").write_text("\x1b[31m" + book, encoding="utf-8")
     untrained_run(small_config(tmp_path / "book.txt"), tmp_path / "runs" / "tiny-book")
     command = command_of("sample", "--workdir=runs/tiny-book", "--prompt=\x1b[31mso", "--length=1")
@@ -137,12 +137,12 @@ def test_a_terminal_gets_no_control_characters_unless_asked(tmp_path, book):
         shown = os.read(ours, 1000)
         os.close(ours)
         assert shown.startswith(wanted)
-    # In a file or a pipe a text is what it is.
+    # A file or a pipe gets the text unchanged.
     piped = sample(tmp_path, "--prompt=\x1b[31mso", "--length=1")
     assert piped.stdout.startswith("\x1b[31mso")
 
 
-def figures_of_check(stderr):
+def metrics_of_check(stderr):
     """Return words, known share, longest span, its text and the number of long spans."""
     pattern = (
         r"words: ([\d,]+); ([\d.]+)% occur in the training text\n(?:.*words.*\n)*"
@@ -163,8 +163,8 @@ def test_check_reports_words_and_copies_of_the_same_text(trained, book):
     assert f" 300 characters with {len(part):,} of the training" in checked.stderr
     made = plain.stdout.removeprefix("The count came").removesuffix("\n")
     found = re.findall("[a-z]+", made.lower())[1:-1]
-    num_words, share, longest, quoted, num_runs = figures_of_check(checked.stderr)
-    # The last one counts where the text does not end with it.
+    num_words, share, longest, quoted, num_runs = metrics_of_check(checked.stderr)
+    # The last word counts only if more text follows it.
     assert 0 <= num_words - len(found) <= 2
     known = set(re.findall("[a-z]+", part.lower()))
     assert abs(share / 100 - np.mean([word in known for word in found])) < 0.05
@@ -173,14 +173,14 @@ def test_check_reports_words_and_copies_of_the_same_text(trained, book):
     assert quoted in made
     assert not any(made[i : i + longest + 1] in part for i in range(len(made) - longest))
     assert (num_runs > 0) == (longest > 40)
-    # Streamed it is the same, and texts of a run are checked together.
+    # With --stream the report is the same; several texts have one report.
     assert sample(folder, *flags, "--check", "--stream").stderr == checked.stderr
     three = sample(folder, *flags, "--check", "--num_samples=3")
     assert " 900 characters with " in three.stderr
-    assert figures_of_check(three.stderr)[2] >= longest
+    assert metrics_of_check(three.stderr)[2] >= longest
 
 
-def test_a_word_list_makes_more_words_known(trained):
+def test_word_list_makes_more_words_known(trained):
     folder, flags = trained[0], ("--length=300", "--temperature=2", "--check", "--prompt=so ")
     plain = sample(folder, *flags)
     (folder / "words.txt").write_text("\n".join(plain.stdout.split()), encoding="utf-8")
@@ -190,12 +190,12 @@ def test_a_word_list_makes_more_words_known(trained):
     assert "unknown words" not in listed.stderr
 
 
-def test_the_window_method_writes_too(trained):
+def test_window_method_writes_a_text(trained):
     text = sample(trained[0], "--method=window", "--length=10", "--temperature=0").stdout
     assert len(text) == 11
 
 
-def test_a_prompt_from_a_file_and_characters_that_are_unknown(trained):
+def test_unknown_characters_of_a_prompt_file(trained):
     folder, _ = trained
     (folder / "prompt.txt").write_text("to € her", encoding="utf-8")
     flags = ("--prompt_file=prompt.txt", "--length=5")
@@ -206,15 +206,15 @@ def test_a_prompt_from_a_file_and_characters_that_are_unknown(trained):
     assert sample(folder, *flags, "--unknown=replace").stdout.startswith("to   her")
 
 
-def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(trained, book):
+def test_evaluate_reports_metrics_of_any_text(trained, book):
     folder, _ = trained
     result = warm_launcher()("evaluate", "--workdir=runs/tiny-book", "--json", cwd=folder)
     figures = json.loads(result.stdout)
     assert figures["characters"] == len(book) // 10 - 1
     best = json.loads((folder / "runs/tiny-book/metrics.jsonl").read_text().splitlines()[-1])
-    # The run reads its validation part as several streams, evaluate.py as one.
+    # The run reads its validation text in several streams, evaluate.py in one.
     assert abs(figures["bits_per_char"] - best["val/bits_per_char"]) < 0.02
-    # In ASCII a character is a byte; the figures differ by rounding only.
+    # In ASCII a character is a byte; the values differ by rounding only.
     assert math.isclose(figures["bits_per_byte"], figures["bits_per_char"], rel_tol=1e-12)
     assert figures["cold"]["window"] == 256
     assert figures["cold"]["characters"] == figures["characters"]
@@ -236,7 +236,7 @@ def test_evaluation_gives_the_figures_of_the_validation_part_and_of_any_text(tra
     assert re.fullmatch("warning: about 100 % of other.txt .*verbatim .*\n", other.stderr)
 
 
-def test_learning_while_reading_is_told_beside_reading(trained):
+def test_evaluate_reports_dynamic_and_temperature_scaling(trained):
     folder, _ = trained
     flags = ("--workdir=runs/tiny-book", "--dynamic", "--temperature", "--nobaselines")
     figures = json.loads(warm_launcher()("evaluate", *flags, "--json", cwd=folder).stdout)
@@ -252,7 +252,7 @@ def test_learning_while_reading_is_told_beside_reading(trained):
     assert re.search(rf"\ndynamic +{dynamic['bits_per_char']:.4f} ", shown)
 
 
-def test_a_text_read_first_changes_what_is_written_and_nothing_in_the_run(trained):
+def test_adapt_to_changes_the_sample_but_not_the_run(trained):
     folder, _ = trained
     (folder / "more.txt").write_text("blood and blood and " * 200, encoding="utf-8")
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
@@ -264,7 +264,7 @@ def test_a_text_read_first_changes_what_is_written_and_nothing_in_the_run(traine
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
 
 
-def test_another_text_is_evaluated_without_baselines_where_the_runs_own_has_gone(trained, book):
+def test_evaluate_without_the_training_text_has_no_baselines(trained, book):
     folder, _ = trained
     (folder / "new.txt").write_text(book[:300] + "\u20ac", encoding="utf-8")
     (folder / "book.txt").rename(folder / "gone.txt")
@@ -282,11 +282,11 @@ def test_another_text_is_evaluated_without_baselines_where_the_runs_own_has_gone
     assert silent.stderr == ""
 
 
-def test_it_runs_from_any_folder_with_a_path_or_a_name_of_a_config(trained, tmp_path):
+def test_config_is_a_path_or_a_name_in_any_folder(trained, tmp_path):
     missing = f"--config.data.path={tmp_path}/none.txt"
     for config in ("tiny", "configs/tiny.py", str(ROOT / "configs" / "tiny.py")):
         result = warm_launcher()("train", f"--config={config}", missing, cwd=tmp_path)
-        assert "none.txt: no such file" in result.stderr
+        assert "none.txt" in result.stderr
     assert os.listdir(tmp_path) == []
 
 
@@ -297,8 +297,8 @@ def test_it_runs_from_any_folder_with_a_path_or_a_name_of_a_config(trained, tmp_
         ("sample", "--temprature=1", "temperature"),
     ],
 )
-def test_a_mistake_is_one_line_that_helps(launcher, flag, message, tmp_path):
-    # All the others are in test_mistakes.py; these have a process of their own.
+def test_mistake_of_a_cold_launcher_is_one_line(launcher, flag, message, tmp_path):
+    # As test_mistakes.py, but in a new process.
     result = run_command(launcher, flag, cwd=tmp_path)
     assert result.returncode == 2
     assert message in result.stderr
@@ -311,7 +311,7 @@ LAUNCHERS = [name for name, source in SOURCES.items() if "\n    app.run(main" in
 
 
 @pytest.mark.parametrize(("number", "launcher"), list(enumerate(LAUNCHERS)))
-def test_help_says_how_to_use_a_launcher(number, launcher, launch_help):
+def test_help_lists_flags_configs_and_an_example(number, launcher, launch_help):
     result = launch_help(launcher, ("--help", "-h")[number % 2], cwd=ROOT)
     assert (result.returncode, result.stderr) == (0, "")
     source = SOURCES[launcher]
@@ -321,7 +321,7 @@ def test_help_says_how_to_use_a_launcher(number, launcher, launch_help):
     command = shlex.join(command_of(launcher))
     assert result.stdout.splitlines()[-1].startswith(f"  {command} --")
     if "define_config" in source:
-        text = [] if launcher == "scaling" else ["--config.data.path=FILE"]  # it reads none
+        text = [] if launcher == "scaling" else ["--config.data.path=PATH"]  # it reads none
         order = [*text, "\n  medium", "\n  --debug", "Example"]
         places = [result.stdout.index(word) for word in order]
         assert places == sorted(places)
@@ -329,7 +329,7 @@ def test_help_says_how_to_use_a_launcher(number, launcher, launch_help):
         assert {path.stem for path in (ROOT / "configs").glob("*.py")} <= set(result.stdout.split())
 
 
-def test_help_tells_defaults(launch_help):
+def test_help_shows_defaults(launch_help):
     lines = launch_help("sample", "-h", cwd=ROOT).stdout.splitlines()
     assert "  --checkpoint=best|latest  which weights (default: best)" in lines
     assert "  --num_samples=N           how many texts (default: 1)" in lines

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import struct
+import subprocess
 import sys
 import termios
 
@@ -13,6 +14,7 @@ from etils import epath
 from helpers import small_config
 
 import charlstm.system.console
+from charlstm.errors import one_line
 from charlstm.runs.checkpoints import steps_in
 from charlstm.system.console import (
     ConsoleHandler,
@@ -35,7 +37,7 @@ RECORD = {
 
 @pytest.fixture
 def package():
-    """Return the package's logger, whose settings are brought back afterwards."""
+    """Return the package's logger; restore its settings afterwards."""
     logger = logging.getLogger("charlstm")
     before = logger.handlers, logger.propagate, logger.level
     yield logger
@@ -45,7 +47,7 @@ def package():
 
 @pytest.fixture
 def terminal(monkeypatch, package):
-    """Return a function that makes stderr a terminal of some columns, and one that reads it."""
+    """Return open_terminal(columns, *names of streams), and a function that reads the terminal."""
     ours, theirs = os.openpty()
     monkeypatch.setenv("TERM", "xterm")
 
@@ -68,9 +70,9 @@ def terminal(monkeypatch, package):
 
 
 def screen(written):
-    """Return the lines that a terminal shows, the last one unfinished, and all it has shown there.
+    """Return the lines that a terminal shows in the end, and all texts of its last line.
 
-    It knows carriage return, line feed and the erasing of a line, and ignores colours.
+    It interprets carriage return, line feed and the erasing of a line, and ignores colors.
     """
     lines, drawn = [""], []
     plain = re.sub(r"\x1b\[[\d;]*m", "", written)
@@ -87,7 +89,7 @@ def screen(written):
     return lines, drawn
 
 
-def test_the_console_shows_control_characters_and_obeys_none(capsys):
+def test_console_escapes_control_characters(capsys):
     text = "a sample:\n\x1b[2J\x1b]0;owned\x07\u009b31m[bold]:smile:\ttab"
     record = logging.LogRecord("charlstm", logging.WARNING, "", 0, text, None, None)
     ConsoleHandler().emit(record)
@@ -97,7 +99,7 @@ def test_the_console_shows_control_characters_and_obeys_none(capsys):
 
 
 @pytest.mark.parametrize("on_stdout", [False, True])
-def test_progress_goes_where_it_is_wanted_and_warnings_to_stderr(on_stdout, capsys, package):
+def test_progress_goes_to_the_chosen_stream(on_stdout, capsys, package):
     show_logs(progress_on_stdout=on_stdout)
     logging.getLogger("charlstm.training.loop").info("step 1")
     logging.getLogger("charlstm.training.loop").warning("careful")
@@ -106,16 +108,14 @@ def test_progress_goes_where_it_is_wanted_and_warnings_to_stderr(on_stdout, caps
     assert err == ("" if on_stdout else "step 1\n") + "warning: careful\n"
 
 
-def test_what_cannot_be_printed_is_dropped_and_training_goes_on(
-    monkeypatch, package, book_path, tmp_path
-):
+def test_training_goes_on_if_nothing_can_be_printed(monkeypatch, package, book_path, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     # A pipe that nobody reads, and a full disk.
     with open(writer, "w", closefd=False) as stdout, open("/dev/full", "w") as stderr:
         for stream in (stdout, stderr):
             with pytest.raises(OSError, match=r"pipe|space"):
-                os.write(stream.fileno(), b"as it is without us")
+                os.write(stream.fileno(), b"this raises")
         monkeypatch.setattr(sys, "stdout", stdout)
         monkeypatch.setattr(sys, "stderr", stderr)
         show_logs(progress_on_stdout=True)
@@ -128,19 +128,17 @@ def test_what_cannot_be_printed_is_dropped_and_training_goes_on(
     assert steps_in(epath.Path(tmp_path / "run" / "checkpoints")) == [2]
 
 
-def test_a_stream_that_is_no_file_stays_as_it_is(capsys):
+def test_best_effort_keeps_a_stream_without_a_file(capsys):
     class Notebook(io.StringIO):
         def fileno(self):
             return 2
 
     for stream in (sys.stdout, Notebook()):
-        assert best_effort(stream) is stream
+        assert best_effort(stream, "stdout") is stream
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
-def test_a_bar_fits_the_terminal_and_always_has_the_steps_and_the_time_left(
-    columns, terminal, monkeypatch
-):
+def test_bar_fits_the_terminal_and_shows_steps_and_time_left(columns, terminal, monkeypatch):
     monkeypatch.setenv("COLUMNS", "0")
     open_terminal, read = terminal
     open_terminal(columns, "stderr")
@@ -166,7 +164,7 @@ def test_a_bar_fits_the_terminal_and_always_has_the_steps_and_the_time_left(
 
 
 @pytest.mark.parametrize("columns", [40, 120])
-def test_reading_a_large_text_shows_how_much_is_read(columns, terminal):
+def test_reading_bar_shows_the_share_that_is_read(columns, terminal):
     open_terminal, read = terminal
     open_terminal(columns, "stderr")
     with status("reading the text"), reading_bar("counting characters", 4000) as advance:
@@ -180,7 +178,7 @@ def test_reading_a_large_text_shows_how_much_is_read(columns, terminal):
         assert re.search(rf"^counting characters .* {share} ", line)
 
 
-def test_lines_and_the_last_line_of_a_terminal_keep_apart(terminal):
+def test_log_lines_and_the_last_line_do_not_mix(terminal):
     open_terminal, read = terminal
     open_terminal(80, "stdout", "stderr")
     show_logs(progress_on_stdout=True)
@@ -200,10 +198,10 @@ def test_lines_and_the_last_line_of_a_terminal_keep_apart(terminal):
     evaluation = ["step 20: validation", "warning: careful"]
     wanted = ["a book", *evaluation, "step 40: validation", "warning: careful", "the end", ""]
     assert screen(written)[0] == wanted
-    assert "\x1b[?25l" not in written  # the cursor stays, whatever ends the process
+    assert "\x1b[?25l" not in written  # the cursor stays visible
 
 
-def test_a_log_has_a_line_for_each_record_and_no_bar(monkeypatch, capsys, package):
+def test_log_has_a_line_for_each_record_and_no_bar(monkeypatch, capsys, package):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     show_logs()
@@ -215,7 +213,7 @@ def test_a_log_has_a_line_for_each_record_and_no_bar(monkeypatch, capsys, packag
     assert capsys.readouterr().err == "step 20: loss 3.250, 4.690 bits/char, 6,680 chars/s\n"
 
 
-def test_the_bar_stays_on_the_terminal_where_stdout_is_a_file(terminal, capsys):
+def test_bar_stays_on_the_terminal_if_stdout_is_a_file(terminal, capsys):
     open_terminal, read = terminal
     open_terminal(80, "stderr")
     show_logs(progress_on_stdout=True)
@@ -223,7 +221,7 @@ def test_the_bar_stays_on_the_terminal_where_stdout_is_a_file(terminal, capsys):
     bar.start()
     bar.show(RECORD)
     assert capsys.readouterr().out == "step 20: loss 3.250, 4.690 bits/char, 6,680 chars/s\n"
-    # What goes through a pipe to the same terminal finds an empty line.
+    # A line through a pipe to the same terminal finds an empty last line.
     assert screen(read())[0] == [""]
     bar.stop()
 
@@ -237,11 +235,29 @@ def test_the_bar_stays_on_the_terminal_where_stdout_is_a_file(terminal, capsys):
         ("pytest", "notebook.py", "python launch/sample.py"),
     ],
 )
-def test_a_command_starts_a_launcher_as_this_process_was_started(
-    interpreter, program, wanted, monkeypatch
-):
+def test_launcher_command_starts_like_this_process(interpreter, program, wanted, monkeypatch):
     monkeypatch.chdir(ROOT / "launch" if program == "train.py" else ROOT)
     monkeypatch.setattr(sys, "argv", [program.format(root=ROOT), "--x=1"])
     monkeypatch.setattr(sys, "orig_argv", [interpreter, "-X", "dev", *sys.argv])
     command = launcher_command("sample", "--workdir=a b")
     assert command == f"{wanted.format(root=ROOT)} '--workdir=a b'"
+
+
+@pytest.mark.parametrize("word", ["a b", "it's", "caf\udce9 9", "a\nb\\", "\x1b[31m9", "\u00e9"])
+def test_launcher_command_is_printable_and_works_in_a_shell(word):
+    command = launcher_command("sample", word)
+    assert one_line(command) == command
+    program = command.removeprefix("python launch/sample.py")
+    shell = ["bash", "-c", f"printf %s {program}"]
+    assert subprocess.run(shell, capture_output=True, check=True).stdout == os.fsencode(word)
+
+
+def test_full_disk_behind_stdout_is_one_warning(monkeypatch, package, capsys):
+    with open("/dev/full", "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        show_logs(progress_on_stdout=True)
+        package.info("lost")
+        package.info("lost too")
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: stdout: ")
+    assert "No space left on device" in line

@@ -158,6 +158,13 @@ def test_resume_keeps_prng_impl_of_the_run(cheaply, book_path, tmp_path):
     assert json.loads((tmp_path / "parts" / "config.json").read_text())["prng_impl"] == "rbg"
 
 
+def test_train_refuses_other_random_numbers_of_jax(book_path, tmp_path):
+    with jax.threefry_partitionable(False):
+        with pytest.raises(UserError, match="JAX_THREEFRY_PARTITIONABLE"):
+            train(small_config(book_path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_works_under_a_transfer_guard(finished, tmp_path, monkeypatch):
     compile_train_steps = loop.compile_train_steps
 
