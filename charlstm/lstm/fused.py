@@ -80,8 +80,17 @@ def fused_lstm(
     adds them across devices after every chunk of time steps.
     """
     params, carry, inputs = vary_alike((params, carry, inputs))
+    weights, inputs = fuse_weights(params, inputs, dtype)
+    recur = partial(_recur, norm_epsilon, weights)
+    if num_shards > 1 and inputs.shape[1] % num_shards == 0:
+        return _recur_by_shards(recur, num_shards, carry, inputs, keep_TB, mask_BH)
+    return recur(carry, inputs, keep_TB, mask_BH)
+
+
+def fuse_weights(params: Params, inputs: jax.Array, dtype: Any) -> tuple[Weights, jax.Array]:
+    """Return the weights of the loop over time, and its inputs: ids_TB or preact_TBF."""
     # sigmoid(s) = (1 + tanh(s / 2)) / 2: with halved sums one tanh serves all four gates.
-    halve_G = jnp.repeat(jnp.array([0.5, 0.5, 1.0, 0.5], dtype), carry[0].shape[-1])
+    halve_G = jnp.repeat(jnp.array([0.5, 0.5, 1.0, 0.5], dtype), params["hi"]["bias"].size)
     input_kernel_EG = concat_gates(params, "i") * halve_G[None]
     recurrent_kernel_HG, gain_G = concat_gates(params, "h"), None
     if "norm" in params:
@@ -101,11 +110,7 @@ def fused_lstm(
     else:
         inputs = inputs.astype(dtype) @ input_kernel_EF.astype(dtype)
         inputs = inputs + expand_rank(bias_F.astype(dtype), inputs)
-    weights = Weights(recurrent_kernel_HG.astype(dtype), rows_EF, gain_G)
-    recur = partial(_recur, norm_epsilon, weights)
-    if num_shards > 1 and inputs.shape[1] % num_shards == 0:
-        return _recur_by_shards(recur, num_shards, carry, inputs, keep_TB, mask_BH)
-    return recur(carry, inputs, keep_TB, mask_BH)
+    return Weights(recurrent_kernel_HG.astype(dtype), rows_EF, gain_G), inputs
 
 
 def _recur_by_shards(
@@ -129,46 +134,51 @@ def _recur_by_shards(
     return carry, hidden_TDBH.reshape(num_steps, batch_size, -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recur(
+def differentiable(scan: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return recur(norm_epsilon, weights, carry, inputs, keep_TB, mask_BH) -> (carry, hidden_TBH).
+
+    `inputs` are ids_TB of weights.rows_EF, or preact_TBF themselves. `scan` runs forward_scan or
+    an equal function, and `backward` gives the gradient: backward_scan or an equal function.
+    """
+
+    @partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def recur(norm_epsilon: float, weights: Weights, *given: Any) -> tuple[LayerCarry, jax.Array]:
+        carry, (hidden_TBH, *_) = scan(norm_epsilon, False, weights, *given)
+        return carry, hidden_TBH
+
+    def forward(
+        norm_epsilon: float,
+        weights: Weights,
+        carry: LayerCarry,
+        inputs: jax.Array,
+        keep_TB: jax.Array | None,
+        mask_BH: jax.Array | None,
+    ) -> tuple[tuple[LayerCarry, jax.Array], Any]:
+        last_carry, (hidden_TBH, local_grads, normed) = scan(
+            norm_epsilon, True, weights, carry, inputs, keep_TB, mask_BH
+        )
+        h_before_TBH = mask_rows(jnp.concatenate([carry[1][None], hidden_TBH[:-1]]), keep_TB)
+        ids_TB = inputs if are_integers(inputs) else None
+        scale_TBH = None if are_integers(inputs) else scale_of(inputs, hidden_TBH.shape[-1])
+        residuals = Residuals(ids_TB, scale_TBH, keep_TB, h_before_TBH, local_grads, normed)
+        return (last_carry, hidden_TBH), (weights, mask_BH, residuals)
+
+    def pull(norm_epsilon: float, residuals: Any, grads: Any) -> tuple[Any, ...]:
+        del norm_epsilon  # inverse_rms contains it
+        return *backward(residuals, grads), None, None
+
+    recur.defvjp(forward, pull)
+    return recur
+
+
+def forward_scan(
     norm_epsilon: float,
-    weights: Weights,
-    carry: LayerCarry,
-    inputs: jax.Array,
-    keep_TB: jax.Array | None,
-    mask_BH: jax.Array | None,
-) -> tuple[LayerCarry, jax.Array]:
-    """Run the recurrence; `inputs` are ids_TB of weights.rows_EF, or preact_TBF themselves."""
-    carry, (hidden_TBH, *_) = _scan(norm_epsilon, weights, carry, inputs, keep_TB, mask_BH, False)
-    return carry, hidden_TBH
-
-
-def _recur_forward(
-    norm_epsilon: float,
-    weights: Weights,
-    carry: LayerCarry,
-    inputs: jax.Array,
-    keep_TB: jax.Array | None,
-    mask_BH: jax.Array | None,
-) -> tuple[tuple[LayerCarry, jax.Array], Any]:
-    last_carry, (hidden_TBH, local_grads, normed) = _scan(
-        norm_epsilon, weights, carry, inputs, keep_TB, mask_BH, True
-    )
-    h_before_TBH = mask_rows(jnp.concatenate([carry[1][None], hidden_TBH[:-1]]), keep_TB)
-    ids_TB = inputs if are_integers(inputs) else None
-    scale_TBH = None if are_integers(inputs) else _scale(inputs, hidden_TBH.shape[-1])
-    residuals = Residuals(ids_TB, scale_TBH, keep_TB, h_before_TBH, local_grads, normed)
-    return (last_carry, hidden_TBH), (weights, mask_BH, residuals)
-
-
-def _scan(
-    norm_epsilon: float,
-    weights: Weights,
-    carry: LayerCarry,
-    inputs: jax.Array,
-    keep_TB: jax.Array | None,
-    mask_BH: jax.Array | None,
     with_residuals: bool,
+    weights: Weights,
+    carry: LayerCarry,
+    inputs: jax.Array,
+    keep_TB: jax.Array | None,
+    mask_BH: jax.Array | None,
 ) -> tuple[LayerCarry, Any]:
     """Return the last carry and (hidden_TBH, LocalGrads or None, normed or None)."""
     kernel_HG, rows_EF, gain_G = weights
@@ -178,7 +188,7 @@ def _scan(
         c_before_BH, h_BH = (mask_rows(leaf_BH, keep_B) for leaf_BH in carry)
         # Looked up here and not for all time steps at once: the rows stay in the cache.
         preact_BF = inputs_B if rows_EF is None else rows_EF[inputs_B]
-        gated_h_BH = _product(h_BH, _scale(preact_BF, h_BH.shape[-1]), mask_BH)
+        gated_h_BH = multiply(h_BH, scale_of(preact_BF, h_BH.shape[-1]), mask_BH)
         product_BG = jnp.dot(
             gated_h_BH.astype(kernel_HG.dtype), kernel_HG, preferred_element_type=c_before_BH.dtype
         )
@@ -205,20 +215,20 @@ def _scan(
     return jax.lax.scan(step, carry, (inputs, keep_TB))
 
 
-def _scale(preact_XF: jax.Array, hidden_size: int) -> jax.Array | None:
+def scale_of(preact_XF: jax.Array, hidden_size: int) -> jax.Array | None:
     """Return scale_XH, the part after the four gates, or None without one; X are any axes."""
     scale_XH = preact_XF[..., 4 * hidden_size :]
     return scale_XH if scale_XH.shape[-1] else None
 
 
-def _product(h_XH: jax.Array, *factors: jax.Array | None) -> jax.Array:
+def multiply(h_XH: jax.Array, *factors: jax.Array | None) -> jax.Array:
     """Return `h_XH` times all factors that are not None; X are any axes."""
     arrays = (expand_rank(factor, h_XH) for factor in factors if factor is not None)
     return math.prod(arrays, start=h_XH)
 
 
-def _recur_backward(norm_epsilon: float, residuals: Any, grads: Any) -> tuple[Any, ...]:
-    del norm_epsilon  # inverse_rms contains it
+def backward_scan(residuals: Any, grads: Any) -> tuple[Weights, LayerCarry, jax.Array | None]:
+    """Return the gradients of the weights, the carry, and the inputs where they are no ids."""
     weights, mask_BH, steps = residuals
     carry_grad, hidden_grad_TBH = grads
     num_steps, batch_size = steps.h_before_TBH.shape[:2]
@@ -235,7 +245,7 @@ def _recur_backward(norm_epsilon: float, residuals: Any, grads: Any) -> tuple[An
     if inputs_grad is not None:
         inputs_grad = inputs_grad.reshape(num_steps, batch_size, -1)
     weights_grad = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), weights_grad, weights)
-    return weights_grad, carry_grad, inputs_grad, None, None
+    return weights_grad, carry_grad, inputs_grad
 
 
 def _chunk_back(
@@ -252,7 +262,7 @@ def _chunk_back(
     hidden_grad_tBH, steps = chunk
     kernel_HG, rows_EF, gain_G = weights
     hidden_size, dtype = len(kernel_HG), kernel_HG.dtype
-    if rows_EF is not None and (scale_EH := _scale(rows_EF, hidden_size)) is not None:
+    if rows_EF is not None and (scale_EH := scale_of(rows_EF, hidden_size)) is not None:
         steps = steps._replace(scale_TBH=scale_EH[steps.ids_TB])
     step_back = partial(_step_back, kernel_HG.T, gain_G, mask_BH)
     carry_grad, preact_grad_tBF = jax.lax.scan(
@@ -260,7 +270,7 @@ def _chunk_back(
     )
     sums_grad_tBG = preact_grad_tBF[..., : 4 * hidden_size]
     product_grad_tBG = _product_grad(sums_grad_tBG, gain_G, steps.normed)
-    gated_h_tBH = _product(steps.h_before_TBH, steps.scale_TBH, mask_BH)
+    gated_h_tBH = multiply(steps.h_before_TBH, steps.scale_TBH, mask_BH)
     # One product over the rows of many time steps is faster than one per step.
     kernel_grad_HG += jnp.einsum(
         "tbh,tbg->hg",
@@ -299,7 +309,7 @@ def _step_back(
     # _chunk_back computes this again: XLA is slow at writing both gradients from this loop.
     product_grad_BG = _product_grad(sums_grad_BG, gain_G, normed).astype(kernel_GH.dtype)
     dh_BH = jnp.dot(product_grad_BG, kernel_GH, preferred_element_type=dc_BH.dtype)
-    dh_BH = _product(dh_BH, mask_BH)
+    dh_BH = multiply(dh_BH, mask_BH)
     if scale_BH is not None:
         scale_grad_BH = (dh_BH * h_before_BH).astype(kernel_GH.dtype)
         preact_grad_BF = jnp.concatenate([preact_grad_BF, scale_grad_BH], axis=-1)
@@ -336,4 +346,4 @@ def _chunk_length(num_steps: int, batch_size: int) -> int:
     return next(divisors, num_steps)
 
 
-_recur.defvjp(_recur_forward, _recur_backward)
+_recur = differentiable(forward_scan, backward_scan)
