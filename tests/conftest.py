@@ -104,6 +104,19 @@ def _compile_cheaply(request):
 
 
 @pytest.fixture(scope="session")
+def native_library():
+    """Load native.cc, compiled for this session; skip the test without a working C++ compiler."""
+    from charlstm.errors import UserError
+    from charlstm.lstm import native
+
+    with patch.dict(os.environ, {"CHARLSTM_CACHE": os.environ["JAX_COMPILATION_CACHE_DIR"]}):
+        try:
+            native.load()
+        except UserError as error:
+            pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def book() -> str:
     """Return a made-up text of 6,000 characters with words, lines and capitals."""
     chooser = random.Random(0)

@@ -17,6 +17,7 @@ from lstm_numpy import GATES, lstm, lstm_gradient
 
 from charlstm.lstm.cudnn import cudnn_lstm
 from charlstm.lstm.fused import _chunk_length, add_by_product, add_in_place, fused_lstm
+from charlstm.lstm.native import native_lstm
 from charlstm.lstm.reference import flax_lstm, init_lstm
 
 # Newer versions of JAX have it here, older ones there.
@@ -25,11 +26,18 @@ enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.
 LSTMS = {
     "flax": flax_lstm,
     "fused": fused_lstm,
+    "native": native_lstm,
 }
 # T, B, E and H all differ, to detect swapped axes. With fewer than 4 x 16 sums some rows have a
 # mean square near 0, and dividing by it magnifies the rounding of float32.
 T, B, E, H = 8, 3, 5, 16
 RELATIVE = {"float64": FLOAT64, "float32": FLOAT32}
+
+
+@pytest.fixture(autouse=True)
+def _load_native(request):
+    if "native" in request.node.name:
+        request.getfixturevalue("native_library")
 
 
 each_recurrence = pytest.mark.parametrize("name", ["flax", "fused"])
@@ -122,6 +130,8 @@ def test_numpy_gradient_matches_finite_differences():
     [
         ("fused", "all", "float32"),
         ("fused", "plain", "float32"),
+        ("native", "all", "float32"),
+        ("native", "plain", "float32"),
         ("fused", "all", "float64"),
         ("flax", "all", "float64"),
         ("flax", "plain", "float32"),
@@ -141,6 +151,8 @@ def test_forward_and_gradients_equal_numpy(name, form, dtype):
     [
         ("fused", "all", "float32"),
         ("fused", "plain", "float32"),
+        ("native", "all", "float32"),
+        ("native", "plain", "float32"),
         ("fused", "all", "float64"),
         ("flax", "plain", "float64"),
     ],
@@ -225,6 +237,8 @@ def numpy_with_resets(params, carry, inputs_TBE, gradients, mask_BH):
     [
         ("fused", "ids", "float32", True),
         ("fused", "vectors", "float32", False),
+        ("native", "ids", "float32", True),
+        ("native", "vectors", "float32", False),
         ("flax", "vectors", "float64", True),
     ],
 )

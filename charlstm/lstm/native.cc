@@ -1,0 +1,482 @@
+// The two loops over time of the fused recurrence, as XLA FFI handlers for CPUs, in float32.
+//
+// Both loops pack the recurrent kernel once, and then run phase after phase: the pieces of a phase,
+// ranges of units, are computed in any order by any thread. No sum depends on the threads, so any
+// number of them gives the same bits. Axes: T, B, H (a multiple of 16), G = 4H, F = G or G + H, and
+// N rows. An optional array without elements is absent.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using Int = int64_t;
+
+#if defined(__AVX512F__)
+constexpr Int W = 16, kMaxRows = 12;  // floats of a vector, rows of a tile of 2 vectors
+#elif defined(__AVX__)
+constexpr Int W = 8, kMaxRows = 6;
+#elif defined(__aarch64__)
+constexpr Int W = 4, kMaxRows = 12;
+#else
+constexpr Int W = 4, kMaxRows = 6;
+#endif
+constexpr Int kPad = 16;                // floats between rows, against rows in one cache set
+constexpr Int kMinWork = 100'000;       // multiplications of a phase that are worth a thread
+constexpr int kSpins = 200;             // before a waiting thread yields; a few microseconds
+
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef float LooseVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+inline Vec Load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
+inline void Store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
+
+inline float Sum(Vec v) {
+  float values[W];
+  Store(values, v);
+  return std::accumulate(values, values + W, 0.0f);
+}
+
+// The quotient of polynomials that XLA uses, to a few units in the last place; NaN stays NaN.
+inline Vec Tanh(Vec x) {
+  constexpr float kLimit = 7.90531110763549805f;
+  constexpr float kP[] = {2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f,
+                          1.48572235717979e-05f, 6.37261928875436e-04f,  4.89352455891786e-03f};
+  constexpr float kQ[] = {1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f};
+  x = x > kLimit ? Vec{} + kLimit : x;
+  x = x < -kLimit ? Vec{} - kLimit : x;
+  const Vec s = x * x;
+  Vec p = Vec{} - 2.76076847742355e-16f, q = Vec{} + 1.19825839466702e-06f;
+  for (float k : kP) p = p * s + k;
+  for (float k : kQ) q = q * s + k;
+  return x * p / q;
+}
+
+// Writes the product of R rows of `a` with `depth` rows of two vectors to rows of `out`.
+template <int R>
+void Tile(const float* a, Int a_stride, const float* b, Int b_stride, Int b_gap, Int depth,
+          float* out, Int out_stride) {
+  Vec sums[R][2] = {};
+  for (Int k = 0; k < depth; ++k, b += b_stride) {
+    const Vec left = Load(b), right = Load(b + b_gap);
+    for (int r = 0; r < R; ++r) {
+      const float factor = a[r * a_stride + k];
+      sums[r][0] += factor * left;
+      sums[r][1] += factor * right;
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    Store(out + r * out_stride, sums[r][0]);
+    Store(out + r * out_stride + W, sums[r][1]);
+  }
+}
+
+constexpr decltype(&Tile<1>) kTiles[] = {Tile<1>, Tile<2>,  Tile<3>,  Tile<4>, Tile<5>, Tile<6>,
+                                         Tile<7>, Tile<8>,  Tile<9>,  Tile<10>, Tile<11>, Tile<12>};
+
+// The same for any number of rows, in tiles of about equal size.
+void Product(Int rows, const float* a, Int a_stride, const float* b, Int b_stride, Int b_gap,
+             Int depth, float* out, Int out_stride) {
+  const Int tiles = (rows + kMaxRows - 1) / kMaxRows;
+  for (Int i = 0, row = 0; i < tiles; ++i) {
+    const Int size = rows / tiles + (i < rows % tiles);
+    kTiles[size - 1](a + row * a_stride, a_stride, b, b_stride, b_gap, depth,
+                     out + row * out_stride, out_stride);
+    row += size;
+  }
+}
+
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Threads that run the pieces of one phase after another. Each has a range of pieces, which stay in
+// its cache, and takes those of others when its own are done. A thread that waits holds no piece.
+class Team {
+ public:
+  static void Run(ffi::ThreadPool& pool, Int work, Int phases, Int pieces,
+                  std::function<void(Int, Int)> run_piece) {
+    const Int cores = std::min<Int>(pool.num_threads(), std::thread::hardware_concurrency());
+    const Int threads = std::max<Int>(1, std::min({cores, pieces, work / kMinWork}));
+    // Shared, since a helper may begin after the last piece is done, and then does nothing.
+    auto team = std::make_shared<Team>(threads, phases, pieces, std::move(run_piece));
+    for (Int i = 1; i < threads; ++i) pool.Schedule([team, i] { team->Work(i); });
+    team->Work(0);
+  }
+
+  Team(Int threads, Int phases, Int pieces, std::function<void(Int, Int)> run_piece)
+      : phases_(phases), pieces_(pieces), run_piece_(std::move(run_piece)), ranges_(threads) {
+    for (Int i = 0; i < threads; ++i) {
+      ranges_[i].begin = pieces * i / threads;
+      ranges_[i].size = pieces * (i + 1) / threads - ranges_[i].begin;
+    }
+  }
+
+ private:
+  struct alignas(64) Range {
+    Int begin, size;
+    std::atomic<Int> claimed{0};  // pieces, in all phases up to now
+  };
+
+  void Work(Int me) {
+    const Int threads = ranges_.size();
+    for (Int phase = 0;; ++phase) {
+      for (int spins = 0; done_.load(std::memory_order_acquire) < phase * pieces_; ++spins) {
+        spins < kSpins ? Pause() : std::this_thread::yield();
+      }
+      if (phase == phases_) return;
+      Int finished = 0;
+      for (Int i = 0; i < threads; ++i) {
+        Range& range = ranges_[(me + i) % threads];
+        Int next = range.claimed.load(std::memory_order_relaxed);
+        while (next < (phase + 1) * range.size) {
+          if (!range.claimed.compare_exchange_weak(next, next + 1)) continue;
+          run_piece_(phase, range.begin + next - phase * range.size);
+          ++finished;
+          next = range.claimed.load(std::memory_order_relaxed);
+        }
+      }
+      if (finished) done_.fetch_add(finished, std::memory_order_acq_rel);
+    }
+  }
+
+  const Int phases_, pieces_;
+  const std::function<void(Int, Int)> run_piece_;
+  std::vector<Range> ranges_;
+  alignas(64) std::atomic<Int> done_{0};
+};
+
+// Memory for one call, from a cache line's beginning.
+struct Array {
+  explicit Array(Int size) : data(static_cast<float*>(::operator new(4 * size + 4, kAlignment))) {}
+  ~Array() { ::operator delete(data, kAlignment); }
+  Array(const Array&) = delete;
+  static constexpr std::align_val_t kAlignment{64};
+  float* const data;
+};
+
+// The sizes and arrays of a call; `error` says which are wrong.
+struct Call {
+  Call(ffi::RemainingArgs args, ffi::RemainingRets results, ffi::Span<const Int> sizes)
+      : args(args), results(results) {
+    const bool are_positive = std::all_of(sizes.begin(), sizes.end(), [](Int n) { return n > 0; });
+    Expect(sizes.size() == 5 && are_positive, "sizes");
+    if (error.failure()) return;
+    T = sizes[0], B = sizes[1], H = sizes[2], F = sizes[3], N = sizes[4], G = 4 * H;
+    Expect(H % 16 == 0 && (F == G || F == G + H), "sizes");
+    kernel_HG = In({H, G});
+    ids_TB = In<ffi::S32>({T, B}, true);
+    keep_TB = In<ffi::PRED>({T, B}, true);
+    mask_BH = In({B, H}, true);
+    gain_G = In({G}, true);
+    Expect(ids_TB || N == T * B, "rows");
+  }
+
+  template <typename Buffer>
+  auto Data(Buffer& buffer, const std::vector<Int>& shape, bool is_optional, std::string name) {
+    const auto found = buffer.dimensions();
+    const bool is_absent = is_optional && buffer.element_count() == 0;
+    Expect(is_absent || std::equal(found.begin(), found.end(), shape.begin(), shape.end()), name);
+    return is_absent ? nullptr : buffer.typed_data();
+  }
+  // Returns the next argument or result, or null where an optional one has no elements.
+  template <ffi::DataType type = ffi::F32>
+  const ffi::NativeType<type>* In(std::vector<Int> shape, bool is_optional = false) {
+    auto buffer = args.get<ffi::Buffer<type>>(num_args++);
+    const std::string name = "argument " + std::to_string(num_args);
+    Expect(buffer.has_value(), name);
+    return buffer.has_value() ? Data(*buffer, shape, is_optional, name) : nullptr;
+  }
+  float* Out(std::vector<Int> shape, bool is_optional = false) {
+    auto buffer = results.get<ffi::Buffer<ffi::F32>>(num_results++);
+    const std::string name = "result " + std::to_string(num_results);
+    Expect(buffer.has_value(), name);
+    return buffer.has_value() ? Data(**buffer, shape, is_optional, name) : nullptr;
+  }
+  void Expect(bool is_right, const std::string& name) {
+    if (is_right || error.failure()) return;
+    error = ffi::Error::InvalidArgument("native LSTM: wrong " + name);
+  }
+
+  Int Row(Int t, Int b) const {
+    if (!ids_TB) return t * B + b;
+    const Int id = ids_TB[t * B + b];
+    return std::clamp<Int>(id < 0 ? id + N : id, 0, N - 1);  // as JAX looks up
+  }
+  bool Keep(Int t, Int b) const { return !keep_TB || keep_TB[t * B + b]; }
+
+  const ffi::RemainingArgs args;
+  const ffi::RemainingRets results;
+  int num_args = 0, num_results = 0;
+  ffi::Error error = ffi::Error::Success();
+  Int T = 1, B = 1, H = 16, F = 64, N = 1, G = 64;
+  const float* kernel_HG = nullptr;
+  const int32_t* ids_TB = nullptr;  // absent: row t B + b
+  const bool* keep_TB = nullptr;    // absent: all are kept
+  const float* mask_BH = nullptr;   // absent: 1
+  const float* gain_G = nullptr;    // absent: sums are not normalised
+};
+
+ffi::Error Forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results,
+                   ffi::Span<const Int> sizes, float epsilon) {
+  Call call(args, results, sizes);
+  const Int T = call.T, B = call.B, H = call.H, G = call.G, F = call.F;
+  const float *rows_NF = call.In({call.N, F}), *c0_BH = call.In({B, H}), *h0_BH = call.In({B, H});
+  float *hidden_TBH = call.Out({T, B, H}), *c_BH = call.Out({B, H});
+  float* by_sums_TBG = call.Out({T, B, G}, true);  // absent: no residuals
+  float *dh_by_dc_TBH = call.Out({T, B, H}, true), *dc_by_c_TBH = call.Out({T, B, H}, true);
+  float *normed_TBG = call.Out({T, B, G}, true), *roots_TB = call.Out({T, B, 1}, true);
+  const bool with_residuals = by_sums_TBG, with_norm = call.gain_G;
+  call.Expect(with_residuals == (dh_by_dc_TBH && dc_by_c_TBH), "residuals");
+  call.Expect((with_residuals && with_norm) == (normed_TBG && roots_TB), "residuals");
+  if (call.error.failure()) return call.error;
+
+  const Int pieces = H / W, stride = H + kPad;
+  const bool is_packed = T * B > 2 * kMaxRows;  // packing costs about as much as two products
+  const Array packed_array(is_packed ? H * G : 0), seen_array(2 * B * stride);
+  const Array products_array(B * G), squares_array(B * pieces);
+  float* packed = packed_array.data;      // [piece][2][H][2W]: gates i and f, g and o
+  float* seen = seen_array.data;          // [t % 2][B][stride]: what the gates see of h
+  float* products = products_array.data;  // [piece][B][4W]
+  float* squares = squares_array.data;    // [B][piece]
+
+  auto see = [&](Int t, Int b, Int unit, Vec h) {
+    if (!call.Keep(t, b)) h = Vec{};
+    if (F > G) h *= Load(rows_NF + call.Row(t, b) * F + G + unit);
+    if (call.mask_BH) h *= Load(call.mask_BH + b * H + unit);
+    Store(seen + (t % 2 * B + b) * stride + unit, h);
+  };
+  auto begin = [&](Int piece) {
+    const Int unit = piece * W;
+    float* to = packed + unit * G;
+    for (Int pair = 0; is_packed && pair < 2; ++pair) {
+      for (Int k = 0; k < H; ++k, to += 2 * W) {
+        const float* from = call.kernel_HG + k * G + 2 * pair * H + unit;
+        Store(to, Load(from));
+        Store(to + W, Load(from + H));
+      }
+    }
+    for (Int b = 0; b < B; ++b) {
+      Store(c_BH + b * H + unit, Load(c0_BH + b * H + unit));
+      see(0, b, unit, Load(h0_BH + b * H + unit));
+    }
+  };
+  auto multiply = [&](Int t, Int piece) {
+    float* to = products + piece * B * 4 * W;
+    for (Int pair = 0; pair < 2; ++pair) {
+      const float* b = is_packed ? packed + (2 * piece + pair) * H * 2 * W
+                                 : call.kernel_HG + 2 * pair * H + piece * W;
+      Product(B, seen + t % 2 * B * stride, stride, b, is_packed ? 2 * W : G, is_packed ? W : H, H,
+              to + pair * 2 * W, 4 * W);
+    }
+    for (Int b = 0; with_norm && b < B; ++b) {
+      Vec sums = {};
+      for (Int g = 0; g < 4; ++g) {
+        const Vec product = Load(to + (b * 4 + g) * W);
+        sums += product * product;
+      }
+      squares[b * pieces + piece] = Sum(sums);
+    }
+  };
+  auto gate = [&](Int t, Int piece) {
+    const Int unit = piece * W;
+    for (Int b = 0; b < B; ++b) {
+      const Int at = (t * B + b) * H + unit, at_G = (t * B + b) * G + unit;
+      const float* row = rows_NF + call.Row(t, b) * F + unit;
+      const float* total = squares + b * pieces;
+      const float root =
+          with_norm ? 1 / std::sqrt(std::accumulate(total, total + pieces, 0.0f) / G + epsilon) : 1;
+      if (roots_TB && piece == 0) roots_TB[t * B + b] = root;
+      Vec tanhs[4];
+      for (Int g = 0; g < 4; ++g) {
+        Vec product = Load(products + ((piece * B + b) * 4 + g) * W);
+        if (with_norm) {
+          product *= root;
+          if (with_residuals) Store(normed_TBG + at_G + g * H, product);
+          product *= Load(call.gain_G + g * H + unit);
+        }
+        tanhs[g] = Tanh(product + Load(row + g * H));
+      }
+      const Vec i = (1 + tanhs[0]) / 2, f = (1 + tanhs[1]) / 2, g = tanhs[2];
+      const Vec o = (1 + tanhs[3]) / 2;
+      const bool keeps = call.Keep(t, b);
+      const Vec c_before = keeps ? Load(c_BH + b * H + unit) : Vec{};
+      const Vec c = f * c_before + i * g, tanh_c = Tanh(c), h = o * tanh_c;
+      Store(c_BH + b * H + unit, c);
+      Store(hidden_TBH + at, h);
+      if (t + 1 < T) see(t + 1, b, unit, h);
+      if (!with_residuals) continue;
+      const Vec factors[4] = {g / 2, c_before / 2, i, tanh_c / 2};
+      for (Int k = 0; k < 4; ++k) {
+        Store(by_sums_TBG + at_G + k * H, (1 - tanhs[k] * tanhs[k]) * factors[k]);
+      }
+      Store(dh_by_dc_TBH + at, o * (1 - tanh_c * tanh_c));
+      Store(dc_by_c_TBH + at, keeps ? f : Vec{});
+    }
+  };
+  const Int each = with_norm ? 2 : 1;  // phases of a time step
+  Team::Run(pool, B * H * G, 1 + each * T, pieces, [&](Int phase, Int piece) {
+    const Int t = (phase - 1) / each;
+    if (phase == 0) return begin(piece);
+    if (!with_norm || phase % 2) multiply(t, piece);
+    if (!with_norm || phase % 2 == 0) gate(t, piece);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error Backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results,
+                    ffi::Span<const Int> sizes, float) {
+  Call call(args, results, sizes);
+  const Int T = call.T, B = call.B, H = call.H, G = call.G, F = call.F, N = call.N;
+  const float *scale_NH = call.In({N, H}, true), *h_before_TBH = call.In({T, B, H});
+  const float *by_sums_TBG = call.In({T, B, G}), *dh_by_dc_TBH = call.In({T, B, H});
+  const float *dc_by_c_TBH = call.In({T, B, H}), *normed_TBG = call.In({T, B, G}, true);
+  const float *roots_TB = call.In({T, B, 1}, true), *dhidden_TBH = call.In({T, B, H});
+  const float *dc_last_BH = call.In({B, H}), *dh_last_BH = call.In({B, H});
+  float *dproducts_TBG = call.Out({T, B, G}), *drows_NF = call.Out({N, F});
+  float *dgain_G = call.Out({G}, true), *dc_BH = call.Out({B, H}), *dh_BH = call.Out({B, H});
+  const bool with_norm = call.gain_G;
+  call.Expect((F > G) == (scale_NH != nullptr), "scale");
+  call.Expect(with_norm == (normed_TBG && roots_TB && dgain_G), "norm");
+  if (call.error.failure()) return call.error;
+
+  constexpr Int U = 2 * W;  // units of a piece; the last one may have half
+  const Int pieces = (H + U - 1) / U, stride = G + kPad;
+  const Array packed_array(pieces * G * U), sums_array(2 * B * stride);
+  const Array products_array(pieces * B * U), along_array(B * pieces);
+  float* packed = packed_array.data;      // [piece][G][U]
+  float* sums = sums_array.data;          // [t % 2][B][stride]: gradients of the products
+  float* products = products_array.data;  // [piece][B][U]
+  float* along = along_array.data;  // [B][piece]: parts of sums of gradient times normed product
+
+  auto add_to_row = [&](Int t, Int b, Int column, Vec gradient) {
+    float* to = drows_NF + call.Row(t, b) * F + column;
+    Store(to, call.ids_TB ? Load(to) + gradient : gradient);
+  };
+  // Finds the gradients of the sums at t from that of h from later steps; returns their part in
+  // `along`.
+  auto differentiate = [&](Int t, Int b, Int unit, Vec dh) {
+    const Int at = (t * B + b) * H + unit, at_G = (t * B + b) * G + unit;
+    dh += Load(dhidden_TBH + at);
+    const Vec dc = Load(dc_BH + b * H + unit) + dh * Load(dh_by_dc_TBH + at);
+    Store(dc_BH + b * H + unit, dc * Load(dc_by_c_TBH + at));
+    Vec part = {};
+    for (Int g = 0; g < 4; ++g) {
+      Vec gradient = (g < 3 ? dc : dh) * Load(by_sums_TBG + at_G + g * H);
+      add_to_row(t, b, g * H + unit, gradient);
+      if (with_norm) {
+        const Vec normed = Load(normed_TBG + at_G + g * H);
+        float* dgain = dgain_G + g * H + unit;
+        Store(dgain, Load(dgain) + gradient * normed);
+        gradient *= Load(call.gain_G + g * H + unit);
+        part += gradient * normed;
+      } else {
+        Store(dproducts_TBG + at_G + g * H, gradient);
+      }
+      Store(sums + (t % 2 * B + b) * stride + g * H + unit, gradient);
+    }
+    return part;
+  };
+  auto normalise = [&](Int t, Int b, Int unit) {
+    const float* parts = along + b * pieces;
+    const float mean = std::accumulate(parts, parts + pieces, 0.0f) / G;
+    for (Int g = 0; g < 4; ++g) {
+      float* sum = sums + (t % 2 * B + b) * stride + g * H + unit;
+      const Int at_G = (t * B + b) * G + g * H + unit;
+      const Vec gradient = (Load(sum) - Load(normed_TBG + at_G) * mean) * roots_TB[t * B + b];
+      Store(sum, gradient);
+      Store(dproducts_TBG + at_G, gradient);
+    }
+  };
+  // Returns the gradient of h before t from that of what the gates see of it.
+  auto unsee = [&](Int t, Int b, Int unit, Vec dh) {
+    if (call.mask_BH) dh *= Load(call.mask_BH + b * H + unit);
+    if (scale_NH) {
+      add_to_row(t, b, G + unit, dh * Load(h_before_TBH + (t * B + b) * H + unit));
+      dh *= Load(scale_NH + call.Row(t, b) * H + unit);
+    }
+    return call.Keep(t, b) ? dh : Vec{};
+  };
+  auto begin = [&](Int piece, Int units) {
+    float* panel = packed + piece * G * U;
+    const float* from = call.kernel_HG + piece * U * G;
+    for (Int k = 0; k < G; ++k) {
+      for (Int u = 0; u < U; ++u) panel[k * U + u] = u < units ? from[u * G + k] : 0;
+    }
+    for (Int g = piece * U; with_norm && g < G; g += H) std::fill_n(dgain_G + g, units, 0.0f);
+    for (Int row = 0; call.ids_TB && row < N; ++row) {
+      for (Int f = piece * U; f < F; f += H) std::fill_n(drows_NF + row * F + f, units, 0.0f);
+    }
+    for (Int b = 0; b < B; ++b) {
+      std::copy_n(dc_last_BH + b * H + piece * U, units, dc_BH + b * H + piece * U);
+    }
+  };
+  // Takes the gradient of h after t - 1 from the products at t, and those of the sums at t - 1
+  // from it while it is in the cache.
+  auto propagate = [&](Int t, Int piece, Int units) {
+    float* to = products + piece * B * U;
+    if (t < T) {
+      Product(B, sums + t % 2 * B * stride, stride, packed + piece * G * U, U, W, G, to, U);
+    }
+    for (Int b = 0; b < B; ++b) {
+      Vec part = {};
+      for (Int unit = piece * U; unit < piece * U + units; unit += W) {
+        const Vec dh = t == T ? Load(dh_last_BH + b * H + unit)
+                              : unsee(t, b, unit, Load(to + b * U + unit - piece * U));
+        if (t > 0) {
+          part += differentiate(t - 1, b, unit, dh);
+        } else {
+          Store(dh_BH + b * H + unit, dh);
+        }
+      }
+      along[b * pieces + piece] = Sum(part);
+    }
+  };
+  const Int each = with_norm ? 2 : 1;  // phases of a time step
+  Team::Run(pool, B * H * G, 1 + each * T, pieces, [&](Int phase, Int piece) {
+    const Int units = std::min(U, H - piece * U), t = T - 1 - (phase - 1) / each;
+    if (phase == 0) begin(piece, units);
+    if (phase == 0 || !with_norm || phase % 2 == 0) {
+      return propagate(phase ? t : T, piece, units);
+    }
+    for (Int b = 0; b < B; ++b) {
+      for (Int u = 0; u < units; u += W) normalise(t, b, piece * U + u);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+template <auto kLoop>
+ffi::Error Guard(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results,
+                 ffi::Span<const Int> sizes, float epsilon) try {
+  return kLoop(pool, args, results, sizes, epsilon);
+} catch (const std::bad_alloc&) {
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "native LSTM: no memory");
+}
+
+}  // namespace
+
+#define DEFINE_HANDLER(symbol, function)                                                      \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, Guard<function>,                                      \
+                                ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs()       \
+                                    .RemainingRets().Attr<ffi::Span<const Int>>("sizes")      \
+                                    .Attr<float>("epsilon"))
+DEFINE_HANDLER(LstmForward, Forward);
+DEFINE_HANDLER(LstmBackward, Backward);

@@ -1,0 +1,337 @@
+"""The recurrence of fused_lstm with its loops over time in C++, for float32 on a CPU.
+
+native.cc is compiled on the user's machine when a program first needs it. Programs that cannot run
+it contain the loops of fused_lstm instead: see _is_supported and _is_local.
+"""
+
+import hashlib
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from ctypes import CDLL
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from filelock import FileLock
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from charlstm.errors import UserError, one_line
+from charlstm.lstm.fused import (
+    LocalGrads,
+    Weights,
+    backward_scan,
+    differentiable,
+    forward_scan,
+    fuse_weights,
+    fused_lstm,
+    multiply,
+    scale_of,
+)
+from charlstm.lstm.reference import NORM_EPSILON, LayerCarry, Params, are_integers
+from charlstm.system.paths import cache_folder
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("native.cc")
+COMPILERS = ("c++", "g++", "clang++")
+UNITS = 16  # native.cc takes multiples of it
+
+
+def native_lstm(
+    params: Params,
+    carry: LayerCarry,
+    inputs: jax.Array,
+    *,
+    keep_TB: jax.Array | None = None,
+    mask_BH: jax.Array | None = None,
+    norm_epsilon: float = NORM_EPSILON,
+    dtype: Any = jnp.float32,
+    num_shards: int = 1,
+) -> tuple[LayerCarry, jax.Array]:
+    """Run one LSTM layer over time in C++.
+
+    Arguments, results and gradients are those of fused_lstm, up to rounding, and do not depend on
+    the number of threads. The gradient cannot be differentiated.
+
+    The same program uses fused_lstm for other types than float32, empty inputs, num_shards > 1,
+    jax.shard_map, other platforms than CPUs, several devices, and jax.export.
+
+    Raises:
+      UserError: when a program is compiled for a CPU and there is no working C++ compiler.
+    """
+    if not _is_supported(params, carry, inputs, dtype, num_shards):
+        return fused_lstm(
+            params,
+            carry,
+            inputs,
+            keep_TB=keep_TB,
+            mask_BH=mask_BH,
+            norm_epsilon=norm_epsilon,
+            dtype=dtype,
+            num_shards=num_shards,
+        )
+    hidden_size = carry[0].shape[-1]
+    padded_size = -(-hidden_size // UNITS) * UNITS
+    pad = partial(_pad_units, hidden_size, padded_size)
+    weights, inputs = fuse_weights(params, inputs, dtype)
+    kernel_HG, rows_EF, gain_G = jax.tree.map(pad, weights)
+    kernel_HG = pad(kernel_HG.T).T
+    if gain_G is not None:
+        # The zeros make the mean square of a row smaller.
+        share = hidden_size / padded_size
+        gain_G, norm_epsilon = gain_G * math.sqrt(share), norm_epsilon * share
+    carry, mask_BH = jax.tree.map(pad, (carry, mask_BH))
+    inputs = inputs.astype(jnp.int32) if are_integers(inputs) else pad(inputs)
+    weights = Weights(kernel_HG, rows_EF, gain_G)
+    result = _recur(float(norm_epsilon), weights, carry, inputs, keep_TB, mask_BH)
+    return jax.tree.map(lambda leaf: leaf[..., :hidden_size], result)
+
+
+def _is_supported(
+    params: Params, carry: LayerCarry, inputs: jax.Array, dtype: Any, num_shards: int
+) -> bool:
+    """Return whether native.cc computes this: a decision at trace time."""
+    floats = jax.tree.leaves((params, carry, () if are_integers(inputs) else inputs))
+    is_float32 = all(jnp.dtype(t) == jnp.float32 for t in (dtype, *(x.dtype for x in floats)))
+    in_shard_map = bool(jax.sharding.get_abstract_mesh().manual_axes)
+    is_empty = math.prod(inputs.shape[:2]) == 0
+    return is_float32 and num_shards == 1 and not in_shard_map and not is_empty
+
+
+def _pad_units(hidden_size: int, padded_size: int, leaf_XF: jax.Array) -> jax.Array:
+    """Return `leaf_XF` with zeros after every H entries of its last axis."""
+    *shape, size = leaf_XF.shape
+    num_groups = size // hidden_size
+    groups = leaf_XF.reshape(*shape, num_groups, hidden_size)
+    widths = [(0, 0)] * (groups.ndim - 1) + [(0, padded_size - hidden_size)]
+    return jnp.pad(groups, widths).reshape(*shape, num_groups * padded_size)
+
+
+# --- the loops ---
+
+
+def _forward_native(
+    norm_epsilon: float,
+    with_residuals: bool,
+    weights: Weights,
+    carry: LayerCarry,
+    inputs: jax.Array,
+    keep_TB: jax.Array | None,
+    mask_BH: jax.Array | None,
+) -> tuple[LayerCarry, Any]:
+    """Return what forward_scan returns."""
+    kernel_HG, rows_NF, gain_G = weights
+    (t, b), h = inputs.shape[:2], len(kernel_HG)
+    ids_TB = None if rows_NF is None else inputs
+    rows_NF = inputs.reshape(t * b, -1) if rows_NF is None else rows_NF
+    r = t if with_residuals else 0
+    n = r if gain_G is not None else 0
+    shapes = (t, b, h), (b, h), (r, b, 4 * h), (r, b, h), (r, b, h), (n, b, 4 * h), (n, b, 1)
+    hidden_TBH, c_BH, *saved, normed_TBG, inverse_rms_TB1 = _call(
+        "Forward",
+        shapes,
+        (t, b, h, *reversed(rows_NF.shape)),
+        (kernel_HG, ids_TB, keep_TB, mask_BH, gain_G, rows_NF, *carry),
+        norm_epsilon,
+    )
+    local_grads = LocalGrads(*saved) if with_residuals else None
+    normed = (normed_TBG, inverse_rms_TB1) if n else None
+    return (c_BH, hidden_TBH[-1]), (hidden_TBH, local_grads, normed)
+
+
+def _backward_native(residuals: Any, grads: Any) -> tuple[Weights, LayerCarry, jax.Array | None]:
+    """Return what backward_scan returns."""
+    (kernel_HG, rows_EF, gain_G), mask_BH, steps = residuals
+    carry_grad, hidden_grad_TBH = grads
+    t, b, h = hidden_grad_TBH.shape
+    if rows_EF is None:
+        scale_TBH = steps.scale_TBH
+        scale_NH = None if scale_TBH is None else scale_TBH.reshape(-1, h)
+        num_rows, num_columns = t * b, 4 * h if scale_TBH is None else 5 * h
+    else:
+        (num_rows, num_columns), scale_NH = rows_EF.shape, scale_of(rows_EF, h)
+        scale_TBH = None if scale_NH is None else scale_NH[steps.ids_TB]
+    gain_shape = (0 if gain_G is None else 4 * h,)
+    options = steps.ids_TB, steps.keep_TB, mask_BH, gain_G
+    saved = steps.h_before_TBH, *steps.local_grads, *(steps.normed or (None, None))
+    product_grad_TBG, rows_grad_NF, gain_grad_G, dc_BH, dh_BH = _call(
+        "Backward",
+        ((t, b, 4 * h), (num_rows, num_columns), gain_shape, (b, h), (b, h)),
+        (t, b, h, num_columns, num_rows),
+        (kernel_HG, *options, scale_NH, *saved, hidden_grad_TBH, *carry_grad),
+    )
+    gated_h_TBH = multiply(steps.h_before_TBH, scale_TBH, mask_BH)
+    kernel_grad_HG = jnp.einsum("tbh,tbg->hg", gated_h_TBH, product_grad_TBG)
+    has_rows = rows_EF is not None
+    weights_grad = Weights(
+        kernel_grad_HG, rows_grad_NF if has_rows else None, None if gain_G is None else gain_grad_G
+    )
+    inputs_grad = None if has_rows else rows_grad_NF.reshape(t, b, num_columns)
+    return weights_grad, (dc_BH, dh_BH), inputs_grad
+
+
+def _call(
+    name: str,
+    shapes: tuple[tuple[int, ...], ...],
+    sizes: tuple[int, ...],
+    given: tuple[jax.Array | None, ...],
+    norm_epsilon: float = 0.0,
+) -> Sequence[jax.Array]:
+    """Call a handler of native.cc; None becomes an array without elements."""
+    load()
+    dtypes = {1: jnp.int32, 2: jnp.bool_}  # of ids_TB and keep_TB
+    arrays = [
+        jnp.zeros(0, dtypes.get(i, jnp.float32)) if leaf is None else leaf
+        for i, leaf in enumerate(given)
+    ]
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    call = jax.ffi.ffi_call(f"charlstm_lstm_{name}", results)
+    return call(*arrays, sizes=np.array(sizes), epsilon=np.float32(norm_epsilon))
+
+
+# --- the choice between native.cc and fused_lstm when a program is compiled ---
+
+LOOPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "forward": (_forward_native, forward_scan),
+    "backward": (_backward_native, backward_scan),
+}
+_loop_p = Primitive("charlstm_loop")
+_loop_p.multiple_results = True
+
+
+def _choose(loop: str, static: tuple[Any, ...], *given: Any) -> Any:
+    """Return what both functions of LOOPS return for (*static, *given)."""
+    leaves, tree = jax.tree.flatten(given)
+    result = jax.eval_shape(partial(LOOPS[loop][1], *static), *given)
+    shapes = tuple(leaf.shape for leaf in jax.tree.leaves(result))
+    found = _loop_p.bind(*leaves, loop=loop, static=static, tree=tree, shapes=shapes)
+    return jax.tree.unflatten(jax.tree.structure(result), found)
+
+
+_recur = differentiable(
+    lambda norm_epsilon, with_residuals, *given: _choose(
+        "forward", (norm_epsilon, with_residuals), *given
+    ),
+    lambda *given: _choose("backward", (), *given),
+)
+
+
+def _run(which: int, *leaves: jax.Array, loop: str, static: Any, tree: Any, shapes: Any) -> Any:
+    return jax.tree.leaves(LOOPS[loop][which](*static, *tree.unflatten(leaves)))
+
+
+def _is_local(context: mlir.LoweringRuleContext) -> bool:
+    """Return whether a program runs in this process on one device: decided when it is lowered."""
+    module = context.module_context
+    num_devices = getattr(module.axis_context, "num_devices", 1)
+    return num_devices == 1 and not module.lowering_parameters.for_export
+
+
+def _lower_on_cpu(context: mlir.LoweringRuleContext, *leaves: Any, **options: Any) -> Any:
+    run = partial(_run, 0 if _is_local(context) else 1)
+    return mlir.lower_fun(run, multiple_results=True)(context, *leaves, **options)
+
+
+def _map_loop(leaves: Any, axes: Any, **options: Any) -> Any:
+    """Run the loop for one example after another, under jax.vmap."""
+    mapped = {
+        i: jnp.moveaxis(leaf, axis, 0)
+        for i, (leaf, axis) in enumerate(zip(leaves, axes, strict=True))
+        if axis is not None
+    }
+
+    def run_one(one: dict[int, jax.Array]) -> list[jax.Array]:
+        return _loop_p.bind(*(one.get(i, leaf) for i, leaf in enumerate(leaves)), **options)
+
+    found = jax.lax.map(run_one, mapped)
+    return found, [0] * len(found)
+
+
+def _bind(*leaves: Any, **options: Any) -> Any:
+    return _loop_p.bind(*leaves, **options)
+
+
+_loop_p.def_impl(jax.jit(_bind, static_argnames=("loop", "static", "tree", "shapes")))
+_loop_p.def_abstract_eval(
+    lambda *leaves, shapes, **options: [jax.core.ShapedArray(s, jnp.float32) for s in shapes]
+)
+mlir.register_lowering(_loop_p, mlir.lower_fun(partial(_run, 1), multiple_results=True))
+mlir.register_lowering(_loop_p, _lower_on_cpu, platform="cpu")
+batching.primitive_batchers[_loop_p] = _map_loop
+
+
+# --- the library ---
+
+
+@cache
+def load() -> None:
+    """Register native.cc with JAX, and compile it first unless the user's cache has it.
+
+    Raises:
+      UserError: if there is no C++ compiler, or it fails.
+    """
+    library = CDLL(str(_build()))
+    for name in "Forward", "Backward":
+        capsule = jax.ffi.pycapsule(getattr(library, f"Lstm{name}"))
+        jax.ffi.register_ffi_target(f"charlstm_lstm_{name}", capsule, platform="cpu")
+
+
+def is_available() -> bool:
+    """Return whether native_lstm can run, with native.cc or, on other platforms, without."""
+    try:
+        if jax.default_backend() == "cpu":
+            load()
+    except UserError:
+        return False
+    return True
+
+
+def _build() -> Path:
+    """Return the compiled library for this source, jaxlib, compiler and CPU."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise UserError(
+            f"config.model.recurrence=native: found none of the compilers {', '.join(COMPILERS)}; "
+            "install one, or use fused"
+        )
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    target = "-march=native" if is_x86 else "-mcpu=native"
+    # The predefined macros name the compiler's version and the CPU's instructions.
+    macros = _run_compiler([compiler, target, "-dM", "-E", "-x", "c++", os.devnull])
+    content = SOURCE.read_bytes() + jaxlib.__version__.encode() + macros
+    folder = cache_folder() / "native"
+    library = folder / f"lstm-{hashlib.sha256(content).hexdigest()[:20]}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not library.exists():
+            logger.info(f"compiling the native LSTM once, with {compiler}")
+            flags = ["-std=c++17", "-O3", target, "-ffp-contract=fast", "-shared", "-fPIC"]
+            paths = [f"-I{jax.ffi.include_dir()}", str(SOURCE)]
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                output = Path(temporary) / library.name
+                _run_compiler([compiler, *flags, *paths, "-o", str(output)])
+                output.replace(library)
+    return library
+
+
+def _run_compiler(command: list[str]) -> bytes:
+    try:
+        return subprocess.run(command, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        lines = getattr(error, "stderr", b"").decode(errors="replace").splitlines()
+        detail = next((line for line in lines if "error" in line), str(error))
+        raise UserError(
+            f"config.model.recurrence=native: the compiler {command[0]} fails: {one_line(detail)}; "
+            "install a working one, or use fused"
+        ) from error

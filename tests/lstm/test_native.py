@@ -1,0 +1,240 @@
+"""native_lstm: shapes and options, transformations, and where it uses fused_lstm instead."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import SUM_ORDER, assert_close, assert_equal
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from test_recurrence import draw_case, draw_ids, singles
+
+from charlstm.errors import UserError
+from charlstm.lstm import native
+from charlstm.lstm.fused import fused_lstm
+from charlstm.lstm.native import native_lstm
+
+pytestmark = pytest.mark.usefixtures("native_library", "cheaply")
+
+
+def result_and_gradients(recur, arguments, gradients, **options):
+    """Return what `recur` returns, also without residuals, and the gradients for `arguments`."""
+    *differentiable, inputs = singles(arguments)
+    is_ids = jnp.issubdtype(inputs.dtype, jnp.integer)
+
+    def run(*arguments):
+        return recur(*arguments, *[inputs] * is_ids, **options)
+
+    @jax.jit
+    def whole(gradients, *arguments):
+        result, pull = jax.vjp(run, *arguments)
+        return run(*arguments), result, pull(gradients)
+
+    return whole(singles(gradients), *differentiable, *[inputs] * (not is_ids))
+
+
+def draw(seed, t, b, h, parts, is_ids, with_masks):
+    """Return (params, carry, inputs), gradients and masks."""
+    (params, carry, inputs), gradients = draw_case(seed, t, b, 5, h, parts)
+    rng = np.random.default_rng(seed)
+    masks = {"keep_TB": rng.random((t, b)) < 0.7, "mask_BH": np.float32(rng.random((b, h)) * 2)}
+    inputs = draw_ids(seed, t, b) if is_ids else inputs
+    return (params, carry, inputs), gradients, masks if with_masks else {}
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "is_ids", "with_masks"),
+    [
+        ((1, 1, 5), ("scale", "norm"), True, True),
+        ((1, 4, 32), (), False, False),
+        ((6, 1, 48), ("scale",), True, False),
+        ((5, 13, 20), ("norm",), False, True),
+        ((3, 30, 80), ("scale", "norm"), False, False),
+        ((40, 7, 256), (), True, True),
+    ],
+)
+def test_native_matches_fused(shape, parts, is_ids, with_masks):
+    arguments, gradients, masks = draw(1, *shape, parts, is_ids, with_masks)
+    found, wanted = (
+        result_and_gradients(recur, arguments, gradients, **masks)
+        for recur in (native_lstm, fused_lstm)
+    )
+    assert_close(found, wanted)
+    assert_equal(found[0], found[1])
+
+
+def test_native_threads_do_not_change_bits():
+    # Enough work for two threads, which take the pieces in a different order in each run.
+    arguments, gradients, _ = draw(2, 20, 8, 128, ("scale", "norm"), True, False)
+    run = partial(result_and_gradients, native_lstm, arguments, gradients)
+    first = run()
+    for _ in range(3):
+        assert_equal(run(), first)
+
+
+def test_native_matches_fused_under_scan_and_vmap():
+    (params, carry, ids_TB), _, _ = singles_of(draw(3, 6, 3, 16, ("norm",), True, False))
+    many = jnp.stack([ids_TB, ids_TB[::-1]])
+
+    def loss(recur, params):
+        def window(carry, ids_TB):
+            carry, hidden_TBH = recur(params, carry, ids_TB)
+            return carry, hidden_TBH.sum()
+
+        _, scanned = jax.lax.scan(window, carry, many)
+        mapped = jax.vmap(lambda ids_TB: recur(params, carry, ids_TB)[1])(many)
+        return scanned.sum() + mapped.std()
+
+    found, wanted = (
+        jax.jit(jax.value_and_grad(partial(loss, recur)))(params)
+        for recur in (native_lstm, fused_lstm)
+    )
+    assert_close(found, wanted)
+
+
+def singles_of(case):
+    return singles(case[0]), *case[1:]
+
+
+def is_native(run, *arguments, **options):
+    """Return whether a program for a CPU contains a call of native.cc."""
+    text = jax.jit(run, **options).lower(*arguments).as_text()
+    return "charlstm_lstm" in text
+
+
+def plain_arguments():
+    return singles(draw(4, 6, 8, 16, ("scale", "norm"), True, True)[0])
+
+
+def test_native_is_used_for_float32_on_one_device():
+    arguments = plain_arguments()
+    assert is_native(native_lstm, *arguments)
+    assert is_native(jax.grad(lambda *a: native_lstm(*a)[1].sum()), *arguments)
+
+
+@pytest.mark.parametrize("options", [{"dtype": jnp.bfloat16}, {"num_shards": 2}])
+def test_native_uses_fused_for_other_options(options):
+    arguments = plain_arguments()
+    assert not is_native(partial(native_lstm, **options), *arguments)
+    found, wanted = (jax.jit(partial(f, **options))(*arguments) for f in (native_lstm, fused_lstm))
+    assert_equal(found, wanted)
+
+
+def test_native_uses_fused_without_time_steps():
+    params, carry, ids_TB = plain_arguments()
+    assert_equal(native_lstm(params, carry, ids_TB[:0])[0], carry)
+
+
+def mesh_of_two():
+    return Mesh(np.array(jax.devices()[:2]), "rows")
+
+
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_native_uses_fused_on_several_devices(with_grad):
+    params, carry, ids_TB = plain_arguments()
+    rows, columns = PartitionSpec("rows"), PartitionSpec(None, "rows")
+    place = partial(NamedSharding, mesh_of_two())
+    arguments = (
+        jax.device_put(params, place(PartitionSpec())),
+        jax.device_put(carry, place(rows)),
+        jax.device_put(ids_TB, place(columns)),
+    )
+    run = lambda recur: lambda *a: recur(*a)[1].sum()  # noqa: E731
+    if with_grad:
+        run = lambda recur: jax.grad(lambda *a: recur(*a)[1].sum())  # noqa: E731
+    assert not is_native(run(native_lstm), *arguments)
+    assert_close(
+        jax.jit(run(native_lstm))(*arguments),
+        jax.jit(run(fused_lstm))(params, carry, ids_TB),
+        SUM_ORDER,
+    )
+
+
+def test_native_uses_fused_inside_shard_map():
+    arguments = plain_arguments()
+    rows, columns = PartitionSpec("rows"), PartitionSpec(None, "rows")
+    run = jax.shard_map(
+        lambda *a: native_lstm(*a)[1],
+        mesh=mesh_of_two(),
+        in_specs=(PartitionSpec(), rows, columns),
+        out_specs=columns,
+    )
+    assert not is_native(run, *arguments)
+    assert_close(jax.jit(run)(*arguments), jax.jit(fused_lstm)(*arguments)[1], SUM_ORDER)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_exported_native_program_is_that_of_fused(platform):
+    arguments = plain_arguments()
+    run = jax.jit(jax.grad(lambda *a: native_lstm(*a)[1].sum()))
+    exported = jax.export.export(run, platforms=[platform])(*arguments)
+    assert "charlstm_lstm" not in exported.mlir_module()
+    if platform == "cpu":
+        wanted = jax.jit(jax.grad(lambda *a: fused_lstm(*a)[1].sum()))(*arguments)
+        assert_close(exported.call(*arguments), wanted, SUM_ORDER)
+
+
+def test_native_gradient_cannot_be_differentiated():
+    params, carry, ids_TB = plain_arguments()
+    loss = lambda params: native_lstm(params, carry, ids_TB)[1].sum()  # noqa: E731
+    with pytest.raises(NotImplementedError, match="charlstm_loop"):
+        jax.jvp(jax.grad(loss), (params,), (params,))
+
+
+FORWARD_SHAPES = [(16, 64), (0,), (0,), (0,), (0,), (7, 64), (3, 16), (3, 16)]
+FORWARD_RESULTS = [(2, 3, 16), (3, 16), (0,), (0,), (0,), (0,), (0,)]
+
+
+@pytest.mark.parametrize(
+    ("index", "shape", "dtype"),
+    [
+        (0, (16, 63), "float32"),
+        (0, (16, 64), "int32"),
+        (1, (2, 4), "int32"),
+        (1, (2, 3), "float32"),
+        (2, (3,), "bool"),
+        (4, (65,), "float32"),
+        (5, (7, 60), "float32"),
+        (5, (6, 64), "float32"),
+        (7, (3, 17), "float32"),
+    ],
+)
+def test_handler_refuses_wrong_arguments(index, shape, dtype):
+    arguments = [jnp.zeros(shape) for shape in FORWARD_SHAPES]
+    arguments[1], arguments[2] = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3), bool)
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in FORWARD_RESULTS]
+    call = jax.ffi.ffi_call("charlstm_lstm_Forward", results)
+    options = {"sizes": np.array([2, 3, 16, 64, 7]), "epsilon": np.float32(0.1)}
+    call(*arguments, **options)
+    arguments[index] = jnp.zeros(shape, dtype)
+    with pytest.raises(Exception, match=f"wrong argument {index + 1}"):
+        jax.block_until_ready(call(*arguments, **options))
+
+
+@pytest.mark.parametrize(
+    "sizes", [[2, 3, 16, 64], [2, 3, 15, 60, 7], [2, 3, 16, 65, 7], [-2, 3, 16, 64, 7], [0] * 5]
+)
+@pytest.mark.parametrize("name", ["Forward", "Backward"])
+def test_handler_refuses_wrong_sizes(name, sizes):
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in FORWARD_RESULTS]
+    call = jax.ffi.ffi_call(f"charlstm_lstm_{name}", results)
+    with pytest.raises(Exception, match="wrong sizes"):
+        jax.block_until_ready(
+            call(*map(jnp.zeros, FORWARD_SHAPES), sizes=np.array(sizes), epsilon=np.float32(0.1))
+        )
+
+
+def test_missing_compiler_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"^config.model.recurrence=native: .* c\+\+.* fused$"):
+        native.load.__wrapped__()
+
+
+def test_failing_compiler_is_one_line(monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'fatal error: no space' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"^config.model.recurrence=native: .*no space.* fused$"):
+        native.load.__wrapped__()
