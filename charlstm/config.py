@@ -59,7 +59,8 @@ def _data() -> ConfigDict:
 
 def _model() -> ConfigDict:
     model = ConfigDict()
-    # fused: hand-written gradient; flax: the scanned Flax cell, slower; cudnn: NVIDIA GPUs only.
+    # fused: hand-written gradient; native: the same in C++ on a CPU, needs a C++ compiler;
+    # flax: the scanned Flax cell, slower; cudnn: NVIDIA GPUs only.
     model.recurrence = "fused"
     # Hidden units of a layer.
     model.hidden_size = 384

@@ -15,6 +15,7 @@ from charlstm.checks import check_choice, check_count, check_ids, check_rate
 from charlstm.data.vocab import END, Vocab
 from charlstm.lstm.cudnn import cudnn_lstm
 from charlstm.lstm.fused import fused_lstm
+from charlstm.lstm.native import native_lstm
 from charlstm.lstm.reference import (
     NORM_EPSILON,
     LayerCarry,
@@ -28,6 +29,7 @@ from charlstm.lstm.reference import (
 Carry = tuple[LayerCarry, ...]
 RECURRENCES: dict[str, Callable[..., tuple[LayerCarry, jax.Array]]] = {
     "fused": fused_lstm,
+    "native": native_lstm,
     "flax": flax_lstm,
     "cudnn": cudnn_lstm,
 }
@@ -57,8 +59,9 @@ class CharLSTM(nn.Module):
       tie_embeddings: compute the logits from a dense layer of size E and the transposed embedding
         table, plus a bias (Press and Wolf 2017, arXiv 1608.05859); needs input='embed'.
       end_id: id of the character that ends a document and resets the carry; None without documents.
-      recurrence: 'fused' (fast; gradients of any order, no forward mode), 'flax' (the scanned Flax
-        cell: slower, all derivatives) or 'cudnn' (NVIDIA GPUs only, not yet run on one).
+      recurrence: 'fused' (fast; gradients of any order, no forward mode), 'native' (C++ on a CPU:
+        faster, first derivatives), 'flax' (the scanned Flax cell: slower, all derivatives) or
+        'cudnn' (NVIDIA GPUs only, not yet run on one).
       dtype: 'float32' or 'bfloat16', the type of computations; parameters, carry and logits are
         float32.
       num_shards: number of devices that share the rows of a batch; makes 'fused' fast there.
@@ -121,7 +124,7 @@ class CharLSTM(nn.Module):
         recur = RECURRENCES[self.recurrence]
         if self.recurrence != "cudnn":
             recur = partial(recur, norm_epsilon=self.norm_epsilon)
-        if self.recurrence == "fused":
+        if self.recurrence in ("fused", "native"):
             recur = partial(recur, num_shards=self.num_shards)
         check_ids("ids_BT", ids_BT, self.vocab_size)
         ids_BT = jnp.asarray(ids_BT)

@@ -16,6 +16,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from charlstm.errors import DamagedError, RunError, UserError
 from charlstm.files import check_readable, is_local, plain_path
+from charlstm.lstm import native
 from charlstm.model import CharLSTM, model_from_config
 from charlstm.optim import averaged_params, make_optimizer, make_schedule
 from charlstm.parallel import processes
@@ -230,8 +231,9 @@ class Checkpoints:
 def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharLSTM, Any]:
     """Return the run in `workdir`, its model, and the params of its 'best' or 'latest' checkpoint.
 
-    They are the averaged params if the run averages them. A run with model.recurrence=cudnn is
-    loaded with 'fused', which computes the same and runs on any device. The run may be in training.
+    They are the averaged params if the run averages them. A run with model.recurrence=cudnn, or
+    with native where there is no compiler, is loaded with 'fused', which computes the same and runs
+    on any device. The run may be in training.
 
     Raises:
       UserError: if the folder holds no run, or no checkpoint yet.
@@ -239,7 +241,7 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
     """
     run = load_run(epath.Path(given_path(os.fspath(workdir))))
     model = model_from_config(run.config, run.vocab)
-    if model.recurrence == "cudnn":
+    if model.recurrence == "cudnn" or (model.recurrence == "native" and not native.is_available()):
         model = model.clone(recurrence="fused")
     optimizer = make_optimizer(run.config, make_schedule(run.config, num_steps=1))
     make_state = partial(init_state, model, optimizer, batch_size=run.config.batch_size)

@@ -22,6 +22,7 @@ from helpers import (
 from charlstm.data.batches import Streams
 from charlstm.errors import RunError, UserError
 from charlstm.files import lock_folder
+from charlstm.lstm import native
 from charlstm.model import model_from_config
 from charlstm.optim import make_schedule
 from charlstm.runs.checkpoints import Checkpoints, load_model, steps_in
@@ -440,14 +441,16 @@ def test_damaged_run_file_is_an_error(finished, tmp_path, name, content, message
         load_run(epath.Path(tmp_path))
 
 
-def test_run_of_cudnn_is_loaded_as_fused(book_path, tmp_path):
+@pytest.mark.parametrize("recurrence", ["cudnn", "native"])
+def test_run_that_cannot_run_here_is_loaded_as_fused(recurrence, book_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "is_available", lambda: False)
     config = small_config(book_path, **PLAIN | {"model.recurrence": "fused"})
     run = untrained_run(config, tmp_path / "run")
     fused = model_from_config(run.config, run.vocab)
-    run.config.model.recurrence = "cudnn"
+    run.config.model.recurrence = recurrence
     write_run(run)
     run, model, _ = load_model(tmp_path / "run")
-    assert run.config.model.recurrence == "cudnn"
+    assert run.config.model.recurrence == recurrence
     assert model == fused
 
 
