@@ -205,6 +205,14 @@ def test_no_function_has_more_than_60_lines():
     assert faults(PACKAGE + LAUNCH, long_functions) == {}
 
 
+def test_names_of_tests_have_at_most_60_characters():
+    def long_names(path):
+        names = [function.name for function in functions(path)]
+        return [name for name in names if name.startswith("test_") and len(name) > 60]
+
+    assert faults(TESTS, long_names) == {}
+
+
 def test_no_file_names_a_path_of_one_machine():
     def paths_in(path):
         folders = [f"/{folder}/" for folder in ("work", "tmp")]
