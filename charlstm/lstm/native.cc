@@ -67,11 +67,10 @@ inline Vec Tanh(Vec x) {
 
 // Writes the product of R rows of `a` with `depth` rows of two vectors to rows of `out`.
 template <int R>
-void Tile(const float* a, Int a_stride, const float* b, Int b_stride, Int b_gap, Int depth,
-          float* out, Int out_stride) {
+void Tile(const float* a, Int a_stride, const float* b, Int depth, float* out, Int out_stride) {
   Vec sums[R][2] = {};
-  for (Int k = 0; k < depth; ++k, b += b_stride) {
-    const Vec left = Load(b), right = Load(b + b_gap);
+  for (Int k = 0; k < depth; ++k, b += 2 * W) {
+    const Vec left = Load(b), right = Load(b + W);
     for (int r = 0; r < R; ++r) {
       const float factor = a[r * a_stride + k];
       sums[r][0] += factor * left;
@@ -88,13 +87,12 @@ constexpr decltype(&Tile<1>) kTiles[] = {Tile<1>, Tile<2>,  Tile<3>,  Tile<4>, T
                                          Tile<7>, Tile<8>,  Tile<9>,  Tile<10>, Tile<11>, Tile<12>};
 
 // The same for any number of rows, in tiles of about equal size.
-void Product(Int rows, const float* a, Int a_stride, const float* b, Int b_stride, Int b_gap,
-             Int depth, float* out, Int out_stride) {
+void Product(Int rows, const float* a, Int a_stride, const float* b, Int depth, float* out,
+             Int out_stride) {
   const Int tiles = (rows + kMaxRows - 1) / kMaxRows;
   for (Int i = 0, row = 0; i < tiles; ++i) {
     const Int size = rows / tiles + (i < rows % tiles);
-    kTiles[size - 1](a + row * a_stride, a_stride, b, b_stride, b_gap, depth,
-                     out + row * out_stride, out_stride);
+    kTiles[size - 1](a + row * a_stride, a_stride, b, depth, out + row * out_stride, out_stride);
     row += size;
   }
 }
@@ -249,8 +247,7 @@ ffi::Error Forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
   if (call.error.failure()) return call.error;
 
   const Int pieces = H / W, stride = H + kPad;
-  const bool is_packed = T * B > 2 * kMaxRows;  // packing costs about as much as two products
-  const Array packed_array(is_packed ? H * G : 0), seen_array(2 * B * stride);
+  const Array packed_array(H * G), seen_array(2 * B * stride);
   const Array products_array(B * G), squares_array(B * pieces);
   float* packed = packed_array.data;      // [piece][2][H][2W]: gates i and f, g and o
   float* seen = seen_array.data;          // [t % 2][B][stride]: what the gates see of h
@@ -266,7 +263,7 @@ ffi::Error Forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
   auto begin = [&](Int piece) {
     const Int unit = piece * W;
     float* to = packed + unit * G;
-    for (Int pair = 0; is_packed && pair < 2; ++pair) {
+    for (Int pair = 0; pair < 2; ++pair) {
       for (Int k = 0; k < H; ++k, to += 2 * W) {
         const float* from = call.kernel_HG + k * G + 2 * pair * H + unit;
         Store(to, Load(from));
@@ -281,9 +278,7 @@ ffi::Error Forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
   auto multiply = [&](Int t, Int piece) {
     float* to = products + piece * B * 4 * W;
     for (Int pair = 0; pair < 2; ++pair) {
-      const float* b = is_packed ? packed + (2 * piece + pair) * H * 2 * W
-                                 : call.kernel_HG + 2 * pair * H + piece * W;
-      Product(B, seen + t % 2 * B * stride, stride, b, is_packed ? 2 * W : G, is_packed ? W : H, H,
+      Product(B, seen + t % 2 * B * stride, stride, packed + (2 * piece + pair) * H * 2 * W, H,
               to + pair * 2 * W, 4 * W);
     }
     for (Int b = 0; with_norm && b < B; ++b) {
@@ -433,7 +428,7 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
   auto propagate = [&](Int t, Int piece, Int units) {
     float* to = products + piece * B * U;
     if (t < T) {
-      Product(B, sums + t % 2 * B * stride, stride, packed + piece * G * U, U, W, G, to, U);
+      Product(B, sums + t % 2 * B * stride, stride, packed + piece * G * U, G, to, U);
     }
     for (Int b = 0; b < B; ++b) {
       Vec part = {};

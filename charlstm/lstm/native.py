@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("native.cc")
 COMPILERS = ("c++", "g++", "clang++")
 UNITS = 16  # native.cc takes multiples of it
+MIN_STEPS = 4  # for fewer time steps, packing the recurrent kernel costs more than it saves
 
 
 def native_lstm(
@@ -64,8 +65,9 @@ def native_lstm(
     Arguments, results and gradients are those of fused_lstm, up to rounding, and do not depend on
     the number of threads. The gradient cannot be differentiated.
 
-    The same program uses fused_lstm for other types than float32, empty inputs, num_shards > 1,
-    jax.shard_map, other platforms than CPUs, several devices, and jax.export.
+    The same program uses fused_lstm for other types than float32, fewer than MIN_STEPS time steps
+    (generation), no rows, num_shards > 1, jax.shard_map, other platforms than CPUs, several
+    devices, and jax.export.
 
     Raises:
       UserError: when a program is compiled for a CPU and there is no working C++ compiler.
@@ -105,8 +107,9 @@ def _is_supported(
     floats = jax.tree.leaves((params, carry, () if are_integers(inputs) else inputs))
     is_float32 = all(jnp.dtype(t) == jnp.float32 for t in (dtype, *(x.dtype for x in floats)))
     in_shard_map = bool(jax.sharding.get_abstract_mesh().manual_axes)
-    is_empty = math.prod(inputs.shape[:2]) == 0
-    return is_float32 and num_shards == 1 and not in_shard_map and not is_empty
+    num_steps, batch_size = inputs.shape[:2]
+    is_long = num_steps >= MIN_STEPS and batch_size > 0
+    return is_float32 and num_shards == 1 and not in_shard_map and is_long
 
 
 def _pad_units(hidden_size: int, padded_size: int, leaf_XF: jax.Array) -> jax.Array:

@@ -46,11 +46,10 @@ def draw(seed, t, b, h, parts, is_ids, with_masks):
 @pytest.mark.parametrize(
     ("shape", "parts", "is_ids", "with_masks"),
     [
-        ((1, 1, 5), ("scale", "norm"), True, True),
-        ((1, 4, 32), (), False, False),
+        ((4, 1, 5), ("scale", "norm"), True, True),
         ((6, 1, 48), ("scale",), True, False),
         ((5, 13, 20), ("norm",), False, True),
-        ((3, 30, 80), ("scale", "norm"), False, False),
+        ((4, 30, 80), ("scale", "norm"), False, False),
         ((40, 7, 256), (), True, True),
     ],
 )
@@ -62,6 +61,16 @@ def test_native_matches_fused(shape, parts, is_ids, with_masks):
     )
     assert_close(found, wanted)
     assert_equal(found[0], found[1])
+
+
+def test_native_loops_match_fused_for_one_time_step(monkeypatch):
+    monkeypatch.setattr(native, "MIN_STEPS", 1)
+    arguments, gradients, masks = draw(1, 1, 1, 5, ("scale", "norm"), True, True)
+    found, wanted = (
+        result_and_gradients(recur, arguments, gradients, **masks)
+        for recur in (native_lstm, fused_lstm)
+    )
+    assert_close(found, wanted)
 
 
 def test_native_threads_do_not_change_bits():
@@ -121,9 +130,12 @@ def test_native_uses_fused_for_other_options(options):
     assert_equal(found, wanted)
 
 
-def test_native_uses_fused_without_time_steps():
+@pytest.mark.parametrize("num_steps", [0, 1, 3])
+def test_native_uses_fused_for_few_time_steps(num_steps):
     params, carry, ids_TB = plain_arguments()
-    assert_equal(native_lstm(params, carry, ids_TB[:0])[0], carry)
+    arguments = params, carry, ids_TB[:num_steps]
+    assert not is_native(native_lstm, *arguments)
+    assert_equal(native_lstm(*arguments), fused_lstm(*arguments))
 
 
 def mesh_of_two():
