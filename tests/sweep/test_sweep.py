@@ -120,7 +120,7 @@ MISTAKES = [
     ("--texts=blank.txt", "blank.txt: the text is empty"),
     ("--texts=book.txt,book.txt", "--texts: has a value twice"),
     ("--texts=book.txt --out=book.txt", "book.txt: cannot write there|choose another --out"),
-    ("--texts=book.txt --out=gs://bucket", "gs://bucket: must be on this machine"),
+    ("--texts=book.txt --out=gs://bucket", "gs://bucket|this machine"),
     ("--texts=book.txt --out=other", "other: |it varies model.hidden_size|--out"),
     ("--texts=book.txt --out=same", "num_steps is 7 there and 20 here|--out"),
     ("--texts=book.txt --out=broken", "sweep.json: |--out"),
