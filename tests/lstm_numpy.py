@@ -1,8 +1,15 @@
 """The LSTM in plain NumPy, gate by gate, and its gradient by hand: the oracle of the recurrence."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 GATES = "ifgo"
+# T, B, E and H all differ, to detect swapped axes. With fewer than 4 x 16 sums some rows have a
+# mean square near 0, and dividing by it magnifies the rounding of float32.
+T, B, E, H = 8, 3, 5, 16
+# Optional parameters of a layer beside those of the Flax cell.
+ALL_PARTS = ("scale", "norm")
 
 
 def sigmoid(x):
@@ -92,3 +99,37 @@ def lstm_gradient(params, carry, inputs_TBE, carry_grad, hidden_grad_TBH, mask_B
             inputs_grad_TBE[time] += scale_grad_BH @ params["scale"]["kernel"].T
         dh_BH = dh_BH * step["scale"]
     return params_grad, (dc_BH, dh_BH), inputs_grad_TBE
+
+
+def draw_params(rng, input_size, hidden_size, parts=ALL_PARTS):
+    params = {}
+    for gate in GATES:
+        # The sizes of a trained model: gates between 0 and 1.
+        into = rng.normal(size=(input_size, hidden_size)) / np.sqrt(input_size)
+        back = rng.normal(size=(hidden_size, hidden_size)) / np.sqrt(hidden_size)
+        params["i" + gate] = {"kernel": into}
+        params["h" + gate] = {"kernel": back, "bias": rng.normal(size=hidden_size)}
+    if "scale" in parts:
+        kernel = rng.normal(size=(input_size, hidden_size)) / np.sqrt(input_size)
+        params["scale"] = {"kernel": kernel}
+    if "norm" in parts:
+        params["norm"] = {"gain": rng.normal(size=4 * hidden_size)}
+    return params
+
+
+def draw_case(seed, t=T, b=B, e=E, h=H, parts=ALL_PARTS):
+    """Return (params, carry, inputs_TBE), and gradients for the carry and the hidden states."""
+    rng = np.random.default_rng(seed)
+    carry = rng.normal(size=(b, h)), rng.normal(size=(b, h))
+    arguments = draw_params(rng, e, h, parts), carry, rng.normal(size=(t, b, e))
+    carry_grad = rng.normal(size=(b, h)), rng.normal(size=(b, h))
+    return arguments, (carry_grad, rng.normal(size=(t, b, h)))
+
+
+def draw_ids(seed, t=T, b=B, e=E):
+    return np.random.default_rng(seed).integers(e, size=(t, b), dtype=np.int32)
+
+
+def singles(tree):
+    """Return a tree with all its floats in single precision."""
+    return jax.tree.map(lambda leaf: leaf if leaf.dtype == np.int32 else jnp.float32(leaf), tree)

@@ -13,7 +13,20 @@ from flax import linen as nn
 from helpers import FLOAT32, FLOAT64, SUM_ORDER, assert_close, assert_equal
 from jax.experimental import rnn
 from jax.test_util import check_grads
-from lstm_numpy import GATES, lstm, lstm_gradient
+from lstm_numpy import (
+    ALL_PARTS,
+    GATES,
+    B,
+    E,
+    H,
+    T,
+    draw_case,
+    draw_ids,
+    draw_params,
+    lstm,
+    lstm_gradient,
+    singles,
+)
 
 from charlstm.lstm.cudnn import cudnn_lstm
 from charlstm.lstm.fused import _chunk_length, add_by_product, add_in_place, fused_lstm
@@ -28,9 +41,6 @@ LSTMS = {
     "fused": fused_lstm,
     "native": native_lstm,
 }
-# T, B, E and H all differ, to detect swapped axes. With fewer than 4 x 16 sums some rows have a
-# mean square near 0, and dividing by it magnifies the rounding of float32.
-T, B, E, H = 8, 3, 5, 16
 RELATIVE = {"float64": FLOAT64, "float32": FLOAT32}
 
 
@@ -41,48 +51,12 @@ def _load_native(request):
 
 
 each_recurrence = pytest.mark.parametrize("name", ["flax", "fused"])
-# Optional parameters of a layer beside those of the Flax cell.
-ALL_PARTS = ("scale", "norm")
 FORMS = {"all": ALL_PARTS, "plain": ()}
 each_kind = pytest.mark.parametrize("kind", ["ids", "vectors"])
 
 
-def draw_params(rng, input_size, hidden_size, parts=ALL_PARTS):
-    params = {}
-    for gate in GATES:
-        # The sizes of a trained model: gates between 0 and 1.
-        into = rng.normal(size=(input_size, hidden_size)) / np.sqrt(input_size)
-        back = rng.normal(size=(hidden_size, hidden_size)) / np.sqrt(hidden_size)
-        params["i" + gate] = {"kernel": into}
-        params["h" + gate] = {"kernel": back, "bias": rng.normal(size=hidden_size)}
-    if "scale" in parts:
-        kernel = rng.normal(size=(input_size, hidden_size)) / np.sqrt(input_size)
-        params["scale"] = {"kernel": kernel}
-    if "norm" in parts:
-        params["norm"] = {"gain": rng.normal(size=4 * hidden_size)}
-    return params
-
-
-def draw_case(seed, t=T, b=B, e=E, h=H, parts=ALL_PARTS):
-    """Return (params, carry, inputs_TBE), and gradients for the carry and the hidden states."""
-    rng = np.random.default_rng(seed)
-    carry = rng.normal(size=(b, h)), rng.normal(size=(b, h))
-    arguments = draw_params(rng, e, h, parts), carry, rng.normal(size=(t, b, e))
-    carry_grad = rng.normal(size=(b, h)), rng.normal(size=(b, h))
-    return arguments, (carry_grad, rng.normal(size=(t, b, h)))
-
-
-def draw_ids(seed, t=T, b=B, e=E):
-    return np.random.default_rng(seed).integers(e, size=(t, b), dtype=np.int32)
-
-
 def cast(tree, dtype):
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
-
-
-def singles(tree):
-    """Return a tree with all its floats in single precision."""
-    return jax.tree.map(lambda leaf: leaf if leaf.dtype == np.int32 else jnp.float32(leaf), tree)
 
 
 def dot(tree, other):
