@@ -16,6 +16,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 # Signs of a bug in any output.
 NOISE = ("Traceback", "Exception ignored", "Exception in thread", "terminate called", "Warning")
+# Flags of a short run. With adamw its probabilities are nearly calibrated after 60 steps.
+TINY = ["--config=tiny", "--config.num_steps=60", "--config.eval_every_steps=30"]
+TINY += ["--config.optimizer.name=adamw"]
 
 
 def command_of(launcher, *flags):

@@ -205,6 +205,14 @@ def test_no_function_has_more_than_60_lines():
     assert faults(PACKAGE + LAUNCH, long_functions) == {}
 
 
+def test_no_test_module_imports_another():
+    def imported_tests(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [line for line in lines if line.startswith(("from test_", "import test_"))]
+
+    assert faults(TESTS, imported_tests) == {}
+
+
 def test_names_of_tests_have_at_most_60_characters():
     def long_names(path):
         names = [function.name for function in functions(path)]

@@ -13,13 +13,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from helpers import small_config, untrained_run
-from launching import WarmLauncher, command_of, run_command, train_on
+from launching import TINY, WarmLauncher, command_of, run_command, train_on
 
 from charlstm.evaluation import report
-
-TINY = ["--config=tiny", "--config.num_steps=60", "--config.eval_every_steps=30"]
-# 60 cautious steps end so unsure of what they know that a temperature moves their bits by 0.27.
-TINY += ["--config.optimizer.name=adamw"]
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ import subprocess
 import pytest
 import zstandard
 from conftest import ROOT
-from launching import WarmLauncher, command_of
-from test_launch import TINY
+from launching import TINY, WarmLauncher, command_of
 
 from charlstm.runs.folder import _checksum, _sha256
 
