@@ -105,15 +105,13 @@ def _compile_cheaply(request):
 
 @pytest.fixture(scope="session")
 def native_library():
-    """Load native.cc, compiled for this session; skip the test without a working C++ compiler."""
-    from charlstm.errors import UserError
+    """Load native.cc, compiled for this session; skip the test where there is no C++ compiler."""
     from charlstm.lstm import native
 
+    if not any(map(shutil.which, native.COMPILERS)):
+        pytest.skip(f"found none of the compilers {native.COMPILERS}")
     with patch.dict(os.environ, {"CHARLSTM_CACHE": os.environ["JAX_COMPILATION_CACHE_DIR"]}):
-        try:
-            native.load()
-        except UserError as error:
-            pytest.skip(str(error))
+        native.load()
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,17 @@
 // The two loops over time of the fused recurrence, as XLA FFI handlers for CPUs, in float32.
 //
-// Both loops pack the recurrent kernel once, and then run phase after phase: the pieces of a phase,
-// ranges of units, are computed in any order by any thread. No sum depends on the threads, so any
-// number of them gives the same bits. Axes: T, B, H (a multiple of 16), G = 4H, F = G or G + H, and
-// N rows. An optional array without elements is absent.
+// A loop runs phase after phase. The pieces of a phase, ranges of units, are computed in any order
+// by any thread. No sum depends on the threads, so any number of them gives the same bits.
+// native.py packs the recurrent kernel into panels of 32 columns, which a piece reads in order.
+// Axes: T, B, H (a multiple of 32), G = 4H, F = G or G + H, and N rows. An optional array without
+// elements is absent.
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -23,7 +25,11 @@
 namespace {
 
 namespace ffi = xla::ffi;
+using Args = ffi::RemainingArgs;
+using Results = ffi::RemainingRets;
 using Int = int64_t;
+using Shape = std::initializer_list<Int>;
+using Sizes = ffi::Span<const Int>;
 
 #if defined(__AVX512F__)
 constexpr Int W = 16, kMaxRows = 12;  // floats of a vector, rows of a tile of 2 vectors
@@ -34,9 +40,10 @@ constexpr Int W = 4, kMaxRows = 12;
 #else
 constexpr Int W = 4, kMaxRows = 6;
 #endif
-constexpr Int kPad = 16;                // floats between rows, against rows in one cache set
-constexpr Int kMinWork = 100'000;       // multiplications of a phase that are worth a thread
-constexpr int kSpins = 200;             // before a waiting thread yields; a few microseconds
+constexpr Int kPanel = 32, kUnits = 16;  // columns of a panel, units of a piece of Forward
+constexpr Int kPad = 16;                 // floats between rows, against rows in one cache set
+constexpr Int kMinWork = 100'000;        // multiplications of a phase that are worth a thread
+constexpr int kSpins = 200;              // before a waiting thread yields; a few microseconds
 
 typedef float Vec __attribute__((vector_size(4 * W)));
 typedef float LooseVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -65,12 +72,12 @@ inline Vec Tanh(Vec x) {
   return x * p / q;
 }
 
-// Writes the product of R rows of `a` with `depth` rows of two vectors to rows of `out`.
+// Writes the product of R rows of `a` with two vectors of a panel to rows of `out`.
 template <int R>
-void Tile(const float* a, Int a_stride, const float* b, Int depth, float* out, Int out_stride) {
+void Tile(const float* a, Int a_stride, const float* panel, Int depth, float* out, Int out_stride) {
   Vec sums[R][2] = {};
-  for (Int k = 0; k < depth; ++k, b += 2 * W) {
-    const Vec left = Load(b), right = Load(b + W);
+  for (Int k = 0; k < depth; ++k, panel += kPanel) {
+    const Vec left = Load(panel), right = Load(panel + W);
     for (int r = 0; r < R; ++r) {
       const float factor = a[r * a_stride + k];
       sums[r][0] += factor * left;
@@ -83,34 +90,30 @@ void Tile(const float* a, Int a_stride, const float* b, Int depth, float* out, I
   }
 }
 
-constexpr decltype(&Tile<1>) kTiles[] = {Tile<1>, Tile<2>,  Tile<3>,  Tile<4>, Tile<5>, Tile<6>,
-                                         Tile<7>, Tile<8>,  Tile<9>,  Tile<10>, Tile<11>, Tile<12>};
+constexpr decltype(&Tile<1>) kTiles[] = {Tile<1>, Tile<2>, Tile<3>, Tile<4>,  Tile<5>,  Tile<6>,
+                                         Tile<7>, Tile<8>, Tile<9>, Tile<10>, Tile<11>, Tile<12>};
 
-// The same for any number of rows, in tiles of about equal size.
-void Product(Int rows, const float* a, Int a_stride, const float* b, Int depth, float* out,
+// The same for a whole panel and any number of rows, in tiles of about equal size.
+void Product(Int rows, const float* a, Int a_stride, const float* panel, Int depth, float* out,
              Int out_stride) {
   const Int tiles = (rows + kMaxRows - 1) / kMaxRows;
   for (Int i = 0, row = 0; i < tiles; ++i) {
     const Int size = rows / tiles + (i < rows % tiles);
-    kTiles[size - 1](a + row * a_stride, a_stride, b, depth, out + row * out_stride, out_stride);
+    for (Int u = 0; u < kPanel; u += 2 * W) {
+      kTiles[size - 1](a + row * a_stride, a_stride, panel + u, depth, out + row * out_stride + u,
+                       out_stride);
+    }
     row += size;
   }
 }
 
-inline void Pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-// Threads that run the pieces of one phase after another. Each has a range of pieces, which stay in
-// its cache, and takes those of others when its own are done. A thread that waits holds no piece.
+// Threads that run the pieces of one phase after another. Each has a range of pieces, whose weights
+// stay in its cache, and then takes those of others. A thread that waits holds no piece.
 class Team {
  public:
-  static void Run(ffi::ThreadPool& pool, Int work, Int phases, Int pieces,
-                  std::function<void(Int, Int)> run_piece) {
+  using RunPiece = std::function<void(Int phase, Int piece)>;
+
+  static void Run(ffi::ThreadPool& pool, Int work, Int phases, Int pieces, RunPiece run_piece) {
     const Int cores = std::min<Int>(pool.num_threads(), std::thread::hardware_concurrency());
     const Int threads = std::max<Int>(1, std::min({cores, pieces, work / kMinWork}));
     // Shared, since a helper may begin after the last piece is done, and then does nothing.
@@ -119,36 +122,34 @@ class Team {
     team->Work(0);
   }
 
-  Team(Int threads, Int phases, Int pieces, std::function<void(Int, Int)> run_piece)
-      : phases_(phases), pieces_(pieces), run_piece_(std::move(run_piece)), ranges_(threads) {
-    for (Int i = 0; i < threads; ++i) {
-      ranges_[i].begin = pieces * i / threads;
-      ranges_[i].size = pieces * (i + 1) / threads - ranges_[i].begin;
-    }
-  }
+  Team(Int threads, Int phases, Int pieces, RunPiece run_piece)
+      : phases_(phases), pieces_(pieces), run_piece_(std::move(run_piece)), claimed_(threads) {}
 
  private:
-  struct alignas(64) Range {
-    Int begin, size;
-    std::atomic<Int> claimed{0};  // pieces, in all phases up to now
+  struct alignas(64) Counter {
+    std::atomic<Int> pieces{0};  // of one range, in all phases up to now
   };
 
   void Work(Int me) {
-    const Int threads = ranges_.size();
+    const Int threads = claimed_.size();
     for (Int phase = 0;; ++phase) {
       for (int spins = 0; done_.load(std::memory_order_acquire) < phase * pieces_; ++spins) {
-        spins < kSpins ? Pause() : std::this_thread::yield();
+        if (spins > kSpins) std::this_thread::yield();
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
       }
       if (phase == phases_) return;
       Int finished = 0;
       for (Int i = 0; i < threads; ++i) {
-        Range& range = ranges_[(me + i) % threads];
-        Int next = range.claimed.load(std::memory_order_relaxed);
-        while (next < (phase + 1) * range.size) {
-          if (!range.claimed.compare_exchange_weak(next, next + 1)) continue;
-          run_piece_(phase, range.begin + next - phase * range.size);
+        const Int range = (me + i) % threads, begin = pieces_ * range / threads;
+        const Int size = pieces_ * (range + 1) / threads - begin, end = (phase + 1) * size;
+        std::atomic<Int>& claimed = claimed_[range].pieces;
+        for (Int next = claimed; next < end;) {
+          if (!claimed.compare_exchange_weak(next, next + 1)) continue;
+          run_piece_(phase, begin + next - phase * size);
           ++finished;
-          next = range.claimed.load(std::memory_order_relaxed);
+          next = claimed;
         }
       }
       if (finished) done_.fetch_add(finished, std::memory_order_acq_rel);
@@ -156,30 +157,27 @@ class Team {
   }
 
   const Int phases_, pieces_;
-  const std::function<void(Int, Int)> run_piece_;
-  std::vector<Range> ranges_;
+  const RunPiece run_piece_;
+  std::vector<Counter> claimed_;
   alignas(64) std::atomic<Int> done_{0};
 };
 
 // Memory for one call, from a cache line's beginning.
 struct Array {
-  explicit Array(Int size) : data(static_cast<float*>(::operator new(4 * size + 4, kAlignment))) {}
-  ~Array() { ::operator delete(data, kAlignment); }
-  Array(const Array&) = delete;
-  static constexpr std::align_val_t kAlignment{64};
-  float* const data;
+  struct alignas(64) Line { float values[16]; };
+  explicit Array(Int size) : lines(size / 16 + 1) {}
+  operator float*() { return lines[0].values; }
+  std::vector<Line> lines;
 };
 
-// The sizes and arrays of a call; `error` says which are wrong.
+// The sizes and options of a call; `error` says what is wrong with them.
 struct Call {
-  Call(ffi::RemainingArgs args, ffi::RemainingRets results, ffi::Span<const Int> sizes)
-      : args(args), results(results) {
+  Call(Args args, Results results, Sizes sizes) : args(args), results(results) {
     const bool are_positive = std::all_of(sizes.begin(), sizes.end(), [](Int n) { return n > 0; });
     Expect(sizes.size() == 5 && are_positive, "sizes");
     if (error.failure()) return;
     T = sizes[0], B = sizes[1], H = sizes[2], F = sizes[3], N = sizes[4], G = 4 * H;
-    Expect(H % 16 == 0 && (F == G || F == G + H), "sizes");
-    kernel_HG = In({H, G});
+    Expect(H % kPanel == 0 && (F == G || F == G + H), "sizes");
     ids_TB = In<ffi::S32>({T, B}, true);
     keep_TB = In<ffi::PRED>({T, B}, true);
     mask_BH = In({B, H}, true);
@@ -188,29 +186,29 @@ struct Call {
   }
 
   template <typename Buffer>
-  auto Data(Buffer& buffer, const std::vector<Int>& shape, bool is_optional, std::string name) {
+  auto Data(Buffer& buffer, Shape shape, bool is_optional, const char* kind, int number) {
     const auto found = buffer.dimensions();
     const bool is_absent = is_optional && buffer.element_count() == 0;
-    Expect(is_absent || std::equal(found.begin(), found.end(), shape.begin(), shape.end()), name);
+    const bool is_right = std::equal(found.begin(), found.end(), shape.begin(), shape.end());
+    Expect(is_absent || is_right, kind, number);
     return is_absent ? nullptr : buffer.typed_data();
   }
-  // Returns the next argument or result, or null where an optional one has no elements.
+  // Return the next argument or result, or null where an optional one has no elements.
   template <ffi::DataType type = ffi::F32>
-  const ffi::NativeType<type>* In(std::vector<Int> shape, bool is_optional = false) {
+  const ffi::NativeType<type>* In(Shape shape, bool is_optional = false) {
     auto buffer = args.get<ffi::Buffer<type>>(num_args++);
-    const std::string name = "argument " + std::to_string(num_args);
-    Expect(buffer.has_value(), name);
-    return buffer.has_value() ? Data(*buffer, shape, is_optional, name) : nullptr;
+    Expect(buffer.has_value(), "argument ", num_args);
+    return buffer ? Data(*buffer, shape, is_optional, "argument ", num_args) : nullptr;
   }
-  float* Out(std::vector<Int> shape, bool is_optional = false) {
+  float* Out(Shape shape, bool is_optional = false) {
     auto buffer = results.get<ffi::Buffer<ffi::F32>>(num_results++);
-    const std::string name = "result " + std::to_string(num_results);
-    Expect(buffer.has_value(), name);
-    return buffer.has_value() ? Data(**buffer, shape, is_optional, name) : nullptr;
+    Expect(buffer.has_value(), "result ", num_results);
+    return buffer ? Data(**buffer, shape, is_optional, "result ", num_results) : nullptr;
   }
-  void Expect(bool is_right, const std::string& name) {
+  void Expect(bool is_right, const char* name, int number = 0) {
     if (is_right || error.failure()) return;
-    error = ffi::Error::InvalidArgument("native LSTM: wrong " + name);
+    const std::string which = number ? std::to_string(number) : "";
+    error = ffi::Error::InvalidArgument("native LSTM: wrong " + (name + which));
   }
 
   Int Row(Int t, Int b) const {
@@ -220,22 +218,21 @@ struct Call {
   }
   bool Keep(Int t, Int b) const { return !keep_TB || keep_TB[t * B + b]; }
 
-  const ffi::RemainingArgs args;
-  const ffi::RemainingRets results;
+  Args args;
+  Results results;
   int num_args = 0, num_results = 0;
   ffi::Error error = ffi::Error::Success();
-  Int T = 1, B = 1, H = 16, F = 64, N = 1, G = 64;
-  const float* kernel_HG = nullptr;
+  Int T = 1, B = 1, H = kPanel, F = 4 * kPanel, N = 1, G = 4 * kPanel;
   const int32_t* ids_TB = nullptr;  // absent: row t B + b
   const bool* keep_TB = nullptr;    // absent: all are kept
   const float* mask_BH = nullptr;   // absent: 1
   const float* gain_G = nullptr;    // absent: sums are not normalised
 };
 
-ffi::Error Forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results,
-                   ffi::Span<const Int> sizes, float epsilon) {
+ffi::Error Forward(ffi::ThreadPool pool, Args args, Results results, Sizes sizes, float epsilon) {
   Call call(args, results, sizes);
-  const Int T = call.T, B = call.B, H = call.H, G = call.G, F = call.F;
+  const Int T = call.T, B = call.B, H = call.H, G = call.G, F = call.F, pieces = H / kUnits;
+  const float* panels = call.In({pieces, 2, H, 2, kUnits});
   const float *rows_NF = call.In({call.N, F}), *c0_BH = call.In({B, H}), *h0_BH = call.In({B, H});
   float *hidden_TBH = call.Out({T, B, H}), *c_BH = call.Out({B, H});
   float* by_sums_TBG = call.Out({T, B, G}, true);  // absent: no residuals
@@ -246,13 +243,10 @@ ffi::Error Forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
   call.Expect((with_residuals && with_norm) == (normed_TBG && roots_TB), "residuals");
   if (call.error.failure()) return call.error;
 
-  const Int pieces = H / W, stride = H + kPad;
-  const Array packed_array(H * G), seen_array(2 * B * stride);
-  const Array products_array(B * G), squares_array(B * pieces);
-  float* packed = packed_array.data;      // [piece][2][H][2W]: gates i and f, g and o
-  float* seen = seen_array.data;          // [t % 2][B][stride]: what the gates see of h
-  float* products = products_array.data;  // [piece][B][4W]
-  float* squares = squares_array.data;    // [B][piece]
+  const Int stride = H + kPad;
+  Array seen(2 * B * stride);      // [t % 2][B][stride]: what the gates see of h
+  Array products(B * G);           // [piece][B][gate][kUnits]
+  Array squares(B * pieces);       // [B][piece]
 
   auto see = [&](Int t, Int b, Int unit, Vec h) {
     if (!call.Keep(t, b)) h = Vec{};
@@ -260,86 +254,74 @@ ffi::Error Forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
     if (call.mask_BH) h *= Load(call.mask_BH + b * H + unit);
     Store(seen + (t % 2 * B + b) * stride + unit, h);
   };
-  auto begin = [&](Int piece) {
-    const Int unit = piece * W;
-    float* to = packed + unit * G;
-    for (Int pair = 0; pair < 2; ++pair) {
-      for (Int k = 0; k < H; ++k, to += 2 * W) {
-        const float* from = call.kernel_HG + k * G + 2 * pair * H + unit;
-        Store(to, Load(from));
-        Store(to + W, Load(from + H));
-      }
-    }
-    for (Int b = 0; b < B; ++b) {
-      Store(c_BH + b * H + unit, Load(c0_BH + b * H + unit));
-      see(0, b, unit, Load(h0_BH + b * H + unit));
-    }
-  };
   auto multiply = [&](Int t, Int piece) {
-    float* to = products + piece * B * 4 * W;
-    for (Int pair = 0; pair < 2; ++pair) {
-      Product(B, seen + t % 2 * B * stride, stride, packed + (2 * piece + pair) * H * 2 * W, H,
-              to + pair * 2 * W, 4 * W);
+    float* to = products + piece * B * 4 * kUnits;
+    for (Int pair = 0; pair < 2; ++pair) {  // the panels of i and f, and of g and o
+      Product(B, seen + t % 2 * B * stride, stride, panels + (2 * piece + pair) * H * kPanel,
+              H, to + pair * kPanel, 4 * kUnits);
     }
     for (Int b = 0; with_norm && b < B; ++b) {
       Vec sums = {};
-      for (Int g = 0; g < 4; ++g) {
-        const Vec product = Load(to + (b * 4 + g) * W);
+      for (Int i = 0; i < 4 * kUnits; i += W) {
+        const Vec product = Load(to + b * 4 * kUnits + i);
         sums += product * product;
       }
       squares[b * pieces + piece] = Sum(sums);
     }
   };
-  auto gate = [&](Int t, Int piece) {
-    const Int unit = piece * W;
-    for (Int b = 0; b < B; ++b) {
-      const Int at = (t * B + b) * H + unit, at_G = (t * B + b) * G + unit;
-      const float* row = rows_NF + call.Row(t, b) * F + unit;
-      const float* total = squares + b * pieces;
-      const float root =
-          with_norm ? 1 / std::sqrt(std::accumulate(total, total + pieces, 0.0f) / G + epsilon) : 1;
-      if (roots_TB && piece == 0) roots_TB[t * B + b] = root;
-      Vec tanhs[4];
-      for (Int g = 0; g < 4; ++g) {
-        Vec product = Load(products + ((piece * B + b) * 4 + g) * W);
-        if (with_norm) {
-          product *= root;
-          if (with_residuals) Store(normed_TBG + at_G + g * H, product);
-          product *= Load(call.gain_G + g * H + unit);
-        }
-        tanhs[g] = Tanh(product + Load(row + g * H));
+  auto gate = [&](Int t, Int b, Int unit, const float* product, float root) {
+    const Int at = (t * B + b) * H + unit, at_G = (t * B + b) * G + unit;
+    const float* row = rows_NF + call.Row(t, b) * F + unit;
+    Vec tanhs[4];
+    for (Int g = 0; g < 4; ++g) {
+      Vec sum = Load(product + g * kUnits);
+      if (with_norm) {
+        sum *= root;
+        if (with_residuals) Store(normed_TBG + at_G + g * H, sum);
+        sum *= Load(call.gain_G + g * H + unit);
       }
-      const Vec i = (1 + tanhs[0]) / 2, f = (1 + tanhs[1]) / 2, g = tanhs[2];
-      const Vec o = (1 + tanhs[3]) / 2;
-      const bool keeps = call.Keep(t, b);
-      const Vec c_before = keeps ? Load(c_BH + b * H + unit) : Vec{};
-      const Vec c = f * c_before + i * g, tanh_c = Tanh(c), h = o * tanh_c;
-      Store(c_BH + b * H + unit, c);
-      Store(hidden_TBH + at, h);
-      if (t + 1 < T) see(t + 1, b, unit, h);
-      if (!with_residuals) continue;
-      const Vec factors[4] = {g / 2, c_before / 2, i, tanh_c / 2};
-      for (Int k = 0; k < 4; ++k) {
-        Store(by_sums_TBG + at_G + k * H, (1 - tanhs[k] * tanhs[k]) * factors[k]);
-      }
-      Store(dh_by_dc_TBH + at, o * (1 - tanh_c * tanh_c));
-      Store(dc_by_c_TBH + at, keeps ? f : Vec{});
+      tanhs[g] = Tanh(sum + Load(row + g * H));
     }
+    const Vec i = (1 + tanhs[0]) / 2, f = (1 + tanhs[1]) / 2, g = tanhs[2], o = (1 + tanhs[3]) / 2;
+    const bool keeps = call.Keep(t, b);
+    const Vec c_before = keeps ? Load(c_BH + b * H + unit) : Vec{};
+    const Vec c = f * c_before + i * g, tanh_c = Tanh(c), h = o * tanh_c;
+    Store(c_BH + b * H + unit, c);
+    Store(hidden_TBH + at, h);
+    if (t + 1 < T) see(t + 1, b, unit, h);
+    if (!with_residuals) return;
+    const Vec factors[4] = {g / 2, c_before / 2, i, tanh_c / 2};
+    for (Int k = 0; k < 4; ++k) {
+      Store(by_sums_TBG + at_G + k * H, (1 - tanhs[k] * tanhs[k]) * factors[k]);
+    }
+    Store(dh_by_dc_TBH + at, o * (1 - tanh_c * tanh_c));
+    Store(dc_by_c_TBH + at, keeps ? f : Vec{});
   };
+
+  std::copy_n(c0_BH, B * H, c_BH);
+  for (Int b = 0; b < B; ++b) {
+    for (Int unit = 0; unit < H; unit += W) see(0, b, unit, Load(h0_BH + b * H + unit));
+  }
   const Int each = with_norm ? 2 : 1;  // phases of a time step
-  Team::Run(pool, B * H * G, 1 + each * T, pieces, [&](Int phase, Int piece) {
-    const Int t = (phase - 1) / each;
-    if (phase == 0) return begin(piece);
-    if (!with_norm || phase % 2) multiply(t, piece);
-    if (!with_norm || phase % 2 == 0) gate(t, piece);
+  Team::Run(pool, B * H * G, each * T, pieces, [&](Int phase, Int piece) {
+    const Int t = phase / each;
+    if (phase % each == 0) multiply(t, piece);
+    for (Int b = 0; phase % each == each - 1 && b < B; ++b) {
+      const float *row = products + (piece * B + b) * 4 * kUnits, *parts = squares + b * pieces;
+      const float mean = with_norm ? std::accumulate(parts, parts + pieces, 0.0f) / G : 0;
+      const float root = 1 / std::sqrt(mean + epsilon);
+      if (roots_TB && piece == 0) roots_TB[t * B + b] = root;
+      for (Int u = 0; u < kUnits; u += W) gate(t, b, piece * kUnits + u, row + u, root);
+    }
   });
   return ffi::Error::Success();
 }
 
-ffi::Error Backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results,
-                    ffi::Span<const Int> sizes, float) {
+ffi::Error Backward(ffi::ThreadPool pool, Args args, Results results, Sizes sizes, float) {
   Call call(args, results, sizes);
   const Int T = call.T, B = call.B, H = call.H, G = call.G, F = call.F, N = call.N;
+  const Int pieces = H / kPanel;
+  const float* panels = call.In({pieces, G, kPanel});
   const float *scale_NH = call.In({N, H}, true), *h_before_TBH = call.In({T, B, H});
   const float *by_sums_TBG = call.In({T, B, G}), *dh_by_dc_TBH = call.In({T, B, H});
   const float *dc_by_c_TBH = call.In({T, B, H}), *normed_TBG = call.In({T, B, G}, true);
@@ -352,14 +334,10 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
   call.Expect(with_norm == (normed_TBG && roots_TB && dgain_G), "norm");
   if (call.error.failure()) return call.error;
 
-  constexpr Int U = 2 * W;  // units of a piece; the last one may have half
-  const Int pieces = (H + U - 1) / U, stride = G + kPad;
-  const Array packed_array(pieces * G * U), sums_array(2 * B * stride);
-  const Array products_array(pieces * B * U), along_array(B * pieces);
-  float* packed = packed_array.data;      // [piece][G][U]
-  float* sums = sums_array.data;          // [t % 2][B][stride]: gradients of the products
-  float* products = products_array.data;  // [piece][B][U]
-  float* along = along_array.data;  // [B][piece]: parts of sums of gradient times normed product
+  const Int stride = G + kPad;
+  Array sums(2 * B * stride);      // [t % 2][B][stride]: gradients of the products
+  Array products(B * H);           // [piece][B][kPanel]
+  Array along(B * pieces);         // [B][piece]: parts of sums of gradient times normed product
 
   auto add_to_row = [&](Int t, Int b, Int column, Vec gradient) {
     float* to = drows_NF + call.Row(t, b) * F + column;
@@ -389,17 +367,6 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
     }
     return part;
   };
-  auto normalise = [&](Int t, Int b, Int unit) {
-    const float* parts = along + b * pieces;
-    const float mean = std::accumulate(parts, parts + pieces, 0.0f) / G;
-    for (Int g = 0; g < 4; ++g) {
-      float* sum = sums + (t % 2 * B + b) * stride + g * H + unit;
-      const Int at_G = (t * B + b) * G + g * H + unit;
-      const Vec gradient = (Load(sum) - Load(normed_TBG + at_G) * mean) * roots_TB[t * B + b];
-      Store(sum, gradient);
-      Store(dproducts_TBG + at_G, gradient);
-    }
-  };
   // Returns the gradient of h before t from that of what the gates see of it.
   auto unsee = [&](Int t, Int b, Int unit, Vec dh) {
     if (call.mask_BH) dh *= Load(call.mask_BH + b * H + unit);
@@ -409,32 +376,18 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
     }
     return call.Keep(t, b) ? dh : Vec{};
   };
-  auto begin = [&](Int piece, Int units) {
-    float* panel = packed + piece * G * U;
-    const float* from = call.kernel_HG + piece * U * G;
-    for (Int k = 0; k < G; ++k) {
-      for (Int u = 0; u < U; ++u) panel[k * U + u] = u < units ? from[u * G + k] : 0;
-    }
-    for (Int g = piece * U; with_norm && g < G; g += H) std::fill_n(dgain_G + g, units, 0.0f);
-    for (Int row = 0; call.ids_TB && row < N; ++row) {
-      for (Int f = piece * U; f < F; f += H) std::fill_n(drows_NF + row * F + f, units, 0.0f);
-    }
-    for (Int b = 0; b < B; ++b) {
-      std::copy_n(dc_last_BH + b * H + piece * U, units, dc_BH + b * H + piece * U);
-    }
-  };
   // Takes the gradient of h after t - 1 from the products at t, and those of the sums at t - 1
   // from it while it is in the cache.
-  auto propagate = [&](Int t, Int piece, Int units) {
-    float* to = products + piece * B * U;
+  auto propagate = [&](Int t, Int piece) {
+    float* product = products + piece * B * kPanel;
     if (t < T) {
-      Product(B, sums + t % 2 * B * stride, stride, packed + piece * G * U, G, to, U);
+      Product(B, sums + t % 2 * B * stride, stride, panels + piece * G * kPanel, G, product, kPanel);
     }
     for (Int b = 0; b < B; ++b) {
       Vec part = {};
-      for (Int unit = piece * U; unit < piece * U + units; unit += W) {
+      for (Int u = 0, unit = piece * kPanel; u < kPanel; u += W, unit += W) {
         const Vec dh = t == T ? Load(dh_last_BH + b * H + unit)
-                              : unsee(t, b, unit, Load(to + b * U + unit - piece * U));
+                              : unsee(t, b, unit, Load(product + b * kPanel + u));
         if (t > 0) {
           part += differentiate(t - 1, b, unit, dh);
         } else {
@@ -444,24 +397,34 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
       along[b * pieces + piece] = Sum(part);
     }
   };
+
+  std::copy_n(dc_last_BH, B * H, dc_BH);
+  if (with_norm) std::fill_n(dgain_G, G, 0.0f);
+  if (call.ids_TB) std::fill_n(drows_NF, N * F, 0.0f);
   const Int each = with_norm ? 2 : 1;  // phases of a time step
   Team::Run(pool, B * H * G, 1 + each * T, pieces, [&](Int phase, Int piece) {
-    const Int units = std::min(U, H - piece * U), t = T - 1 - (phase - 1) / each;
-    if (phase == 0) begin(piece, units);
-    if (phase == 0 || !with_norm || phase % 2 == 0) {
-      return propagate(phase ? t : T, piece, units);
-    }
+    const Int t = T - phase / each;
+    if (phase % each == 0) return propagate(t, piece);
     for (Int b = 0; b < B; ++b) {
-      for (Int u = 0; u < units; u += W) normalise(t, b, piece * U + u);
+      const float* parts = along + b * pieces;
+      const float root = roots_TB[(t - 1) * B + b];
+      const float mean = std::accumulate(parts, parts + pieces, 0.0f) / G;
+      for (Int u = 0; u < 4 * kPanel; u += W) {
+        const Int column = u / kPanel * H + piece * kPanel + u % kPanel;
+        const Int at_G = ((t - 1) * B + b) * G + column;
+        float* sum = sums + ((t - 1) % 2 * B + b) * stride + column;
+        const Vec gradient = (Load(sum) - Load(normed_TBG + at_G) * mean) * root;
+        Store(sum, gradient);
+        Store(dproducts_TBG + at_G, gradient);
+      }
     }
   });
   return ffi::Error::Success();
 }
 
 template <auto kLoop>
-ffi::Error Guard(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results,
-                 ffi::Span<const Int> sizes, float epsilon) try {
-  return kLoop(pool, args, results, sizes, epsilon);
+ffi::Error Guard(ffi::ThreadPool pool, Args args, Results rets, Sizes sizes, float epsilon) try {
+  return kLoop(pool, args, rets, sizes, epsilon);
 } catch (const std::bad_alloc&) {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "native LSTM: no memory");
 }

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("native.cc")
 COMPILERS = ("c++", "g++", "clang++")
-UNITS = 16  # native.cc takes multiples of it
+PANEL = 32  # columns that native.cc reads together; it takes multiples of it as hidden sizes
 MIN_STEPS = 4  # for fewer time steps, packing the recurrent kernel costs more than it saves
 
 
@@ -84,7 +84,7 @@ def native_lstm(
             num_shards=num_shards,
         )
     hidden_size = carry[0].shape[-1]
-    padded_size = -(-hidden_size // UNITS) * UNITS
+    padded_size = -(-hidden_size // PANEL) * PANEL
     pad = partial(_pad_units, hidden_size, padded_size)
     weights, inputs = fuse_weights(params, inputs, dtype)
     kernel_HG, rows_EF, gain_G = jax.tree.map(pad, weights)
@@ -145,7 +145,7 @@ def _forward_native(
         "Forward",
         shapes,
         (t, b, h, *reversed(rows_NF.shape)),
-        (kernel_HG, ids_TB, keep_TB, mask_BH, gain_G, rows_NF, *carry),
+        (ids_TB, keep_TB, mask_BH, gain_G, _pack_gates(kernel_HG), rows_NF, *carry),
         norm_epsilon,
     )
     local_grads = LocalGrads(*saved) if with_residuals else None
@@ -172,16 +172,28 @@ def _backward_native(residuals: Any, grads: Any) -> tuple[Weights, LayerCarry, j
         "Backward",
         ((t, b, 4 * h), (num_rows, num_columns), gain_shape, (b, h), (b, h)),
         (t, b, h, num_columns, num_rows),
-        (kernel_HG, *options, scale_NH, *saved, hidden_grad_TBH, *carry_grad),
+        (*options, _pack_units(kernel_HG), scale_NH, *saved, hidden_grad_TBH, *carry_grad),
     )
     gated_h_TBH = multiply(steps.h_before_TBH, scale_TBH, mask_BH)
-    kernel_grad_HG = jnp.einsum("tbh,tbg->hg", gated_h_TBH, product_grad_TBG)
+    # In two dimensions: with three, XLA transposes both arrays.
+    kernel_grad_HG = gated_h_TBH.reshape(-1, h).T @ product_grad_TBG.reshape(-1, 4 * h)
     has_rows = rows_EF is not None
     weights_grad = Weights(
         kernel_grad_HG, rows_grad_NF if has_rows else None, None if gain_G is None else gain_grad_G
     )
     inputs_grad = None if has_rows else rows_grad_NF.reshape(t, b, num_columns)
     return weights_grad, (dc_BH, dh_BH), inputs_grad
+
+
+def _pack_gates(kernel_HG: jax.Array) -> jax.Array:
+    """Return panels of i and f, and of g and o, for each PANEL / 2 units: 32 columns of H rows."""
+    h = len(kernel_HG)
+    return kernel_HG.reshape(h, 2, 2, -1, PANEL // 2).transpose(3, 1, 0, 2, 4)
+
+
+def _pack_units(kernel_HG: jax.Array) -> jax.Array:
+    """Return panels of the transposed kernel for each PANEL units: 32 columns of G rows."""
+    return kernel_HG.reshape(-1, PANEL, kernel_HG.shape[1]).swapaxes(1, 2)
 
 
 def _call(
@@ -193,7 +205,7 @@ def _call(
 ) -> Sequence[jax.Array]:
     """Call a handler of native.cc; None becomes an array without elements."""
     load()
-    dtypes = {1: jnp.int32, 2: jnp.bool_}  # of ids_TB and keep_TB
+    dtypes = {0: jnp.int32, 1: jnp.bool_}  # of ids_TB and keep_TB
     arrays = [
         jnp.zeros(0, dtypes.get(i, jnp.float32)) if leaf is None else leaf
         for i, leaf in enumerate(given)

@@ -191,30 +191,30 @@ def test_native_gradient_cannot_be_differentiated():
         jax.jvp(jax.grad(loss), (params,), (params,))
 
 
-FORWARD_SHAPES = [(16, 64), (0,), (0,), (0,), (0,), (7, 64), (3, 16), (3, 16)]
-FORWARD_RESULTS = [(2, 3, 16), (3, 16), (0,), (0,), (0,), (0,), (0,)]
+FORWARD_SHAPES = [(0,), (0,), (0,), (0,), (2, 2, 32, 2, 16), (7, 128), (3, 32), (3, 32)]
+FORWARD_RESULTS = [(2, 3, 32), (3, 32), (0,), (0,), (0,), (0,), (0,)]
 
 
 @pytest.mark.parametrize(
     ("index", "shape", "dtype"),
     [
-        (0, (16, 63), "float32"),
-        (0, (16, 64), "int32"),
-        (1, (2, 4), "int32"),
-        (1, (2, 3), "float32"),
-        (2, (3,), "bool"),
-        (4, (65,), "float32"),
-        (5, (7, 60), "float32"),
-        (5, (6, 64), "float32"),
-        (7, (3, 17), "float32"),
+        (4, (2, 2, 32, 1, 32), "float32"),
+        (4, (2, 2, 32, 2, 16), "int32"),
+        (0, (2, 4), "int32"),
+        (0, (2, 3), "float32"),
+        (1, (3,), "bool"),
+        (3, (129,), "float32"),
+        (5, (7, 120), "float32"),
+        (5, (6, 128), "float32"),
+        (7, (3, 33), "float32"),
     ],
 )
 def test_handler_refuses_wrong_arguments(index, shape, dtype):
     arguments = [jnp.zeros(shape) for shape in FORWARD_SHAPES]
-    arguments[1], arguments[2] = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3), bool)
+    arguments[:2] = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3), bool)
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in FORWARD_RESULTS]
     call = jax.ffi.ffi_call("charlstm_lstm_Forward", results)
-    options = {"sizes": np.array([2, 3, 16, 64, 7]), "epsilon": np.float32(0.1)}
+    options = {"sizes": np.array([2, 3, 32, 128, 7]), "epsilon": np.float32(0.1)}
     call(*arguments, **options)
     arguments[index] = jnp.zeros(shape, dtype)
     with pytest.raises(Exception, match=f"wrong argument {index + 1}"):
@@ -222,7 +222,7 @@ def test_handler_refuses_wrong_arguments(index, shape, dtype):
 
 
 @pytest.mark.parametrize(
-    "sizes", [[2, 3, 16, 64], [2, 3, 15, 60, 7], [2, 3, 16, 65, 7], [-2, 3, 16, 64, 7], [0] * 5]
+    "sizes", [[2, 3, 32, 128], [2, 3, 16, 64, 7], [2, 3, 32, 129, 7], [-2, 3, 32, 128, 7], [0] * 5]
 )
 @pytest.mark.parametrize("name", ["Forward", "Backward"])
 def test_handler_refuses_wrong_sizes(name, sizes):
