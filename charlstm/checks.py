@@ -17,6 +17,13 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
 
 
+def as_float32(value: float) -> float:
+    """Return `value` as compiled programs use it: of float32, with subnormal numbers as 0."""
+    with np.errstate(over="ignore"):
+        rounded = np.float32(value)
+    return 0.0 if abs(rounded) < np.finfo(np.float32).tiny else float(rounded)
+
+
 def check_rate(name: str, value: float) -> None:
     """Raise ValueError unless `value` is at least 0 and less than 1."""
     if not 0 <= value < 1:

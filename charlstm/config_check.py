@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from charlstm.checks import as_float32
 from charlstm.config import base_config, flatten
 from charlstm.errors import UserError
 
@@ -96,6 +97,10 @@ def check_setting(key: str, value: Any) -> None:
         is_valid, allowed = _RULES[key]
         if not is_valid(value):
             raise UserError(f"config.{key}={value}: must be {allowed}")
+        if isinstance(value, float) and not is_valid(as_float32(value)):
+            raise UserError(
+                f"config.{key}={value}: must be {allowed}; in float32 it is {as_float32(value)}"
+            )
 
 
 def validate(config: ConfigDict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # help() then shows names such as TrainStep
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from charlstm.checks import check_choice, check_count, check_ids, check_rate
+from charlstm.checks import as_float32, check_choice, check_count, check_ids, check_rate
 from charlstm.data.vocab import END, Vocab
 from charlstm.lstm.cudnn import cudnn_lstm
 from charlstm.lstm.fused import fused_lstm
@@ -96,8 +97,10 @@ class CharLSTM(nn.Module):
         check_choice("input", self.input, INPUTS)
         check_choice("recurrence", self.recurrence, RECURRENCES)
         check_choice("dtype", getattr(self.dtype, "__name__", str(self.dtype)), DTYPES)
-        if not self.norm_epsilon > 0:
-            raise ValueError(f"norm_epsilon={self.norm_epsilon!r}: must be above 0")
+        if not 0 < as_float32(self.norm_epsilon) < math.inf:
+            raise ValueError(
+                f"norm_epsilon={self.norm_epsilon!r}: must be above 0 and finite in float32"
+            )
         if self.tie_embeddings and self.input != "embed":
             raise ValueError(f"tie_embeddings=True: needs input='embed', not {self.input!r}")
         if self.end_id is not None:

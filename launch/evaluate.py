@@ -28,6 +28,7 @@ import math
 
 from absl import flags
 
+from charlstm.checks import as_float32
 from charlstm.cli import folders, options
 from charlstm.errors import UserError
 
@@ -52,8 +53,8 @@ JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
 def check_flags() -> None:
     """Raise UserError for flags that make no sense."""
     rate = DYNAMIC_RATE.value
-    if rate is not None and not 0 < rate < math.inf:
-        raise UserError(f"--dynamic_rate={rate}: must be a number above 0")
+    if rate is not None and not 0 < as_float32(rate) < math.inf:
+        raise UserError(f"--dynamic_rate={rate}: must be a number above 0, in float32 too")
     if rate is not None and not DYNAMIC.value:
         raise UserError(f"--dynamic_rate={rate}: is for --dynamic, which is not given")
 

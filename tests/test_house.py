@@ -25,7 +25,7 @@ TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 # The modules of the package from the core outwards. Each imports only what stands before it.
 ORDER = """
     errors files system.paths system.tables system.console
-    config config_check checks keys
+    config checks config_check keys
     data.gutenberg data.encoding data.vocab data.cleaning data.find data.sources data.passes
     data.corpus data.batches
     lstm.reference lstm.fused lstm.native lstm.cudnn model optim steps sampling

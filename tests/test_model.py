@@ -307,6 +307,8 @@ def test_a_carry_of_another_size_raises(batch_size, hidden_size, num_layers, rec
         ("dropout_rate", -0.1),
         ("recurrent_dropout", float("nan")),
         ("norm_epsilon", 0.0),
+        ("norm_epsilon", 1e-50),
+        ("norm_epsilon", 1e39),
         ("end_id", V),
         ("end_id", -1),
     ],

@@ -161,6 +161,7 @@ COMMAND_LINE = [
     ("evaluate", "--window=0", "window 0"),
     ("evaluate", "--dynamic --dynamic_rate=0", "--dynamic_rate=0.0 0"),
     ("evaluate", "--dynamic --dynamic_rate=nan", "--dynamic_rate=nan 0"),
+    ("evaluate", "--dynamic --dynamic_rate=1e39", "--dynamic_rate=1e+39 float32"),
     ("evaluate", "--dynamic_rate=1", "--dynamic_rate=1.0 --dynamic"),
     ("evaluate", "--window=99999", "window 99999"),
     ("bench", "--what=stepp", "--what=stepp step"),
