@@ -15,8 +15,12 @@ from charlstm.errors import one_line
 Result = TypeVar("Result")
 
 
-class OrbaxError(Exception):
-    """An error of any type within Orbax, as one line."""
+class OrbaxError(RuntimeError):
+    """An error of any type within Orbax, as one line.
+
+    It is a RuntimeError, since the death of another process may be its reason: processes.joined
+    then waits for the report of that death.
+    """
 
     def __init__(self, error: Exception):
         # TensorStore appends a specification of a thousand characters.
