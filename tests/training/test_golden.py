@@ -4,6 +4,7 @@ import random
 from itertools import accumulate
 
 import numpy as np
+import pytest
 from etils import epath
 
 from charlstm.config import base_config
@@ -41,6 +42,8 @@ def made_up_text(num_chars):
     return "".join(sentences)
 
 
+# test_entropy.py trains the recipe in the ordinary suite.
+@pytest.mark.slow
 def test_default_recipe_learns_a_made_up_text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(made_up_text(300_000), encoding="utf-8")
