@@ -45,9 +45,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # that hold at any optimization level. Modules that check exactness use the flags of users.
 CHEAP = {
     f"test_{name}"
-    for name in "api bench checkpoints console cost documents dynamic folder folders fuzz keys "
-    "launch metrics mistakes model optim optimizers paths plan progress quality runtime sampling "
-    "scaling scoring sharded_step steps surroundings sweep switches".split()
+    for name in "api bench checkpoints console cost documents dynamic faults folder folders fuzz "
+    "keys launch metrics mistakes model optim optimizers paths plan progress quality runtime "
+    "sampling scaling scoring sharded_step steps surroundings sweep switches".split()
 }
 
 

@@ -18,10 +18,9 @@ from charlstm.runs.checkpoints import steps_in
 
 FLAGS = [
     "--config=tiny",
-    "--config.num_steps=24",
+    "--config.num_steps=18",
     "--config.log_every_steps=3",
-    "--config.eval_every_steps=12",
-    "--config.checkpoint_every_steps=12",
+    "--config.eval_every_steps=6",
     "--config.sample.length=40",
     # test_sharding.py trains the other parts of the default recipe.
     "--config.optimizer.learning_rate=2e-3",
@@ -76,6 +75,7 @@ class Processes:
         self.errors = [Path(tempfile.mkdtemp(dir=folder), "out") for _ in range(size)]
         self.processes = []
         for index, path in enumerate(self.errors):
+            path.touch()
             own = flags_of_last if index == size - 1 else []
             where, surroundings = place(port, size, index)
             started = launch.start(
@@ -100,8 +100,15 @@ class Processes:
 
     def wait_for_step(self, workdir, step, seconds=90):
         """Wait until the latest checkpoint has reached `step`."""
+        self._wait_for(lambda: latest_step(workdir) >= step, seconds)
+
+    def wait_for_line(self, index, beginning, seconds=90):
+        """Wait until one process has printed a line with this beginning."""
+        self._wait_for(lambda: f"\n{beginning}" in self.said(index), seconds)
+
+    def _wait_for(self, condition, seconds):
         deadline = time.monotonic() + seconds
-        while latest_step(workdir) < step:
+        while not condition():
             assert time.monotonic() < deadline, self.said(0)
             assert self.processes[0].poll() is None, self.said(0)
             time.sleep(0.05)
@@ -186,12 +193,12 @@ CHEAPLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 def test_two_processes_then_one_train_as_one_device(launch, reference):
     folder, workdir = reference.parent, reference.parent / "two"
     run = Processes(launch, folder, [*FLAGS, *SLOWLY, "--workdir=two"], num_devices=4)
-    run.wait_for_step(workdir, 13)
+    run.wait_for_step(workdir, 7)
     run.processes[1].send_signal(signal.SIGTERM)
     assert run.wait() == [128 + signal.SIGTERM] * 2, run.said(0) + run.said(1)
     assert_stopped(workdir, run.said(0))
     # Both write their shards, and process 0 everything else.
-    parts = {path.name for path in workdir.glob("checkpoints/12/state/ocdbt.process_*")}
+    parts = {path.name for path in workdir.glob("checkpoints/6/state/ocdbt.process_*")}
     assert parts == {"ocdbt.process_0", "ocdbt.process_1"}
     assert "validation" in run.said(0)
     assert "8 x cpu" in run.said(0)
@@ -207,12 +214,14 @@ def test_two_processes_then_one_train_as_one_device(launch, reference):
 
 
 def test_death_of_either_process_ends_the_other(launch, reference):
-    folder, flags = reference.parent, [*FLAGS, "--workdir=tried"]
+    folder, flags = reference.parent, [*FLAGS, *SLOWLY, "--workdir=tried"]
     workdir = folder / "tried"
-    saved = 0
-    for victim in (1, 0):
-        run = Processes(launch, folder, [*flags, *SLOWLY], variables=CHEAPLY)
-        run.wait_for_step(workdir, saved + 2)
+    # Process 1 dies while both train, and process 0 before the first step of the resumed run.
+    for victim, wanted_step in ((1, 2), (0, 0)):
+        saved = latest_step(workdir)
+        run = Processes(launch, folder, flags, variables=CHEAPLY)
+        run.wait_for_step(workdir, wanted_step)
+        run.wait_for_line(0, f"steps: {saved} of 18 done")
         begin = time.monotonic()
         run.processes[victim].kill()
         codes = run.wait()
@@ -221,12 +230,6 @@ def test_death_of_either_process_ends_the_other(launch, reference):
         last = run.said(1 - victim).splitlines()[-1]
         assert last.startswith(f"error: process {victim} of 2 "), run.said(1 - victim)
         assert "Traceback" not in run.said(1 - victim)
-        saved = latest_step(workdir)
-
-    assert saved < 24
-    answer = launch("train", *flags, cwd=folder)  # the reference has compiled its program
-    assert answer.returncode == 0, answer.stderr
-    assert_runs_close(workdir, reference)
 
 
 @pytest.mark.parametrize("place", [by_slurm, by_open_mpi])

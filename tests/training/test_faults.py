@@ -30,8 +30,10 @@ FLAGS = [
     "--config.eval_every_steps=20",
     "--config.checkpoint_every_steps=10",
     "--config.sample.length=40",
-    # One compiled program for any number of steps.
+    # One compiled program for any number of steps, and a plain model.
     "--config.optimizer.schedule=constant",
+    "--config.model.recurrent_rms_norm=false",
+    "--config.model.multiplicative=false",
     "--config.data.path=book.txt",
 ]
 POINTS = "mid_save:10 after_commit:20 before_log:35 torn_log:35 after_log:35 mid_delete:50".split()
@@ -87,7 +89,7 @@ def test_run_killed_at_each_point_ends_with_the_same_bits(launch, reference, tmp
     for point in POINTS:
         killed = launch("../tests/killed_at", point, *flags, cwd=reference.parent)
         assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
-    result = run_command("train", *flags, cwd=reference.parent)
+    result = launch("train", *flags, cwd=reference.parent)
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "run", reference)
 
