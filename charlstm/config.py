@@ -59,9 +59,10 @@ def _data() -> ConfigDict:
 
 def _model() -> ConfigDict:
     model = ConfigDict()
-    # fused: hand-written gradient; native: the same in C++ on a CPU, needs a C++ compiler;
-    # flax: the scanned Flax cell, slower; cudnn: NVIDIA GPUs only.
-    model.recurrence = "fused"
+    # fused: hand-written gradient; native: the same in C++, for one CPU device and float32, needs a
+    # C++ compiler; auto: native where it can run, otherwise fused, and what the run began with when
+    # it is resumed; flax: the scanned Flax cell, slower; cudnn: NVIDIA GPUs only.
+    model.recurrence = "auto"
     # Hidden units of a layer.
     model.hidden_size = 384
     # LSTM layers.

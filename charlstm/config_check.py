@@ -52,7 +52,7 @@ _RULES: dict[str, Rule] = {
     "data.order": _one_of("streams", "windows"),
     "data.state_reset_prob": _fraction(),
     "data.loss_on": _one_of("all", "last"),
-    "model.recurrence": _one_of("fused", "native", "flax", "cudnn"),
+    "model.recurrence": _one_of("auto", "fused", "native", "flax", "cudnn"),
     "model.hidden_size": _count(1),
     "model.num_layers": _count(1),
     "model.dropout_rate": _fraction(),

@@ -17,6 +17,7 @@ from charlstm.data.vocab import END, Vocab
 from charlstm.lstm.cudnn import cudnn_lstm
 from charlstm.lstm.fused import fused_lstm
 from charlstm.lstm.native import native_lstm
+from charlstm.lstm.native_library import choose
 from charlstm.lstm.reference import (
     NORM_EPSILON,
     LayerCarry,
@@ -194,10 +195,23 @@ def hidden_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Arra
 
 
 def model_from_config(config: ConfigDict, vocab: Vocab) -> CharLSTM:
-    """Return the model that `config.model` describes, for the characters of `vocab`."""
+    """Return the model that `config.model` describes, for the characters of `vocab`.
+
+    With recurrence='auto' it has the fastest for one device: 'native', which has first derivatives
+    only, if it can run here, otherwise 'fused'.
+    """
+    config = with_recurrence(config)
     has_documents = config.data.document_separator and END in vocab.characters
     end_id = vocab.characters.index(END) if has_documents else None
     return CharLSTM(vocab_size=len(vocab), end_id=end_id, **config.model.to_dict())
+
+
+def with_recurrence(config: ConfigDict, num_devices: int = 1) -> ConfigDict:
+    """Return a copy of `config` with 'native' or 'fused' in place of model.recurrence='auto'."""
+    config = config.copy_and_resolve_references()
+    if config.model.recurrence == "auto":
+        config.model.recurrence = choose(config.model.dtype, num_devices)
+    return config
 
 
 def predict(

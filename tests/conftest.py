@@ -13,9 +13,10 @@ from unittest.mock import patch
 # As in the launchers: the result of LAPACK depends on the number of its threads.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["KERAS_BACKEND"] = "jax"
-# All processes of a session, workers and launchers included, share one compilation cache.
+# All processes of a session, workers and launchers included, share the caches of compiled programs.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="charlstm-tests-")
+    os.environ["CHARLSTM_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
@@ -105,13 +106,12 @@ def _compile_cheaply(request):
 
 @pytest.fixture(scope="session")
 def native_library():
-    """Load native.cc, compiled for this session; skip the test where there is no C++ compiler."""
-    from charlstm.lstm import native
+    """Load native.cc; skip the test where there is no C++ compiler."""
+    from charlstm.lstm import native_library
 
-    if not any(map(shutil.which, native.COMPILERS)):
-        pytest.skip(f"found none of the compilers {native.COMPILERS}")
-    with patch.dict(os.environ, {"CHARLSTM_CACHE": os.environ["JAX_COMPILATION_CACHE_DIR"]}):
-        native.load()
+    if not any(map(shutil.which, native_library.COMPILERS)):
+        pytest.skip(f"found none of the compilers {native_library.COMPILERS}")
+    native_library.load()
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ ORDER = """
     config checks config_check keys
     data.gutenberg data.encoding data.vocab data.cleaning data.find data.sources data.passes
     data.corpus data.batches
-    lstm.reference lstm.fused lstm.native lstm.cudnn model optim steps sampling
+    lstm.reference lstm.fused lstm.native_library lstm.native lstm.cudnn model optim steps sampling
     parallel.sharding parallel.native_output parallel.processes
     runs.plots runs.metrics runs.folder runs.checksums runs.orbax_calls runs.checkpoints
     planning.cost runs.machine

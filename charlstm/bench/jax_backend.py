@@ -15,7 +15,7 @@ from charlstm.bench.entropy import Source
 from charlstm.config import base_config
 from charlstm.data import batches
 from charlstm.data.corpus import open_corpus
-from charlstm.model import CharLSTM, zero_carry
+from charlstm.model import CharLSTM, with_recurrence, zero_carry
 from charlstm.optim import averaged_params, make_optimizer, make_schedule
 from charlstm.sampling import make_sampler
 
@@ -26,14 +26,15 @@ def build(name: str, case: cases.Case) -> cases.Call:
     """Return the work of `case`.
 
     'charlstm' is a plain LSTM with the fused gradient, 'flax' the same with the Flax cell;
-    'default' has the model and the optimizer of the default recipe.
+    'default' has the model and the optimizer of the default recipe, and the recurrence that
+    default_recurrence names.
     """
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     settings: dict[str, Any] = {"recurrence": "flax" if name == "flax" else "fused"}
     if name == "default":
         config = base_config()
         optimizer = make_optimizer(config, make_schedule(config, num_steps=10_000))
-        settings = config.model.to_dict()
+        settings = with_recurrence(config).model.to_dict()
     settings |= {"hidden_size": case.hidden_size, "num_layers": case.num_layers}
     model = CharLSTM(case.vocab_size, **settings)
     state = steps.init_state(model, optimizer, jax.random.key(0), case.batch_size)
@@ -62,6 +63,11 @@ def build(name: str, case: cases.Case) -> cases.Call:
     return call
 
 
+def default_recurrence() -> str:
+    """Return the recurrence of the recipes on this machine, whose configs say 'auto'."""
+    return with_recurrence(base_config()).model.recurrence
+
+
 def train(
     settings: dict[str, Any], checkpoints: cases.Checkpoints, source: Source | None = None
 ) -> list[dict[str, float]]:
@@ -69,7 +75,7 @@ def train(
 
     The text is that of `source`, or else at config.data.path.
     """
-    config = ConfigDict(settings)
+    config = with_recurrence(ConfigDict(settings))
     if source is None:
         text = open_corpus(config.data, config.data.path)
         source = Source(text.source, text.ids_M, len(text.vocab))

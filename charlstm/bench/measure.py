@@ -235,9 +235,10 @@ def measure_entropy(settings: Settings) -> Measurement:
         with timing.open_processes(["jax"]) as processes:
             task = "jax_backend.train", config.to_dict(), Checkpoints(time.time()), source
             last = processes["jax"].submit(timing.call, *task).result()[-1]
+            recurrence = processes["jax"].submit(timing.call, timing.DEFAULT_RECURRENCE).result()
         excess = last["bits_per_char"] / source.entropy_rate - 1
         about = {"source": source.name, "entropy_rate": source.entropy_rate, "excess": excess}
-        results.append(about | last)
+        results.append(about | last | {"recurrence": recurrence})
     return Measurement(results)
 
 
@@ -258,8 +259,8 @@ def recipes(text: str, with_keras: bool) -> dict[str, ConfigDict]:
 def measure_recipes(text: str, seconds: float, with_keras: bool) -> list[dict[str, Any]]:
     """Train the recipes for at most `seconds` each, one after another, and return the results.
 
-    The seconds count from the start of a new process without compiled programs to a checkpoint,
-    and exclude its scoring. `default_seconds` are those at which the default recipe reached the
+    The seconds count from the start of a new process without compiled programs, apart from
+    native.cc, to a checkpoint, and exclude its scoring. `default_seconds` are those at which the default recipe reached the
     final bits per character of this one, if they predict the same characters.
     """
     results: list[dict[str, Any]] = []
@@ -273,6 +274,10 @@ def measure_recipes(text: str, seconds: float, with_keras: bool) -> list[dict[st
         ):
             task = f"{backend}_backend.train", config.to_dict(), checkpoints
             points, error = timing.try_run(name, processes[backend], timing.call, *task)
+            if backend == "jax":
+                ask = timing.call, timing.DEFAULT_RECURRENCE
+                recurrence, _ = timing.try_run(name, processes[backend], *ask)
+                config.model.recurrence = recurrence or "auto"
         result = {"recipe": name, "config": config.to_dict(), "points": points or []}
         results.append(result)
         if error:

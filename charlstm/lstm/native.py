@@ -1,32 +1,20 @@
 """The recurrence of fused_lstm with its loops over time in C++, for float32 on a CPU.
 
-native.cc is compiled on the user's machine when a program first needs it. Programs that cannot run
-it contain the loops of fused_lstm instead: see _is_supported and _is_local.
+native_library compiles native.cc when a program first needs it. Programs that cannot run it contain
+the loops of fused_lstm instead: see _is_supported and _is_local.
 """
 
-import hashlib
-import logging
 import math
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
-from ctypes import CDLL
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
-from filelock import FileLock
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from charlstm.errors import UserError, one_line
 from charlstm.lstm.fused import (
     LocalGrads,
     Weights,
@@ -38,13 +26,9 @@ from charlstm.lstm.fused import (
     multiply,
     scale_of,
 )
+from charlstm.lstm.native_library import load
 from charlstm.lstm.reference import NORM_EPSILON, LayerCarry, Params, are_integers
-from charlstm.system.paths import cache_folder
 
-logger = logging.getLogger(__name__)
-
-SOURCE = Path(__file__).with_name("native.cc")
-COMPILERS = ("c++", "g++", "clang++")
 PANEL = 32  # columns that native.cc reads together; it takes multiples of it as hidden sizes
 MIN_STEPS = 4  # for fewer time steps, packing the recurrent kernel costs more than it saves
 
@@ -284,69 +268,3 @@ _loop_p.def_abstract_eval(
 mlir.register_lowering(_loop_p, mlir.lower_fun(partial(_run, 1), multiple_results=True))
 mlir.register_lowering(_loop_p, _lower_on_cpu, platform="cpu")
 batching.primitive_batchers[_loop_p] = _map_loop
-
-
-# --- the library ---
-
-
-@cache
-def load() -> None:
-    """Register native.cc with JAX, and compile it first unless the user's cache has it.
-
-    Raises:
-      UserError: if there is no C++ compiler, or it fails.
-    """
-    library = CDLL(str(_build()))
-    for name in "Forward", "Backward":
-        capsule = jax.ffi.pycapsule(getattr(library, f"Lstm{name}"))
-        jax.ffi.register_ffi_target(f"charlstm_lstm_{name}", capsule, platform="cpu")
-
-
-def is_available() -> bool:
-    """Return whether native_lstm can run, with native.cc or, on other platforms, without."""
-    try:
-        if jax.default_backend() == "cpu":
-            load()
-    except UserError:
-        return False
-    return True
-
-
-def _build() -> Path:
-    """Return the compiled library for this source, jaxlib, compiler and CPU."""
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise UserError(
-            f"config.model.recurrence=native: found none of the compilers {', '.join(COMPILERS)}; "
-            "install one, or use fused"
-        )
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    target = "-march=native" if is_x86 else "-mcpu=native"
-    # The predefined macros name the compiler's version and the CPU's instructions.
-    macros = _run_compiler([compiler, target, "-dM", "-E", "-x", "c++", os.devnull])
-    content = SOURCE.read_bytes() + jaxlib.__version__.encode() + macros
-    folder = cache_folder() / "native"
-    library = folder / f"lstm-{hashlib.sha256(content).hexdigest()[:20]}.so"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        if not library.exists():
-            logger.info(f"compiling the native LSTM once, with {compiler}")
-            flags = ["-std=c++17", "-O3", target, "-ffp-contract=fast", "-shared", "-fPIC"]
-            paths = [f"-I{jax.ffi.include_dir()}", str(SOURCE)]
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                output = Path(temporary) / library.name
-                _run_compiler([compiler, *flags, *paths, "-o", str(output)])
-                output.replace(library)
-    return library
-
-
-def _run_compiler(command: list[str]) -> bytes:
-    try:
-        return subprocess.run(command, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        lines = getattr(error, "stderr", b"").decode(errors="replace").splitlines()
-        detail = next((line for line in lines if "error" in line), str(error))
-        raise UserError(
-            f"config.model.recurrence=native: the compiler {command[0]} fails: {one_line(detail)}; "
-            "install a working one, or use fused"
-        ) from error

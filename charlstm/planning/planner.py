@@ -104,7 +104,9 @@ def plan(
     setup = _with_config(setup, rules.with_length(setup.run.config, num_steps, num_evaluations))
     timing.start_training(setup)  # leaves the compiled program in the cache for train.py
     costs = _all_costs(setup, stages, loading) | _accelerator(setup, chips)
-    return Plan(setup.run.config, rules.proposed_settings(setup.run.config, config), costs)
+    proposed = setup.run.config.copy_and_resolve_references()
+    proposed.model.recurrence = config.model.recurrence  # train.py chooses again
+    return Plan(proposed, rules.proposed_settings(proposed, config), costs)
 
 
 def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
@@ -198,6 +200,7 @@ def _counted(setup: Setup) -> dict[str, Any]:
         "vocabulary": vocab_size,
         "layers": config.model.num_layers,
         "hidden_size": config.model.hidden_size,
+        "recurrence": config.model.recurrence,
         "batch_size": config.batch_size,
         "seq_len": config.seq_len,
         "parameters": cost.count_params(config, vocab_size),

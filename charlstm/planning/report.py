@@ -28,7 +28,7 @@ def _counted(costs: Mapping[str, Any]) -> dict[str, str]:
         "text": costs["text"],
         "training characters": f"{costs['training_characters']:,}",
         "vocabulary": f"{costs['vocabulary']:,}",
-        "model": f"{costs['layers']} x {costs['hidden_size']} LSTM",
+        "model": f"{costs['layers']} x {costs['hidden_size']} LSTM ({costs['recurrence']})",
         "parameters": f"{costs['parameters']:,}",
         "flops per character": f"{costs['forward_flops_per_char']:,}",
         "flops per trained character": f"{costs['training_flops_per_char']:,}",

@@ -16,7 +16,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from charlstm.errors import DamagedError, RunError, UserError
 from charlstm.files import check_readable, is_local, plain_path
-from charlstm.lstm import native
+from charlstm.lstm import native_library
 from charlstm.model import CharLSTM, model_from_config
 from charlstm.optim import averaged_params, make_optimizer, make_schedule
 from charlstm.parallel import processes
@@ -241,7 +241,8 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
     """
     run = load_run(epath.Path(given_path(os.fspath(workdir))))
     model = model_from_config(run.config, run.vocab)
-    if model.recurrence == "cudnn" or (model.recurrence == "native" and not native.is_available()):
+    needs_compiler = model.recurrence == "native"
+    if model.recurrence == "cudnn" or (needs_compiler and not native_library.is_available()):
         model = model.clone(recurrence="fused")
     optimizer = make_optimizer(run.config, make_schedule(run.config, num_steps=1))
     make_state = partial(init_state, model, optimizer, batch_size=run.config.batch_size)

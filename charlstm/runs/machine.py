@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from charlstm.errors import UserError
-from charlstm.lstm import native
+from charlstm.lstm import native_library
 from charlstm.planning import cost
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def check_backend(config: ConfigDict) -> None:
             "be resumed exactly; unset JAX_THREEFRY_PARTITIONABLE"
         )
     if config.model.recurrence == "native" and jax.default_backend() == "cpu":
-        native.load()
+        native_library.load()
     if config.model.recurrence == "cudnn" and jax.default_backend() != "gpu":
         raise UserError(
             "config.model.recurrence=cudnn: needs an NVIDIA GPU, but the backend of JAX is "

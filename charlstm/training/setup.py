@@ -13,7 +13,8 @@ from charlstm.data.batches import Streams, Windows, evaluation_batches, split, t
 from charlstm.data.corpus import Corpus, open_corpus
 from charlstm.data.sources import PYTHON_MANUAL
 from charlstm.errors import OccupiedError, UserError
-from charlstm.model import CharLSTM, model_from_config
+from charlstm.lstm.native_library import runs_on
+from charlstm.model import CharLSTM, model_from_config, with_recurrence
 from charlstm.parallel.sharding import describe, make_mesh
 from charlstm.runs.folder import (
     Run,
@@ -86,9 +87,12 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
     run: Run | None = None
     changes: list[str] = []
     if has_run(workdir):
-        run, changes = adapt_run(load_run(workdir), config)
+        run = load_run(workdir)
+        config = keep_recurrence(config, run, mesh)
+        run, changes = adapt_run(run, config)
     else:
         check_free(workdir)
+        config = with_recurrence(config, mesh.size)
     # A run that fell back to Python's manual keeps it, even if the default book is now available.
     is_manual = run and not config.data.path and run.text.source == PYTHON_MANUAL
     with status("reading the text"):
@@ -113,6 +117,35 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
         run = Run(workdir, config, corpus.vocab, text, prompts, machine, default_prng_impl())
     model = model_from_config(config, corpus.vocab).clone(num_shards=mesh.size)
     return Setup(run, mesh, model, batches, val_batches, num_steps)
+
+
+def keep_recurrence(config: ConfigDict, run: Run, mesh: Mesh) -> ConfigDict:
+    """Return a copy of `config` with the recurrence of `run` in place of 'auto'.
+
+    Another one would give the same up to rounding, but not the same bits.
+
+    Raises:
+      UserError: if it needs a compiler or a GPU that is missing.
+    """
+    config = config.copy_and_resolve_references()
+    if config.model.recurrence != "auto":
+        return config
+    config.model.recurrence = run.config.model.recurrence
+    if config.model.recurrence == "native" and not runs_on(mesh.size):
+        logger.warning(
+            "the run began with config.model.recurrence=native, which runs as fused on %s: it "
+            "continues, but not with the same bits",
+            describe(mesh),
+        )
+    else:
+        try:
+            check_backend(config)
+        except UserError as error:
+            raise UserError(
+                f"{run.workdir}: began with {error}: --config.model.recurrence=fused continues the "
+                "run, the same up to rounding"
+            ) from error
+    return config
 
 
 def open_run_text(run: Run, remedy: str, may_fetch: bool = True) -> Corpus:
@@ -176,8 +209,8 @@ def log_setup(setup: Setup, step: int, num_params: int) -> None:
         "total vocabulary": text.vocabulary,
         "training on": f"{text.training_characters:,} characters",
         "validating on": f"{text.validation_characters:,} characters",
-        "model": f"{run.config.model.num_layers} x {run.config.model.hidden_size} LSTM, "
-        f"{num_params:,} parameters",
+        "model": f"{run.config.model.num_layers} x {run.config.model.hidden_size} LSTM "
+        f"({run.config.model.recurrence}), {num_params:,} parameters",
         "devices": describe(setup.mesh),
         "steps": f"{step:,} of {setup.num_steps:,} done, "
         f"{setup.batches.steps_per_epoch:,} per epoch",
