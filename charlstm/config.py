@@ -59,9 +59,8 @@ def _data() -> ConfigDict:
 
 def _model() -> ConfigDict:
     model = ConfigDict()
-    # fused: hand-written gradient; native: the same in C++, for one CPU device and float32, needs a
-    # C++ compiler; auto: native where it can run, otherwise fused, and what the run began with when
-    # it is resumed; flax: the scanned Flax cell, slower; cudnn: NVIDIA GPUs only.
+    # fused: hand-written gradient; native: the same in C++, for float32 on one CPU device; auto:
+    # native if it can run, else fused; flax: the scanned Flax cell, slower; cudnn: NVIDIA GPUs.
     model.recurrence = "auto"
     # Hidden units of a layer.
     model.hidden_size = 384

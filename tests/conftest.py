@@ -114,6 +114,20 @@ def native_library():
     native_library.load()
 
 
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path) -> Path:
+    """Hide compilers and what has been compiled; return the only folder in PATH, which is empty."""
+    from charlstm.lstm import native_library
+
+    monkeypatch.setattr(native_library, "_load", native_library._load.__wrapped__)
+    native_library._log_once.cache_clear()
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("CHARLSTM_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def book() -> str:
     """Return a made-up text of 6,000 characters with words, lines and capitals."""

@@ -10,7 +10,6 @@ from helpers import SUM_ORDER, assert_close, assert_equal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lstm_numpy import draw_case, draw_ids, singles
 
-from charlstm.errors import UserError
 from charlstm.lstm import native
 from charlstm.lstm.fused import fused_lstm
 from charlstm.lstm.native import native_lstm
@@ -232,18 +231,3 @@ def test_handler_refuses_wrong_sizes(name, sizes):
         jax.block_until_ready(
             call(*map(jnp.zeros, FORWARD_SHAPES), sizes=np.array(sizes), epsilon=np.float32(0.1))
         )
-
-
-def test_missing_compiler_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"^config.model.recurrence=native: .* c\+\+.* fused$"):
-        native.load.__wrapped__()
-
-
-def test_failing_compiler_is_one_line(monkeypatch, tmp_path):
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho 'fatal error: no space' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"^config.model.recurrence=native: .*no space.* fused$"):
-        native.load.__wrapped__()
