@@ -259,9 +259,10 @@ def recipes(text: str, with_keras: bool) -> dict[str, ConfigDict]:
 def measure_recipes(text: str, seconds: float, with_keras: bool) -> list[dict[str, Any]]:
     """Train the recipes for at most `seconds` each, one after another, and return the results.
 
-    The seconds count from the start of a new process without compiled programs, apart from
-    native.cc, to a checkpoint, and exclude its scoring. `default_seconds` are those at which the default recipe reached the
-    final bits per character of this one, if they predict the same characters.
+    The seconds count from the start of a new process without compiled programs (a machine compiles
+    native.cc only once) to a checkpoint, and exclude its scoring. `default_seconds` are those at
+    which the default recipe reached the final bits per character of this one, if they predict the
+    same characters.
     """
     results: list[dict[str, Any]] = []
     for name, config in recipes(text, with_keras).items():

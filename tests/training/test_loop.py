@@ -22,7 +22,7 @@ from helpers import (
 from charlstm.data.batches import Streams
 from charlstm.errors import RunError, UserError
 from charlstm.files import lock_folder
-from charlstm.lstm import native
+from charlstm.lstm import native_library
 from charlstm.model import model_from_config
 from charlstm.optim import make_schedule
 from charlstm.runs.checkpoints import Checkpoints, load_model, steps_in
@@ -443,7 +443,7 @@ def test_damaged_run_file_is_an_error(finished, tmp_path, name, content, message
 
 @pytest.mark.parametrize("recurrence", ["cudnn", "native"])
 def test_run_that_cannot_run_here_is_loaded_as_fused(recurrence, book_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(native_library, "is_available", lambda: False)
     config = small_config(book_path, **PLAIN | {"model.recurrence": "fused"})
     run = untrained_run(config, tmp_path / "run")
     fused = model_from_config(run.config, run.vocab)
