@@ -133,7 +133,8 @@ def _run_compiler(command: list[str]) -> bytes:
         ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         lines = getattr(error, "stderr", b"").decode(errors="replace").splitlines()
-        detail = next((line for line in lines if "error" in line), str(error))
+        # The linker reports a full disk as 'failed'.
+        detail = next((x for x in lines if "error" in x or "failed" in x), str(error))
         raise UserError(
             f"the compiler {command[0]} fails: {one_line(detail)}; install a working one"
         ) from error
