@@ -5,14 +5,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import SUM_ORDER, assert_close, assert_equal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lstm_numpy import draw_case, draw_ids, singles
 
+from charlstm.data.batches import Batch
 from charlstm.lstm import native
 from charlstm.lstm.fused import fused_lstm
 from charlstm.lstm.native import native_lstm
+from charlstm.model import CharLSTM
+from charlstm.steps import init_state, make_train_step, make_train_steps
 
 pytestmark = pytest.mark.usefixtures("native_library", "cheaply")
 
@@ -79,6 +83,27 @@ def test_native_threads_do_not_change_bits():
     first = run()
     for _ in range(3):
         assert_equal(run(), first)
+
+
+def test_training_losses_match_fused(book):
+    # Adam divides by small gradients, which enlarges rounding errors; the limit allows for that.
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(2e-3))
+    characters, ids_M = np.unique(list(book), return_inverse=True)
+    ids_SBT = ids_M[: 14 * 8 * 51].reshape(14, 8, 51)
+    ids_SBT = np.tile(ids_SBT, (15, 1, 1))[:200]
+    weights_SBT, reset_SB = np.ones((200, 8, 50), np.float32), np.zeros((200, 8), bool)
+    batches = Batch(ids_SBT[..., :-1], ids_SBT[..., 1:], weights_SBT, reset_SB)
+
+    def losses(recurrence):
+        options = {"multiplicative": True, "recurrent_rms_norm": True, "recurrence": recurrence}
+        model = CharLSTM(len(characters), hidden_size=32, **options)
+        state = init_state(model, optimizer, jax.random.key(0), 8)
+        train_steps = jax.jit(make_train_steps(make_train_step(model, optimizer)))
+        return train_steps(state, jax.tree.map(jnp.asarray, batches), 200)[1]["loss"]
+
+    found, wanted = losses("native"), losses("fused")
+    assert wanted[-1] < 0.9 * wanted[0]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
 
 def test_native_matches_fused_under_scan_and_vmap():
