@@ -47,7 +47,6 @@ class Residuals(NamedTuple):
     ids_TB: jax.Array | None  # None where the inputs are preactivations
     scale_TBH: jax.Array | None  # None where it is looked up by id, or there is none
     keep_TB: jax.Array | None
-    h_before_TBH: jax.Array
     local_grads: LocalGrads
     normed: Any  # (normalised product_TBG, inverse_rms_TB1), or None without RMS norm
 
@@ -157,11 +156,10 @@ def differentiable(scan: Callable[..., Any], backward: Callable[..., Any]) -> Ca
         last_carry, (hidden_TBH, local_grads, normed) = scan(
             norm_epsilon, True, weights, carry, inputs, keep_TB, mask_BH
         )
-        h_before_TBH = mask_rows(jnp.concatenate([carry[1][None], hidden_TBH[:-1]]), keep_TB)
         ids_TB = inputs if are_integers(inputs) else None
         scale_TBH = None if are_integers(inputs) else scale_of(inputs, hidden_TBH.shape[-1])
-        residuals = Residuals(ids_TB, scale_TBH, keep_TB, h_before_TBH, local_grads, normed)
-        return (last_carry, hidden_TBH), (weights, mask_BH, residuals)
+        steps = Residuals(ids_TB, scale_TBH, keep_TB, local_grads, normed)
+        return (last_carry, hidden_TBH), (weights, carry[1], hidden_TBH, mask_BH, steps)
 
     def pull(norm_epsilon: float, residuals: Any, grads: Any) -> tuple[Any, ...]:
         del norm_epsilon  # inverse_rms contains it
@@ -229,16 +227,17 @@ def multiply(h_XH: jax.Array, *factors: jax.Array | None) -> jax.Array:
 
 def backward_scan(residuals: Any, grads: Any) -> tuple[Weights, LayerCarry, jax.Array | None]:
     """Return the gradients of the weights, the carry, and the inputs where they are no ids."""
-    weights, mask_BH, steps = residuals
+    weights, h0_BH, hidden_TBH, mask_BH, steps = residuals
     carry_grad, hidden_grad_TBH = grads
-    num_steps, batch_size = steps.h_before_TBH.shape[:2]
+    h_before_TBH = mask_rows(jnp.concatenate([h0_BH[None], hidden_TBH[:-1]]), steps.keep_TB)
+    num_steps, batch_size = hidden_TBH.shape[:2]
     length = _chunk_length(num_steps, batch_size)
     # In chunks, to store the preactivations' gradients of a few time steps only.
     chunks = jax.tree.map(
         lambda leaf_T: leaf_T.reshape(num_steps // length, length, *leaf_T.shape[1:]),
-        (hidden_grad_TBH, steps),
+        (hidden_grad_TBH, h_before_TBH, steps),
     )
-    zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, steps.h_before_TBH.dtype), weights)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, hidden_TBH.dtype), weights)
     (carry_grad, weights_grad), inputs_grad = jax.lax.scan(
         partial(_chunk_back, weights, mask_BH), (carry_grad, zeros), chunks, reverse=True
     )
@@ -252,25 +251,25 @@ def _chunk_back(
     weights: Weights,
     mask_BH: jax.Array | None,
     grads: tuple[LayerCarry, Weights],
-    chunk: tuple[jax.Array, Residuals],
+    chunk: tuple[jax.Array, jax.Array, Residuals],
 ) -> tuple[tuple[LayerCarry, Weights], jax.Array | None]:
     """Go back over the t time steps of a chunk, and add to the gradients of the weights.
 
     Also return the gradient of the inputs, preact_grad_tBF, where they are preactivations.
     """
     carry_grad, (kernel_grad_HG, rows_grad_EF, gain_grad_G) = grads
-    hidden_grad_tBH, steps = chunk
+    hidden_grad_tBH, h_before_tBH, steps = chunk
     kernel_HG, rows_EF, gain_G = weights
     hidden_size, dtype = len(kernel_HG), kernel_HG.dtype
     if rows_EF is not None and (scale_EH := scale_of(rows_EF, hidden_size)) is not None:
         steps = steps._replace(scale_TBH=scale_EH[steps.ids_TB])
     step_back = partial(_step_back, kernel_HG.T, gain_G, mask_BH)
     carry_grad, preact_grad_tBF = jax.lax.scan(
-        step_back, carry_grad, (hidden_grad_tBH, steps), reverse=True
+        step_back, carry_grad, (hidden_grad_tBH, h_before_tBH, steps), reverse=True
     )
     sums_grad_tBG = preact_grad_tBF[..., : 4 * hidden_size]
     product_grad_tBG = _product_grad(sums_grad_tBG, gain_G, steps.normed)
-    gated_h_tBH = multiply(steps.h_before_TBH, steps.scale_TBH, mask_BH)
+    gated_h_tBH = multiply(h_before_tBH, steps.scale_TBH, mask_BH)
     # One product over the rows of many time steps is faster than one per step.
     kernel_grad_HG += jnp.einsum(
         "tbh,tbg->hg",
@@ -295,11 +294,11 @@ def _step_back(
     gain_G: jax.Array | None,
     mask_BH: jax.Array | None,
     carry_grad: LayerCarry,
-    step: tuple[jax.Array, Residuals],
+    step: tuple[jax.Array, jax.Array, Residuals],
 ) -> tuple[LayerCarry, jax.Array]:
     """Return the gradients of the carry before one time step and of its preactivations."""
     dc_BH, dh_BH = carry_grad
-    hidden_grad_BH, (_, scale_BH, keep_B, h_before_BH, local_grads, normed) = step
+    hidden_grad_BH, h_before_BH, (_, scale_BH, keep_B, local_grads, normed) = step
     by_sums_BG, dh_by_dc_BH, dc_by_c_before_BH = local_grads
     dh_BH = dh_BH + hidden_grad_BH
     dc_BH = dc_BH + dh_BH * dh_by_dc_BH

@@ -322,12 +322,14 @@ ffi::Error Backward(ffi::ThreadPool pool, Args args, Results results, Sizes size
   const Int T = call.T, B = call.B, H = call.H, G = call.G, F = call.F, N = call.N;
   const Int pieces = H / kPanel;
   const float* panels = call.In({pieces, G, kPanel});
-  const float *scale_NH = call.In({N, H}, true), *h_before_TBH = call.In({T, B, H});
+  const float *scale_NH = call.In({N, H}, true), *h0_BH = call.In({B, H});
+  const float* hidden_TBH = call.In({T, B, H});
   const float *by_sums_TBG = call.In({T, B, G}), *dh_by_dc_TBH = call.In({T, B, H});
   const float *dc_by_c_TBH = call.In({T, B, H}), *normed_TBG = call.In({T, B, G}, true);
   const float *roots_TB = call.In({T, B, 1}, true), *dhidden_TBH = call.In({T, B, H});
   const float *dc_last_BH = call.In({B, H}), *dh_last_BH = call.In({B, H});
-  float *dproducts_TBG = call.Out({T, B, G}), *drows_NF = call.Out({N, F});
+  float *seen_TBH = call.Out({T, B, H}), *dproducts_TBG = call.Out({T, B, G});
+  float* drows_NF = call.Out({N, F});
   float *dgain_G = call.Out({G}, true), *dc_BH = call.Out({B, H}), *dh_BH = call.Out({B, H});
   const bool with_norm = call.gain_G;
   call.Expect((F > G) == (scale_NH != nullptr), "scale");
@@ -367,14 +369,19 @@ ffi::Error Backward(ffi::ThreadPool pool, Args args, Results results, Sizes size
     }
     return part;
   };
-  // Returns the gradient of h before t from that of what the gates see of it.
+  // Writes what the gates at t see of h; returns the gradient of h from that of what they see.
   auto unsee = [&](Int t, Int b, Int unit, Vec dh) {
-    if (call.mask_BH) dh *= Load(call.mask_BH + b * H + unit);
+    const Int at = b * H + unit;
+    const bool keeps = call.Keep(t, b);
+    const Vec h = !keeps ? Vec{} : Load(at + (t > 0 ? hidden_TBH + (t - 1) * B * H : h0_BH));
+    Vec factor = Vec{} + 1;
+    if (call.mask_BH) factor = Load(call.mask_BH + at);
     if (scale_NH) {
-      add_to_row(t, b, G + unit, dh * Load(h_before_TBH + (t * B + b) * H + unit));
-      dh *= Load(scale_NH + call.Row(t, b) * H + unit);
+      add_to_row(t, b, G + unit, dh * factor * h);
+      factor *= Load(scale_NH + call.Row(t, b) * H + unit);
     }
-    return call.Keep(t, b) ? dh : Vec{};
+    Store(seen_TBH + t * B * H + at, h * factor);
+    return keeps ? dh * factor : Vec{};
   };
   // Takes the gradient of h after t - 1 from the products at t, and those of the sums at t - 1
   // from it while it is in the cache.

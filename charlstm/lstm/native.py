@@ -23,7 +23,6 @@ from charlstm.lstm.fused import (
     forward_scan,
     fuse_weights,
     fused_lstm,
-    multiply,
     scale_of,
 )
 from charlstm.lstm.native_library import load
@@ -139,33 +138,28 @@ def _forward_native(
 
 def _backward_native(residuals: Any, grads: Any) -> tuple[Weights, LayerCarry, jax.Array | None]:
     """Return what backward_scan returns."""
-    (kernel_HG, rows_EF, gain_G), mask_BH, steps = residuals
+    (kernel_HG, rows_EF, gain_G), h0_BH, hidden_TBH, mask_BH, steps = residuals
     carry_grad, hidden_grad_TBH = grads
-    t, b, h = hidden_grad_TBH.shape
-    if rows_EF is None:
-        scale_TBH = steps.scale_TBH
-        scale_NH = None if scale_TBH is None else scale_TBH.reshape(-1, h)
-        num_rows, num_columns = t * b, 4 * h if scale_TBH is None else 5 * h
-    else:
-        (num_rows, num_columns), scale_NH = rows_EF.shape, scale_of(rows_EF, h)
-        scale_TBH = None if scale_NH is None else scale_NH[steps.ids_TB]
-    gain_shape = (0 if gain_G is None else 4 * h,)
-    options = steps.ids_TB, steps.keep_TB, mask_BH, gain_G
-    saved = steps.h_before_TBH, *steps.local_grads, *(steps.normed or (None, None))
-    product_grad_TBG, rows_grad_NF, gain_grad_G, dc_BH, dh_BH = _call(
-        "Backward",
-        ((t, b, 4 * h), (num_rows, num_columns), gain_shape, (b, h), (b, h)),
-        (t, b, h, num_columns, num_rows),
-        (*options, _pack_units(kernel_HG), scale_NH, *saved, hidden_grad_TBH, *carry_grad),
-    )
-    gated_h_TBH = multiply(steps.h_before_TBH, scale_TBH, mask_BH)
-    # In two dimensions: with three, XLA transposes both arrays.
-    kernel_grad_HG = gated_h_TBH.reshape(-1, h).T @ product_grad_TBG.reshape(-1, 4 * h)
+    t, b, h = hidden_TBH.shape
     has_rows = rows_EF is not None
+    scale_NH = scale_of(rows_EF, h) if has_rows else steps.scale_TBH
+    scale_NH = None if scale_NH is None else scale_NH.reshape(-1, h)
+    rows_shape = rows_EF.shape if has_rows else (t * b, (4 if scale_NH is None else 5) * h)
+    gain_shape = (0 if gain_G is None else 4 * h,)
+    options = steps.ids_TB, steps.keep_TB, mask_BH, gain_G, _pack_units(kernel_HG), scale_NH
+    saved = h0_BH, hidden_TBH, *steps.local_grads, *(steps.normed or (None, None))
+    seen_TBH, product_grad_TBG, rows_grad_NF, gain_grad_G, dc_BH, dh_BH = _call(
+        "Backward",
+        ((t, b, h), (t, b, 4 * h), rows_shape, gain_shape, (b, h), (b, h)),
+        (t, b, h, *reversed(rows_shape)),
+        (*options, *saved, hidden_grad_TBH, *carry_grad),
+    )
+    # In two dimensions: with three, XLA transposes both arrays.
+    kernel_grad_HG = seen_TBH.reshape(-1, h).T @ product_grad_TBG.reshape(-1, 4 * h)
     weights_grad = Weights(
         kernel_grad_HG, rows_grad_NF if has_rows else None, None if gain_G is None else gain_grad_G
     )
-    inputs_grad = None if has_rows else rows_grad_NF.reshape(t, b, num_columns)
+    inputs_grad = None if has_rows else rows_grad_NF.reshape(t, b, -1)
     return weights_grad, (dc_BH, dh_BH), inputs_grad
 
 
