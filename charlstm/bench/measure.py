@@ -187,8 +187,8 @@ def measure_loop(settings: Settings) -> Measurement:
 def run_training(case: Case, text: Path, num_steps: int) -> tuple[float, float]:
     """Run launch/train.py with the sizes of `case`; return its seconds and its peak MiB.
 
-    Called in a new process, whose only child is the command. The run folder and the caches of
-    compiled programs and texts lie beside `text`.
+    Called in a new process, whose only child is the command. The run folder and the cache of
+    compiled programs lie beside `text`.
     """
     flags = [
         f"--workdir={tempfile.mkdtemp(dir=text.parent)}",
@@ -198,8 +198,7 @@ def run_training(case: Case, text: Path, num_steps: int) -> tuple[float, float]:
         f"--config.seq_len={case.seq_len}",
         f"--config.model.hidden_size={case.hidden_size}",
     ]
-    caches = {"CHARLSTM_CACHE": "cache", "JAX_COMPILATION_CACHE_DIR": "compiled"}
-    environment = os.environ | {name: str(text.with_name(cache)) for name, cache in caches.items()}
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(text.with_name("compiled"))}
     command = [sys.executable, f"{streams.LAUNCH}/train.py", *flags]
     begin = time.perf_counter()
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -37,7 +37,7 @@ class FakeProcess:
         if function.__name__ == self.fails_at:
             answer.set_exception(ModuleNotFoundError("No module named 'torch'"))
         else:
-            values = {"build": 1.5, "time_round": 0.25, "peak_mib": 100.0}
+            values = {"build": 1.5, "time_round": 0.25, "peak_mib": 100.0, "call": "native"}
             answer.set_result(values.get(function.__name__))
         return answer
 
@@ -52,6 +52,14 @@ def test_rounds_alternate_in_reversed_order():
     assert [name for name, request in log if request == "time_round"] == list("abccbaabc")
     assert {name for name, request in log[:3]} == set("abc")
     assert [result["ms"] for result in results] == [[250.0] * 3] * 3
+
+
+def test_result_of_the_default_recipe_names_its_recurrence():
+    processes = {name: FakeProcess(name, []) for name in ("charlstm", "default")}
+    ours, default = timing.time_interleaved(processes, CASE, rounds=1, round_seconds=0.1)
+    assert "recurrence" not in ours
+    assert default["recurrence"] == "native"
+    assert timing.call(timing.DEFAULT_RECURRENCE) in ("native", "fused")
 
 
 @pytest.mark.parametrize("request_name", ["build", "calibrate", "time_round", "peak_mib"])
