@@ -1,7 +1,5 @@
 """native_library: the choice of the recurrence, and a machine that cannot compile native.cc."""
 
-import logging
-
 import jax
 import pytest
 
@@ -19,10 +17,6 @@ def write_compiler(folder, script):
     path.chmod(0o755)
 
 
-def reasons(caplog):
-    return [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
-
-
 @pytest.mark.usefixtures("native_library")
 def test_auto_is_native_for_float32_on_one_cpu():
     config = with_recurrence(base_config())
@@ -33,7 +27,7 @@ def test_auto_is_native_for_float32_on_one_cpu():
 
 @pytest.mark.parametrize(("dtype", "num_devices"), [("bfloat16", 1), ("float32", 2)])
 def test_auto_is_fused_for_what_native_cannot_run(dtype, num_devices, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO", "charlstm")
     assert native_library.choose(dtype, num_devices) == "fused"
     assert not caplog.records
 
@@ -51,9 +45,9 @@ def test_named_recurrence_stays(name, no_compiler):
 
 
 def test_without_a_compiler_auto_is_fused_with_one_line(no_compiler, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO", "charlstm")
     assert [native_library.choose("float32") for _ in range(2)] == ["fused"] * 2
-    (line,) = reasons(caplog)
+    (line,) = caplog.messages
     assert all(part in line for part in ("=fused", "c++, g++, clang++", "install"))
     with pytest.raises(UserError, match=r"^config.model.recurrence=native: .* c\+\+.* fused$"):
         native_library.load()
@@ -61,10 +55,10 @@ def test_without_a_compiler_auto_is_fused_with_one_line(no_compiler, caplog):
 
 
 def test_failing_compiler_makes_auto_fused_with_one_line(no_compiler, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO", "charlstm")
     write_compiler(no_compiler, "echo 'fatal error: no space' >&2; exit 1")
     assert native_library.choose("float32") == "fused"
-    (line,) = reasons(caplog)
+    (line,) = caplog.messages
     assert f"{no_compiler}/c++" in line
     assert "no space" in line
     with pytest.raises(UserError, match=r"^config.model.recurrence=native: .*no space.* fused$"):
@@ -73,13 +67,13 @@ def test_failing_compiler_makes_auto_fused_with_one_line(no_compiler, caplog):
 
 @pytest.mark.parametrize("file", ["cache", "cache/native"])
 def test_unusable_cache_makes_auto_fused_with_one_line(file, no_compiler, tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO", "charlstm")
     write_compiler(no_compiler, "exit 0")
     path = tmp_path / file
     path.parent.mkdir(exist_ok=True)
     path.touch()  # where a folder has to be
     assert native_library.choose("float32") == "fused"
-    (line,) = reasons(caplog)
+    (line,) = caplog.messages
     assert str(tmp_path / "cache/native") in line
     assert "CHARLSTM_CACHE" in line
     with pytest.raises(UserError, match=r"^config.model.recurrence=native: .* fused$"):
@@ -87,9 +81,9 @@ def test_unusable_cache_makes_auto_fused_with_one_line(file, no_compiler, tmp_pa
 
 
 def test_damaged_library_makes_auto_fused_with_one_line(no_compiler, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO", "charlstm")
     # The compiler writes a text in place of a library.
     write_compiler(no_compiler, "for last; do :; done; case $last in *.so) echo x > $last;; esac")
     assert native_library.choose("float32") == "fused"
-    (line,) = [line for line in reasons(caplog) if "compiling" not in line]
+    (line,) = [line for line in caplog.messages if "compiling" not in line]
     assert "cannot be written or loaded" in line

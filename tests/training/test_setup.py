@@ -35,7 +35,7 @@ def config(book_path):
     [({}, "native"), ({"mesh.data": 4}, "fused"), ({"model.dtype": "bfloat16"}, "fused")],
 )
 def test_config_json_has_the_chosen_recurrence(changes, wanted, book_path, workdir, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "charlstm")
     config = small_config(book_path, **changes)
     setup = prepare(config, workdir)
     workdir.mkdir()
@@ -59,7 +59,7 @@ def test_without_a_compiler_a_run_is_that_of_fused(no_compiler, config, book_pat
 @pytest.mark.parametrize("began_with", ["fused", "flax"])
 def test_resumed_run_keeps_its_recurrence(began_with, config, workdir, caplog):
     begin(config, workdir, recurrence=began_with)
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "charlstm")
     setup = prepare(config, workdir)
     assert setup.model.recurrence == setup.run.config.model.recurrence == began_with
     assert not caplog.records
@@ -69,7 +69,7 @@ def test_resumed_run_keeps_its_recurrence(began_with, config, workdir, caplog):
 def test_resumed_run_takes_a_given_recurrence(given, config, workdir, caplog):
     begin(config, workdir, recurrence="flax")
     config.model.recurrence = given
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "charlstm")
     assert prepare(config, workdir).model.recurrence == given
     (line,) = caplog.messages
     assert f"model.recurrence is 'flax' there and '{given}' here" in line
@@ -78,7 +78,7 @@ def test_resumed_run_takes_a_given_recurrence(given, config, workdir, caplog):
 def test_native_run_on_several_devices_goes_on(no_compiler, config, workdir, caplog):
     begin(config, workdir, recurrence="native")
     config.mesh.data = 4
-    caplog.set_level("WARNING")
+    caplog.set_level("WARNING", "charlstm")
     assert prepare(config, workdir).run.config.model.recurrence == "native"
     (line,) = caplog.messages
     assert all(part in line for part in ("=native", "fused", "cpu:0, cpu:1", "not with the same"))
