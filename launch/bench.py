@@ -12,9 +12,11 @@ quality   seconds to a number of held-out bits per character: the default recipe
           the tutorial in Keras, each for at most --minutes (quality.png)
 
 Without --what all but quality. Each backend has a process of its own, and rounds alternate between
-backends. 'charlstm' and 'flax' are plain LSTMs, 'default' is the default recipe. Tables go to
-stdout, all results to DIR/bench.json. --quick takes small sizes and few rounds, and leaves out
-growth and entropy. torch and keras come with pip install -e '.[peers]'.
+backends. 'charlstm', 'fused' and 'flax' are plain LSTMs with the default and two other recurrences,
+'default' is the default recipe, 'products' a large matrix product with as many operations as those
+of 'charlstm', which limits its speed. Tables go to stdout, all results to DIR/bench.json. --quick
+takes small sizes and few rounds, and leaves out growth and entropy. torch and keras come with
+pip install -e '.[peers]'.
 """
 
 import os

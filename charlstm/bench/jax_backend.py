@@ -17,22 +17,28 @@ from charlstm.data import batches
 from charlstm.data.corpus import open_corpus
 from charlstm.model import CharLSTM, with_recurrence, zero_carry
 from charlstm.optim import averaged_params, make_optimizer, make_schedule
+from charlstm.planning import cost
 from charlstm.sampling import make_sampler
 
+PRODUCT_SIZE = 1024  # columns of the matrices of 'products'
 CALL_STEPS = 10  # training steps between two looks at the clock
 
 
 def build(name: str, case: cases.Case) -> cases.Call:
     """Return the work of `case`.
 
-    'charlstm' is a plain LSTM with the fused gradient, 'flax' the same with the Flax cell;
-    'default' has the model and the optimizer of the default recipe, and the recurrence that
-    default_recurrence names.
+    'charlstm' is a plain LSTM with the recurrence that default_recurrence names, 'fused' and 'flax'
+    are the same with others; 'default' has the model and the optimizer of the default recipe.
+    'products' is a single large matrix product with as many operations as those of 'charlstm'.
     """
+    config = base_config()
+    if name == "products":
+        return large_product(config, case)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-    settings: dict[str, Any] = {"recurrence": "flax" if name == "flax" else "fused"}
-    if name == "default":
-        config = base_config()
+    settings: dict[str, Any] = {"recurrence": name}
+    if name == "charlstm":
+        settings = {"recurrence": default_recurrence()}
+    elif name == "default":
         optimizer = make_optimizer(config, make_schedule(config, num_steps=10_000))
         settings = with_recurrence(config).model.to_dict()
     settings |= {"hidden_size": case.hidden_size, "num_layers": case.num_layers}
@@ -66,6 +72,23 @@ def build(name: str, case: cases.Case) -> cases.Call:
 def default_recurrence() -> str:
     """Return the recurrence of the recipes on this machine, whose configs say 'auto'."""
     return with_recurrence(base_config()).model.recurrence
+
+
+def large_product(config: ConfigDict, case: cases.Case) -> cases.Call:
+    """Return a product of matrices that takes as long as those of a plain LSTM at best."""
+    sizes = {"hidden_size": case.hidden_size, "num_layers": case.num_layers}
+    config.model.update(sizes | {"multiplicative": False})
+    flops = cost.flops_per_char(config, case.vocab_size) * case.characters
+    flops *= 3 if case.task == "train" else 1  # forward, and two gradients
+    num_rows = -(-flops // (2 * PRODUCT_SIZE**2))
+    matrices = jnp.ones((num_rows, PRODUCT_SIZE)), jnp.ones((PRODUCT_SIZE, PRODUCT_SIZE))
+    multiply = jax.jit(jnp.matmul)
+
+    def call() -> float:
+        multiply(*matrices).block_until_ready()
+        return 0.0  # there is no loss
+
+    return call
 
 
 def train(

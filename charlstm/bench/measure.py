@@ -37,11 +37,21 @@ SECTIONS = ("step", "growth", "generate", "evaluate", "loop", "entropy", "qualit
 TARGETS = (2.5, 2.3, 2.2, 2.1, 2.0)  # bits per character
 SPACING = 1.1  # least ratio of the elapsed seconds of two checkpoints
 OURS = ("charlstm", "flax", "default")
+ONLY_STEP = ("fused", "products")
 HELD_OUT_CHARS = 85_000  # read by evaluate
 GENERATED_CHARS = 200
 LAYERS = (1, 2, 4)
-# (B, T, H) of training steps; all other sections use the first.
-SHAPES = ((16, 100, 256), (32, 50, 256), (128, 100, 256), (64, 64, 512), (32, 64, 512))
+# (B, T, H) of training steps; other sections use the first, that of the default recipe.
+SHAPES = (
+    (8, 100, 384),
+    (16, 64, 640),
+    (16, 100, 256),
+    (32, 50, 256),
+    (128, 100, 256),
+    (32, 64, 512),
+    (64, 64, 512),
+    (16, 64, 1024),
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,7 @@ def measure_speed(what: str, settings: Settings, baselines: Sequence[str]) -> Me
         ],
         "evaluate": [base._replace(task="evaluate", num_windows=windows)],
     }[what]
-    names = [*OURS, *baselines]
+    names = [*OURS, *(ONLY_STEP if what == "step" else ()), *baselines]
     if what in ("growth", "evaluate"):  # Keras compiles for long, and cannot evaluate streams
         names = [name for name in names if name != "keras"]
     pace = settings.rounds, settings.round_seconds

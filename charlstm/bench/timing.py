@@ -141,8 +141,8 @@ def time_interleaved(
         order.reverse()  # no backend always follows the same one
     memory = {name: {"value": values[name], "peak_mib": run(name, peak_mib)} for name in processes}
     metrics = summarize({n: s for n, s in seconds.items() if n not in errors}, case)
-    if "default" in memory:
-        memory["default"]["recurrence"] = run("default", call, DEFAULT_RECURRENCE)
+    for name in {"charlstm", "default"} & memory.keys():
+        memory[name]["recurrence"] = run(name, call, DEFAULT_RECURRENCE)
     about = {"case": str(case), "sizes": case._asdict()}
     found = {
         name: {"error": errors[name]} if name in errors else metrics[name] | memory[name]
