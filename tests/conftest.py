@@ -37,7 +37,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # No deadline: the first example compiles.
-settings.register_profile("default", deadline=None)
+settings.register_profile("default", deadline=None, max_examples=50)
 settings.register_profile("long", deadline=None, max_examples=2000)
 settings.load_profile("default")
 
@@ -48,7 +48,7 @@ CHEAP = {
     f"test_{name}"
     for name in "api bench checkpoints console cost documents dynamic faults folder folders fuzz "
     "keys launch metrics mistakes model optim optimizers paths plan progress quality runtime "
-    "sampling scaling scoring sharded_step steps surroundings sweep switches".split()
+    "sampling scaling scoring sharded_step sharding steps surroundings sweep switches".split()
 }
 
 

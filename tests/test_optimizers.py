@@ -18,7 +18,6 @@ contrib = optax.contrib
 
 # They differ in the kind of state or in the arguments of update.
 OPTIMIZERS = {
-    "adafactor": optax.adafactor(0.1),
     "apply_if_finite of MultiSteps": optax.apply_if_finite(
         optax.MultiSteps(optax.adam(0.1), every_k_schedule=2).gradient_transformation(), 3
     ),
@@ -34,7 +33,6 @@ OPTIMIZERS = {
     "inject_hyperparams of adam in bfloat16": optax.inject_hyperparams(
         optax.adam, static_args="mu_dtype"
     )(learning_rate=0.1, mu_dtype=jnp.bfloat16),
-    "muon": contrib.muon(0.1),
     "polyak_sgd": optax.polyak_sgd(),
     "sam": contrib.sam(optax.adam(0.1), optax.chain(contrib.normalize(), optax.sgd(0.05))),
     "schedule_free_adamw": contrib.schedule_free_adamw(0.1),
@@ -70,20 +68,6 @@ def test_line_search_evaluates_with_fixed_dropout_masks(params):
     # With other masks at each evaluation the search would compare different functions.
     losses = run(optax.lbfgs(), params, model=CharLSTM(V, H, dropout_rate=0.1))
     assert losses[-1] < 0.5 * losses[0]
-
-
-def wrapped_sophia():
-    sophia = contrib.sophia(0.05)
-
-    def update(grads, state, params, *, value_fn, **_):
-        return sophia.update(grads, state, params, obj_fn=value_fn)
-
-    return optax.GradientTransformationExtraArgs(sophia.init, update)
-
-
-def test_a_wrapper_passes_the_loss_to_sophia(params):
-    losses = run(wrapped_sophia(), params)
-    assert losses[-1] < 0.7 * losses[0]
 
 
 @pytest.mark.parametrize(

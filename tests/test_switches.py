@@ -58,11 +58,12 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
-@pytest.mark.parametrize("model", KINDS, ids=["fused", "flax", "scaled"])
-def test_training_evaluation_and_sampling_keep_float32(model, switch):
+@pytest.mark.parametrize(
+    ("kind", "switch"), [(0, "enable_x64"), (0, "strict"), (1, "enable_x64"), (2, "strict")]
+)
+def test_training_evaluation_and_sampling_keep_float32(kind, switch):
+    model, is_first = KINDS[kind], kind == 0
     key, init = jax.random.key(0), partial(init_state, model, OPTIMIZER, batch_size=B)
-    is_first = model is KINDS[0]
     with SWITCHES[switch]():
         # Eager, as users call it, in one case; compiling the single operations takes long.
         state = init(key) if is_first else jax.jit(init)(key)
@@ -82,12 +83,11 @@ def test_training_evaluation_and_sampling_keep_float32(model, switch):
     assert 0 < result["loss"] < 2 * np.log(V)
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_dynamic_evaluation_keeps_float32(switch):
+def test_dynamic_evaluation_keeps_float32_with_x64():
     model = KINDS[0]
     init = jax.jit(partial(init_state, model, OPTIMIZER, batch_size=1))
     params = init(jax.random.key(0)).params
-    with SWITCHES[switch]():
+    with jax.enable_x64(True):
         anchor = make_anchor(model, params, [IDS_M[:10], IDS_M[10:20]])
         moved = adapt(model, anchor, IDS_M)
     assert {leaf.dtype for leaf in jax.tree.leaves(moved)} == {jnp.dtype("float32")}

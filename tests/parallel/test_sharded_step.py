@@ -119,9 +119,8 @@ def test_each_device_draws_its_own_dropout_masks(micro_batches):
     assert_close(found.params, moved, SUM_ORDER)
 
 
-@pytest.mark.parametrize("recurrence", ["fused", "flax"])
-def test_own_gradient_with_zero_carry_works_under_shard_map(recurrence):
-    model, ids_BT = make_model(recurrence=recurrence), unequal_batch().inputs_BT
+def test_own_gradient_with_zero_carry_works_under_shard_map():
+    model, ids_BT = make_model(), unequal_batch().inputs_BT
     params = initial_state(model).params
 
     def loss(params, ids_BT):
@@ -134,11 +133,10 @@ def test_own_gradient_with_zero_carry_works_under_shard_map(recurrence):
     assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("method", ["carry", "window"])
-def test_sampler_under_shard_map_continues_each_prompt(method):
+def test_sampler_under_shard_map_continues_each_prompt():
     model, prompt_BP = make_model(), unequal_batch().inputs_BT
     params = initial_state(model).params
-    sampler = make_sampler(model, 5, method=method, seq_len=3)
+    sampler = make_sampler(model, 5)
     options = {"key": jax.random.key(0), "temperature": 0.0}
     mapped = jax.shard_map(
         lambda params, prompt_BP: sampler(params, prompt_BP, **options),

@@ -39,10 +39,10 @@ def config_of(book_path, num_devices, **changes):
     config = base_config()
     settings = {
         "data.path": str(book_path),
-        "num_steps": 50,
+        "num_steps": 20,
         "batch_size": 16,
         "seq_len": 24,
-        "eval_every_steps": 25,
+        "eval_every_steps": 10,
         "log_every_steps": 1,
         "model.hidden_size": 32,
         "model.recurrent_dropout": 0.1,
@@ -75,11 +75,10 @@ def test_eight_devices_train_as_one(on_one_device, tmp_path):
     assert_runs_close(tmp_path / "run", reference)
 
 
-@pytest.mark.usefixtures("cheaply")
 def test_first_steps_of_cautious_optimizer_agree():
     config = config_of("", NUM_DEVICES, **{"optimizer.name": "cautious_adamw"})
     optimizer = make_optimizer(config, make_schedule(config, 6))
-    model = CharLSTM(vocab_size=20, hidden_size=8, recurrent_rms_norm=True)
+    model = CharLSTM(vocab_size=20, hidden_size=8)
     batches = Streams(np.random.default_rng(0).integers(0, 20, 1000), batch_size=16, seq_len=8)
     losses = []
     for number in (1, NUM_DEVICES):
@@ -99,10 +98,10 @@ def test_run_resumes_on_other_devices(on_one_device, tmp_path):
     reference, path = on_one_device
     num_logged = [0]
     for number in (8, 1):
-        assert not train(config_of(path, number), tmp_path / "run", stop_after(11))
+        assert not train(config_of(path, number), tmp_path / "run", stop_after(6))
         num_logged.append(len(series(tmp_path / "run", "train/loss")))
     assert num_logged == sorted(set(num_logged))
-    assert num_logged[-1] < 50
+    assert num_logged[-1] < 20
     assert train(config_of(path, 8), tmp_path / "run")
     assert_runs_close(tmp_path / "run", reference)
 
@@ -179,6 +178,7 @@ def computations_with_all_reduce(num_shards, batch_size, **options):
     return found
 
 
+# Little optimization leaves the passes that combine or move all-reduces.
 @pytest.mark.parametrize(("view", "num_layers"), [("one_hot", 2), ("embed", 1)])
 def test_train_step_has_two_all_reduces_outside_loops(view, num_layers):
     # The number of counted characters, and the loss together with all gradients.
@@ -187,5 +187,5 @@ def test_train_step_has_two_all_reduces_outside_loops(view, num_layers):
 
 
 def test_without_num_shards_all_reduces_are_in_a_loop():
-    found = computations_with_all_reduce(1, 1024, num_layers=2)
-    assert len([name for name in found if name != "ENTRY"]) >= 2
+    found = computations_with_all_reduce(1, 1024)
+    assert len([name for name in found if name != "ENTRY"]) >= 1
