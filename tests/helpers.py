@@ -110,10 +110,10 @@ def abstract_state_of(run):
     return jax.eval_shape(make_state, run.key(0))
 
 
-def untrained_run(config, workdir):
-    """Return a run with a checkpoint of step 0 and made-up weights, without compiling anything."""
+def untrained_run(config, workdir, steps=(0,)):
+    """Return a run with checkpoints of `steps` and made-up weights, without compiling anything."""
     run = prepare(config, epath.Path(workdir)).run
-    run.workdir.mkdir(parents=True)
+    run.workdir.mkdir(parents=True, exist_ok=True)
     write_run(run)
 
     def make_up(leaf):
@@ -123,7 +123,9 @@ def untrained_run(config, workdir):
 
     state = jax.tree.map(make_up, abstract_state_of(run)._replace(key=()))
     with closing(Checkpoints(run.workdir)) as checkpoints:
-        checkpoints.save(state._replace(key=run.key(config.seed)), asdict(Counters()), 1.0)
+        for step in steps:
+            saved = state._replace(step=np.int32(step), key=run.key(config.seed))
+            checkpoints.save(saved, asdict(Counters()), 1.0)
     return run
 
 

@@ -1,14 +1,18 @@
+import math
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import SUM_ORDER, assert_close, assert_equal
+from helpers import SUM_ORDER, assert_close, assert_equal, small_config, untrained_run
 
 from charlstm import Batch, CharLSTM, init_state, zero_carry
 from charlstm.data.batches import Streams
+from charlstm.errors import UserError
+from charlstm.evaluation import measure
 from charlstm.evaluation.dynamic import (
     CLIP_NORM,
     FLOOR,
@@ -136,3 +140,14 @@ def test_zero_rate_and_full_decay_give_the_anchor_or_no_change(model, params, te
         state = DynamicState(moved, zero_carry(model, 1))
         state, _ = dynamic_step(model, 0.0, decay, Anchor(params, ones), state, batch)
         assert_close(state.params, wanted, SUM_ORDER)
+
+
+def test_diverging_dynamic_evaluation_is_an_error(model, params, book_path, tmp_path, monkeypatch):
+    run = untrained_run(small_config(book_path), tmp_path / "run")
+    held_out = measure.open_held_out(run, "", "error", False)
+    nothing = lambda *arguments: None  # noqa: E731
+    monkeypatch.setattr(measure.dynamic, "make_anchor", nothing)
+    monkeypatch.setattr(measure, "run_batches", nothing)
+    monkeypatch.setattr(measure, "sum_losses", lambda *arguments: SimpleNamespace(loss=math.nan))
+    with pytest.raises(UserError, match=r"--dynamic_rate=1000000\.0: .* lower"):
+        measure._measure_dynamic(run, model, params, held_out, 1e6, 2.0)

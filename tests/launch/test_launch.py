@@ -125,10 +125,12 @@ def test_stream_ends_silently_if_its_reader_ends(trained):
 def test_terminal_gets_control_characters_only_with_raw(tmp_path, book):
     (tmp_path / "book.txt").write_text("\x1b[31m" + book, encoding="utf-8")
     untrained_run(small_config(tmp_path / "book.txt"), tmp_path / "runs" / "tiny-book")
-    command = command_of("sample", "--workdir=runs/tiny-book", "--prompt=\x1b[31mso", "--length=1")
-    for flags, wanted in (([], rb"\x1b[31mso"), (["--raw"], b"\x1b[31mso")):
+    flags = ["--workdir=runs/tiny-book", "--prompt=\x1b[31mso", "--length=1"]
+    for more, wanted in (([], rb"\x1b[31mso"), (["--raw"], b"\x1b[31mso")):
         ours, theirs = os.openpty()
-        subprocess.run([*command, *flags], cwd=tmp_path, stdout=theirs, check=True, timeout=60)
+        terminal = {"out": os.ttyname(theirs), "err": os.devnull}
+        process = warm_launcher().start("sample", *flags, *more, cwd=tmp_path, **terminal)
+        assert process.wait() == 0
         os.close(theirs)
         shown = os.read(ours, 1000)
         os.close(ours)

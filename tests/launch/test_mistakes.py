@@ -10,10 +10,13 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
+from importlib import import_module
 
 import pytest
 import zstandard
 from conftest import ROOT
+from helpers import untrained_run
 from launching import TINY, WarmLauncher, command_of
 
 from charlstm.runs.folder import _checksum, _sha256
@@ -46,56 +49,19 @@ def check(answer, facts, folder, before):
 COMMAND_LINE = [
     ("train", "--config=tuturial", "--config=tuturial tutorial"),
     ("train", "--config=", "--config= configs/ default"),
-    ("train", "--config=.", "--config=. configs/"),
     ("train", "--config=none.py", "--config=none.py configs/"),
     ("train", "--config.batchsize=3", "config.batchsize batch_size"),
     ("train", "--config.hidden_size=3", "config.hidden_size model.hidden_size"),
     ("train", "--config.xyzzy=1", "config.xyzzy batch_size model.hidden_size"),
     ("train", "--config.model=1", "config.model model.input"),
     ("train", "--config.batch_size=1e3", "config.batch_size=1e3 number"),
-    ("train", "--config.batch_size=many", "config.batch_size=many number"),
     ("train", "--config.batch_size=", "config.batch_size= number"),
     ("train", "--config.batch_size", "config.batch_size= number"),
-    ("train", "--config.batch_size=-8", "config.batch_size=-8 1"),
     ("train", "--config.batch_size=0", "config.batch_size=0 1"),
-    ("train", "--config.batch_size=3000000000", "config.batch_size=3000000000 1 2147483647"),
-    ("train", "--config.seq_len=0", "config.seq_len=0 1"),
-    ("train", "--config.num_epochs=0", "config.num_epochs=0 1"),
-    ("train", "--config.num_steps=-1", "config.num_steps=-1 0"),
-    ("train", "--config.log_every_steps=0", "config.log_every_steps=0 1"),
-    ("train", "--config.seed=-1", "config.seed=-1 0"),
     ("train", "--config.data.lowercase=maybe", "config.data.lowercase=maybe true false"),
-    ("train", "--config.data.val_fraction=1", "config.data.val_fraction=1.0 0"),
     ("train", "--config.data.order=random", "config.data.order=random streams windows"),
-    (
-        "train",
-        "--config.data.loss_on=last",
-        "config.data.loss_on=last config.data.order=windows all",
-    ),
-    ("train", "--config.model.dropout_rate=1.5", "config.model.dropout_rate=1.5 0 1"),
-    ("train", "--config.model.input=bytes", "config.model.input=bytes one_hot embed scaled"),
-    ("train", "--config.model.dtype=float16", "config.model.dtype=float16 float32 bfloat16"),
-    ("train", "--config.model.recurrence=gru", "config.model.recurrence=gru fused flax cudnn"),
     ("train", "--config.model.num_layers=two", "config.model.num_layers=two number"),
     ("train", "--config.optimizer.learning_rate=nan", "config.optimizer.learning_rate=nan 0"),
-    (
-        "train",
-        "--config.optimizer.learning_rate=fast",
-        "config.optimizer.learning_rate=fast number",
-    ),
-    ("train", "--config.optimizer.learning_rate=-1", "config.optimizer.learning_rate=-1.0 0"),
-    (
-        "train",
-        "--config.optimizer.name=sgd",
-        "config.optimizer.name=sgd adam adamw cautious_adamw keras_adam",
-    ),
-    (
-        "train",
-        "--config.optimizer.schedule=step",
-        "config.optimizer.schedule=step constant cosine linear",
-    ),
-    ("train", "--config.data.min_count=0", "config.data.min_count=0 1"),
-    ("train", "--config.data.max_val_chars=-1", "config.data.max_val_chars=-1 0"),
     (
         "train",
         "--config.model.tie_embeddings",
@@ -108,18 +74,9 @@ COMMAND_LINE = [
     ),
     (
         "train",
-        "--config.model.recurrence=cudnn",
-        "config.model.multiplicative=True config.model.recurrence=cudnn fused",
-    ),
-    (
-        "train",
         "--config.optimizer.name=adam",
         "config.optimizer.weight_decay config.optimizer.name=adamw",
     ),
-    ("train", "--config.optimizer.clip_norm=inf", "config.optimizer.clip_norm=inf 0"),
-    ("train", "--config.sample.top_p=0", "config.sample.top_p=0.0 0 1"),
-    ("train", "--config.sample.temperature=-1", "config.sample.temperature=-1.0 0"),
-    ("train", "--config.sample.method=beam", "config.sample.method=beam carry window"),
     ("train", "--wrokdir=x", "wrokdir workdir"),
     ("train", "--workdir", "workdir"),
     ("train", "--flagfile=flags.txt", "config.batch_size=0 1"),
@@ -135,54 +92,38 @@ COMMAND_LINE = [
     ("sample", "--temprature=1", "temprature temperature"),
     ("sample", "--temperature=warm", "temperature warm"),
     ("sample", "--temperature=-1", "--temperature=-1.0 0"),
-    ("sample", "--temperature=nan", "--temperature=nan 0"),
-    ("sample", "--top_k=-1", "--top_k=-1 0"),
     ("sample", "--top_p=1.5", "--top_p=1.5 0 1"),
-    ("sample", "--length=0", "--length=0 1"),
     ("sample", "--length=ten", "length ten"),
-    ("sample", "--num_samples=0", "num_samples 0"),
     ("sample", "--num_samples=100000000", "num_samples=100000000 10000000"),
-    ("sample", "--seed=-1", "seed -1"),
     ("sample", "--checkpoint=worst", "checkpoint worst best latest"),
-    ("sample", "--method=beam", "method beam carry window"),
-    ("sample", "--unknown=ignore", "unknown ignore drop"),
     ("sample", "--stream --num_samples=2", "--num_samples=2 --stream"),
     ("sample", "--prompt=a --prompt_file=b", "--prompt --prompt_file"),
     ("sample", "--words=none.txt", "--words=none.txt --check"),
     ("sample", "--check --words=none.txt", "--words=none.txt UTF-8"),
     ("sample", "--prompt_file=none.txt", "--prompt_file=none.txt UTF-8"),
     ("sample", "--prompt_file=latin1.txt", "--prompt_file=latin1.txt UTF-8 iconv CP1252"),
-    ("sample", "--prompt_file=empty.txt", "--prompt_file=empty.txt"),
     ("sample", "--prompt_file=/dev/zero", "--prompt_file=/dev/zero 67,108,864"),
     ("sample", "--prompt_file=.", "--prompt_file=. directory UTF-8"),
     ("sample", "--seed=4294967296", "seed=4294967296 4294967295"),
-    ("sample", "--seed=18446744073709551616", "seed=18446744073709551616 4294967295"),
     ("evaluate", "--jsn", "jsn json"),
     ("evaluate", "--window=0", "window 0"),
     ("evaluate", "--dynamic --dynamic_rate=0", "--dynamic_rate=0.0 0"),
-    ("evaluate", "--dynamic --dynamic_rate=nan", "--dynamic_rate=nan 0"),
     ("evaluate", "--dynamic --dynamic_rate=1e39", "--dynamic_rate=1e+39 float32"),
     ("evaluate", "--dynamic_rate=1", "--dynamic_rate=1.0 --dynamic"),
     ("evaluate", "--window=99999", "window 99999"),
     ("bench", "--what=stepp", "--what=stepp step"),
     ("bench", "--shapes=32x50", "--shapes=32x50 BxTxH"),
     ("plan", "--minutes=0", "--minutes=0.0 0"),
-    ("plan", "--minutes=1e308", "--minutes=1e+308 0 525,600"),
-    ("plan", "--seconds=inf", "seconds inf"),
     ("bench", "--what=quality --minutes=1e308", "--minutes=1e+308 0 525,600"),
-    ("plan", "--minutes=nan", "--minutes=nan 0"),
     ("plan", "--minutes=ten", "minutes ten"),
     ("plan", "--minutes=2 --seconds=0", "--seconds=0 --minutes"),
     ("plan", "--seconds=-1", "seconds -1"),
     ("plan", "--chips=v5e", "--chips=v5e NAME:NUMBER v5e:256 v4"),
-    ("plan", "--chips=v9:4", "--chips=v9:4 NAME:NUMBER v4"),
     ("plan", "--chips=v5e:0", "--chips=v5e:0 NAME:NUMBER"),
     ("plan", "--chips=v5e:17", "--chips=v5e:17 config.batch_size=8"),
-    ("plan", "--config.batch_size=0", "config.batch_size=0 1"),
     ("scaling", "--chip=v9", "chip v9 v5e"),
     ("scaling", "--devices=0", "devices 0"),
     ("scaling", "--devices=3", "--devices=3 64"),
-    ("scaling", "--devices=128", "--devices=128 64"),
     ("scaling", "--out=latin1.txt/x", "--out=latin1.txt/x --out"),
     ("train", "--config=broken.py", "broken.py SyntaxError get_config()"),
     ("train", "--config=empty.py", "empty.py AttributeError get_config()"),
@@ -254,9 +195,22 @@ def copy_run(run, target, section, changes):
     (target / "config.json").write_text(json.dumps(about))
 
 
+# Without native.cc, which the first process compiles, and says so.
+FLAGS = [*TINY, "--config.model.recurrence=fused"]
+
+
+def config_of_flags(text):
+    """Return the config that FLAGS describe."""
+    config = import_module("configs.tiny").get_config()
+    config.update({"num_steps": 60, "eval_every_steps": 30})
+    config.optimizer.name, config.model.recurrence = "adamw", "fused"
+    config.data.path = str(text)
+    return config
+
+
 @pytest.fixture(scope="module")
-def ready(tmp_path_factory, book, launch):
-    """Return a folder with texts, and with finished runs in runs/."""
+def ready(tmp_path_factory, book):
+    """Return a folder with texts, and with finished runs of made-up weights in runs/."""
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "book.txt").write_text(book, encoding="utf-8")
     (folder / "other.txt").write_text(book[::-1], encoding="utf-8")
@@ -277,10 +231,8 @@ def ready(tmp_path_factory, book, launch):
     (folder / "euro.txt").write_text("to € her", encoding="utf-8")
     (folder / "letter.txt").write_text("a", encoding="utf-8")
     (folder / "file").write_text("not a folder")
-    where = ("--workdir=runs/full", "--config.data.path=book.txt")
-    answer = launch("train", *TINY, *where, cwd=folder)
-    assert answer.returncode == 0, answer.stderr
     full = folder / "runs" / "full"
+    untrained_run(config_of_flags(folder / "book.txt"), full, steps=(30, 60))
     copy_run(full, folder / "runs" / "whole", "data", {"val_fraction": 0.0})
     copy_run(full, folder / "runs" / "windows", "data", {"order": "windows"})
     prompts = json.dumps(list("thecount"))
@@ -323,7 +275,7 @@ TEXTS = [
 def test_unusable_text_or_workdir_is_one_line(flags, facts, ready, launch):
     words = f"--workdir=runs/new --config.data.path={flags}".split()
     before = snapshot(ready)
-    check(launch("train", *TINY, *words, cwd=ready), facts, ready, before)
+    check(launch("train", *FLAGS, *words, cwd=ready), facts, ready, before)
 
 
 OTHERS = [
@@ -343,22 +295,31 @@ OTHERS = [
 def test_resume_with_other_settings_names_what_differs(flag, facts, ready, launch):
     words = ["--workdir=runs/full", "--config.data.path=book.txt", flag]
     before = snapshot(ready)
-    check(launch("train", *TINY, *words, cwd=ready), facts, ready, before)
+    check(launch("train", *FLAGS, *words, cwd=ready), facts, ready, before)
 
 
 def test_refused_resume_proposes_a_command_that_works(ready, launch, tmp_path):
     shutil.copytree(ready / "runs", tmp_path / "runs")
     shutil.copy(ready / "other.txt", tmp_path)
-    flags = [*TINY, "--config.data.path=other.txt"]
+    flags = [*FLAGS, "--config.data.path=other.txt"]
     refusal = launch("train", "--workdir=runs/full", *flags, cwd=tmp_path)
     assert refusal.returncode == 2
     # The same flags again but for the folder, after interpreter and script.
     command = shlex.split(refusal.stderr)[-len(flags) - 3 :]
     assert command[1].endswith("train.py")
     assert command[2:] == [*flags, "--workdir=runs/full-2"]
-    answer = launch("train", *command[2:], cwd=tmp_path)
-    assert answer.returncode == 0, answer.stderr
-    assert (tmp_path / "runs" / "full-2" / "config.json").exists()
+    out = tmp_path / "out"
+    out.touch()
+    process = launch.start("train", *command[2:], cwd=tmp_path, out=out)
+    try:
+        deadline = time.monotonic() + 60
+        while "steps: 0 of 60 done" not in out.read_text():
+            assert time.monotonic() < deadline, out.read_text()
+            assert process.poll() is None, out.read_text()
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
 
 
 READING = [
@@ -381,11 +342,6 @@ READING = [
     ("evaluate", "--workdir=runs/full --text=letter.txt", "1 2"),
     ("evaluate", "--workdir=runs/windows --dynamic", "runs/windows windows streams"),
     ("evaluate", "--workdir=runs/single --dynamic", "1 seq_len"),
-    (
-        "evaluate",
-        "--workdir=runs/full --dynamic --dynamic_rate=1e6",
-        "--dynamic_rate=1000000.0 lower",
-    ),
     ("sample", "--workdir=runs/full --adapt_to=none.txt", "none.txt --adapt_to"),
     ("sample", "--workdir=runs/full --adapt_to=euro.txt", "'€' U+20AC 3"),
     ("sample", "--workdir=runs/full --adapt_to=letter.txt", "letter.txt"),

@@ -2,13 +2,15 @@
 
 import os
 import shutil
+from contextlib import closing
 
 import pytest
 from etils import epath
-from helpers import small_config, stop_after, untrained_run
+from helpers import abstract_state_of, small_config, untrained_run
 
 from charlstm.errors import UserError
 from charlstm.files import lock_folder
+from charlstm.runs.checkpoints import Checkpoints
 from charlstm.runs.folder import load_run, write_run
 from charlstm.training.loop import train
 from charlstm.training.setup import prepare
@@ -97,11 +99,11 @@ def test_checkpoints_may_be_a_link_to_another_disk(book_path, tmp_path, monkeypa
     for name in ("scratch", "run"):
         (tmp_path / name).mkdir()
     os.symlink(tmp_path / "scratch", tmp_path / "run" / "checkpoints")
-    config = small_config(book_path, num_steps=4)
-    assert not train(config, tmp_path / "run", should_stop=stop_after(3))
-    assert list((tmp_path / "scratch").glob("*/state"))
-    assert train(config, tmp_path / "run")
+    run = untrained_run(small_config(book_path), tmp_path / "run", steps=(2, 4))
     assert (tmp_path / "scratch" / "4").exists()
+    with closing(Checkpoints(run.workdir)) as checkpoints:
+        state, _ = checkpoints.restore_newest(abstract_state_of(run))
+    assert state.step == 4
     load_run(epath.Path(tmp_path / "run"))
     # Not a link of another user, and not a link inside.
     monkeypatch.setattr("os.geteuid", lambda: 12345)
