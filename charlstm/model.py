@@ -208,7 +208,7 @@ def model_from_config(config: ConfigDict, vocab: Vocab) -> CharLSTM:
 
 def with_recurrence(config: ConfigDict, num_devices: int = 1) -> ConfigDict:
     """Return a copy of `config` with 'native' or 'fused' in place of model.recurrence='auto'."""
-    config = config.copy_and_resolve_references()
+    config = ConfigDict(config.to_dict())  # mutable, unlike a FrozenConfigDict
     if config.model.recurrence == "auto":
         config.model.recurrence = choose(config.model.dtype, num_devices)
     return config

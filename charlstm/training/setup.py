@@ -127,7 +127,7 @@ def keep_recurrence(config: ConfigDict, run: Run, mesh: Mesh) -> ConfigDict:
     Raises:
       UserError: if it needs a compiler or a GPU that is missing.
     """
-    config = config.copy_and_resolve_references()
+    config = ConfigDict(config.to_dict())  # mutable, unlike a FrozenConfigDict
     if config.model.recurrence != "auto":
         return config
     config.model.recurrence = run.config.model.recurrence

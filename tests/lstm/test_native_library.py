@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from ml_collections import FrozenConfigDict
 
 from charlstm.config import base_config
 from charlstm.data.vocab import Vocab
@@ -23,6 +24,11 @@ def test_auto_is_native_for_float32_on_one_cpu():
     assert config.model.recurrence == "native"
     assert base_config().model.recurrence == "auto"
     assert model_from_config(base_config(), Vocab("ab")).recurrence == "native"
+
+
+def test_frozen_config_is_accepted():
+    model = model_from_config(FrozenConfigDict(base_config()), Vocab("ab"))
+    assert model == model_from_config(base_config(), Vocab("ab"))
 
 
 @pytest.mark.parametrize(("dtype", "num_devices"), [("bfloat16", 1), ("float32", 2)])
