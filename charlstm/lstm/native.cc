@@ -107,60 +107,55 @@ void Product(Int rows, const float* a, Int a_stride, const float* panel, Int dep
   }
 }
 
+using RunPiece = std::function<void(Int phase, Int piece)>;
+
 // Threads that run the pieces of one phase after another. Each has a range of pieces, whose weights
 // stay in its cache, and then takes those of others. A thread that waits holds no piece.
-class Team {
- public:
-  using RunPiece = std::function<void(Int phase, Int piece)>;
-
-  static void Run(ffi::ThreadPool& pool, Int work, Int phases, Int pieces, RunPiece run_piece) {
-    const Int cores = std::min<Int>(pool.num_threads(), std::thread::hardware_concurrency());
-    const Int threads = std::max<Int>(1, std::min({cores, pieces, work / kMinWork}));
-    // Shared, since a helper may begin after the last piece is done, and then does nothing.
-    auto team = std::make_shared<Team>(threads, phases, pieces, std::move(run_piece));
-    for (Int i = 1; i < threads; ++i) pool.Schedule([team, i] { team->Work(i); });
-    team->Work(0);
-  }
-
-  Team(Int threads, Int phases, Int pieces, RunPiece run_piece)
-      : phases_(phases), pieces_(pieces), run_piece_(std::move(run_piece)), claimed_(threads) {}
-
- private:
-  struct alignas(64) Counter {
-    std::atomic<Int> pieces{0};  // of one range, in all phases up to now
-  };
-
+struct Team {
   void Work(Int me) {
-    const Int threads = claimed_.size();
+    const Int threads = ranges.size();
     for (Int phase = 0;; ++phase) {
-      for (int spins = 0; done_.load(std::memory_order_acquire) < phase * pieces_; ++spins) {
+      for (int spins = 0; done.load(std::memory_order_acquire) < phase * pieces; ++spins) {
         if (spins > kSpins) std::this_thread::yield();
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
       }
-      if (phase == phases_) return;
+      if (phase == phases) return;
       Int finished = 0;
       for (Int i = 0; i < threads; ++i) {
-        const Int range = (me + i) % threads, begin = pieces_ * range / threads;
-        const Int size = pieces_ * (range + 1) / threads - begin, end = (phase + 1) * size;
-        std::atomic<Int>& claimed = claimed_[range].pieces;
-        for (Int next = claimed; next < end;) {
+        const Int range = (me + i) % threads, begin = pieces * range / threads;
+        const Int size = pieces * (range + 1) / threads - begin;
+        std::atomic<Int>& claimed = ranges[range].claimed;
+        for (Int next = claimed; next < (phase + 1) * size;) {
           if (!claimed.compare_exchange_weak(next, next + 1)) continue;
-          run_piece_(phase, begin + next - phase * size);
+          run_piece(phase, begin + next - phase * size);
           ++finished;
           next = claimed;
         }
       }
-      if (finished) done_.fetch_add(finished, std::memory_order_acq_rel);
+      if (finished) done.fetch_add(finished, std::memory_order_acq_rel);
     }
   }
 
-  const Int phases_, pieces_;
-  const RunPiece run_piece_;
-  std::vector<Counter> claimed_;
-  alignas(64) std::atomic<Int> done_{0};
+  struct alignas(64) Range {
+    std::atomic<Int> claimed{0};  // pieces, in all phases up to now
+  };
+  const Int phases, pieces;
+  const RunPiece run_piece;
+  std::vector<Range> ranges;
+  alignas(64) std::atomic<Int> done{0};  // pieces, in all phases up to now
 };
+
+void Run(ffi::ThreadPool& pool, Int work, Int phases, Int pieces, RunPiece run_piece) {
+  const Int cores = std::min<Int>(pool.num_threads(), std::thread::hardware_concurrency());
+  const Int threads = std::max<Int>(1, std::min({cores, pieces, work / kMinWork}));
+  // Shared, since a helper may begin after the last piece is done, and then does nothing.
+  std::shared_ptr<Team> team(
+      new Team{phases, pieces, std::move(run_piece), std::vector<Team::Range>(threads)});
+  for (Int i = 1; i < threads; ++i) pool.Schedule([team, i] { team->Work(i); });
+  team->Work(0);
+}
 
 // Memory for one call, from a cache line's beginning.
 struct Array {
@@ -303,7 +298,7 @@ ffi::Error Forward(ffi::ThreadPool pool, Args args, Results results, Sizes sizes
     for (Int unit = 0; unit < H; unit += W) see(0, b, unit, Load(h0_BH + b * H + unit));
   }
   const Int each = with_norm ? 2 : 1;  // phases of a time step
-  Team::Run(pool, B * H * G, each * T, pieces, [&](Int phase, Int piece) {
+  Run(pool, B * H * G, each * T, pieces, [&](Int phase, Int piece) {
     const Int t = phase / each;
     if (phase % each == 0) multiply(t, piece);
     for (Int b = 0; phase % each == each - 1 && b < B; ++b) {
@@ -409,7 +404,7 @@ ffi::Error Backward(ffi::ThreadPool pool, Args args, Results results, Sizes size
   if (with_norm) std::fill_n(dgain_G, G, 0.0f);
   if (call.ids_TB) std::fill_n(drows_NF, N * F, 0.0f);
   const Int each = with_norm ? 2 : 1;  // phases of a time step
-  Team::Run(pool, B * H * G, 1 + each * T, pieces, [&](Int phase, Int piece) {
+  Run(pool, B * H * G, 1 + each * T, pieces, [&](Int phase, Int piece) {
     const Int t = T - phase / each;
     if (phase % each == 0) return propagate(t, piece);
     for (Int b = 0; b < B; ++b) {
