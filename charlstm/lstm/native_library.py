@@ -93,16 +93,21 @@ def _load() -> None:
 
 
 def _build(folder: Path) -> Path:
-    """Return the compiled library in `folder` for this source, jaxlib, compiler and CPU."""
+    """Return the compiled library in `folder` for this source, jaxlib, compiler and CPU.
+
+    Where there is no compiler now, any compiler may have built it.
+    """
+    name = f"lstm-{_digest(SOURCE.read_bytes(), jaxlib.__version__.encode(), _cpu())}"
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None or _opens_dialog(compiler):
+        if built := sorted(folder.glob(f"{name}-*.so")):
+            return built[0]
         raise UserError(f"found none of the compilers {', '.join(COMPILERS)}; install one")
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     target = "-march=native" if is_x86 else "-mcpu=native"
     # The predefined macros name the compiler's version and the CPU's instructions.
     macros = _run_compiler([compiler, target, "-dM", "-E", "-x", "c++", os.devnull])
-    content = SOURCE.read_bytes() + jaxlib.__version__.encode() + macros
-    library = folder / f"lstm-{hashlib.sha256(content).hexdigest()[:20]}.so"
+    library = folder / f"{name}-{_digest(macros)}.so"
     if library.exists():  # perhaps in a folder that this process cannot write
         return library
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,6 +121,18 @@ def _build(folder: Path) -> Path:
                 _run_compiler([compiler, *flags, *paths, "-o", str(output)])
                 output.replace(library)
     return library
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def _cpu() -> bytes:
+    """Return the kind of this CPU, and on Linux its instructions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_bytes().splitlines() if cpuinfo.exists() else []
+    flags = next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
+    return f"{platform.machine()} {platform.processor()}".encode() + flags
 
 
 def _opens_dialog(compiler: str) -> bool:

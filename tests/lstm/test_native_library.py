@@ -60,6 +60,13 @@ def test_without_a_compiler_auto_is_fused_with_one_line(no_compiler, caplog):
     assert not native_library.is_available()
 
 
+@pytest.mark.usefixtures("native_library")
+def test_built_library_needs_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(native_library, "_load", native_library._load.__wrapped__)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert native_library.choose("float32") == "native"
+
+
 def test_failing_compiler_makes_auto_fused_with_one_line(no_compiler, caplog):
     caplog.set_level("INFO", "charlstm")
     write_compiler(no_compiler, "echo 'fatal error: no space' >&2; exit 1")
