@@ -50,8 +50,9 @@ def test_unknown_stream_is_refused():
 def test_sample_uses_its_stream():
     # With equal logits, the uniform number u gives the character floor(8 u).
     model, key = CharLSTM(8, 3), derive_key(jax.random.key(0), "sample")
-    state = init_state(model, optax.sgd(1.0), jax.random.key(0), 1)
-    zeros = jax.tree.map(np.zeros_like, state.params)
-    sample_1L = make_sampler(model, 6)(zeros, np.zeros((1, 1), np.int32), key)
+    make_state = partial(init_state, model, optax.sgd(1.0), batch_size=1)
+    shapes = jax.eval_shape(make_state, jax.random.key(0)).params
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    sample_1L = jax.jit(make_sampler(model, 6))(zeros, np.zeros((1, 1), np.int32), key)
     uniforms = [float(draw_uniforms(jax.random.fold_in(key, index), 1)[0]) for index in range(6)]
     np.testing.assert_array_equal(sample_1L[0], np.floor(8 * np.array(uniforms)))

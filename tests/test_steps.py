@@ -90,12 +90,14 @@ def test_step_applies_the_optimizer_to_the_mean_gradient(batches):
         log_probs_BTV = jax.nn.log_softmax(logits_BTV)
         return -log_probs_BTV[rows, times, batch.targets_BT[rows, times]].mean()
 
-    loss, grads = jax.jit(jax.value_and_grad(mean_nats))(state.params)
-    desired = jax.tree.map(lambda param, grad: param - 0.5 * grad, state.params, grads)
+    found = state.params, jax.jit(jax.value_and_grad(mean_nats))(state.params)
+    params, (loss, grads) = jax.tree.map(np.asarray, found)
+    desired = jax.tree.map(lambda param, grad: param - 0.5 * grad, params, grads)
+    grad_norm = np.sqrt(sum(np.square(grad).sum() for grad in jax.tree.leaves(grads)))
     new_state, metrics = compiled_step(PLAIN)(state, batch)
     assert 0 < metrics["count"] < B * T
     assert_close(metrics["loss"], loss)
-    assert_close(metrics["grad_norm"], optax.tree.norm(grads))
+    assert_close(metrics["grad_norm"], grad_norm)
     assert_close(new_state.params, desired)
     assert new_state.step == 1
 

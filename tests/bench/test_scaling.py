@@ -59,6 +59,7 @@ def test_64_devices_agree_with_one(rows_per_device):
 
 def test_launcher_writes_results_and_a_picture(tmp_path):
     flags = ["--devices=1", "--chip=v5p", "--config.batch_size=64", "--out=out"]
+    flags += ["--config.model.multiplicative=false", "--config.model.recurrent_rms_norm=false"]
     result = run_command("scaling", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "out" / "scaling.json").read_text())
