@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from launching import run_command
+from launching import command_of
 
 from charlstm.bench.scaling import count_all_reduces
 
@@ -57,10 +57,23 @@ def test_64_devices_agree_with_one(rows_per_device):
         assert result["difference"] < 1e-5
 
 
+# Starts the launcher with a small case, which has as many rows per device for both measurements.
+LAUNCHER = """
+import runpy, sys
+from charlstm.bench import scaling
+scaling.CASE = scaling.Case("train", 4, 8, hidden_size=8, vocab_size=5)
+scaling.ROWS_PER_DEVICE, scaling.STEPS = 4, 2
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_launcher_writes_results_and_a_picture(tmp_path):
     flags = ["--devices=1", "--chip=v5p", "--config.batch_size=64", "--out=out"]
-    flags += ["--config.model.multiplicative=false", "--config.model.recurrent_rms_norm=false"]
-    result = run_command("scaling", *flags, cwd=tmp_path)
+    python, *command = command_of("scaling", *flags)
+    result = subprocess.run(
+        [python, "-c", LAUNCHER, *command], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "out" / "scaling.json").read_text())
     assert [row["num_devices"] for row in report["virtual"]["weak"]] == [1]
