@@ -114,12 +114,14 @@ def test_stream_ends_silently_if_its_reader_ends(trained):
     ]
     flags = ["--length=1000000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command + flags, cwd=trained[0], **pipes)
-    assert len(process.stdout.read(10)) == 10
-    process.stdout.close()
-    assert process.wait(timeout=60) == 0
-    assert b"Error" not in process.stderr.read()
-    process.stderr.close()
+    with subprocess.Popen(command + flags, cwd=trained[0], **pipes) as process:
+        try:
+            assert len(process.stdout.read(10)) == 10
+            process.stdout.close()
+            assert process.wait(timeout=120) == 0
+            assert b"Error" not in process.stderr.read()
+        finally:
+            process.kill()
 
 
 def test_terminal_gets_control_characters_only_with_raw(tmp_path, book):
