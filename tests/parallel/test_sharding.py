@@ -96,12 +96,9 @@ def test_first_steps_of_cautious_optimizer_agree():
 
 def test_run_resumes_on_other_devices(on_one_device, tmp_path):
     reference, path = on_one_device
-    num_logged = [0]
-    for number in (8, 1):
-        assert not train(config_of(path, number), tmp_path / "run", stop_after(6))
-        num_logged.append(len(series(tmp_path / "run", "train/loss")))
-    assert num_logged == sorted(set(num_logged))
-    assert num_logged[-1] < 20
+    # test_processes.py continues on fewer devices.
+    assert not train(config_of(path, 1), tmp_path / "run", stop_after(6))
+    assert 0 < len(series(tmp_path / "run", "train/loss")) < 20
     assert train(config_of(path, 8), tmp_path / "run")
     assert_runs_close(tmp_path / "run", reference)
 
