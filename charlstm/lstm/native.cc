@@ -32,13 +32,13 @@ using Shape = std::initializer_list<Int>;
 using Sizes = ffi::Span<const Int>;
 
 #if defined(__AVX512F__)
-constexpr Int W = 16, kMaxRows = 12;  // floats of a vector, rows of a tile of 2 vectors
+constexpr int W = 16, kMaxSums = 24;  // floats of a vector, vectors of sums in registers
 #elif defined(__AVX__)
-constexpr Int W = 8, kMaxRows = 6;
+constexpr int W = 8, kMaxSums = 12;
 #elif defined(__aarch64__)
-constexpr Int W = 4, kMaxRows = 12;
+constexpr int W = 4, kMaxSums = 24;
 #else
-constexpr Int W = 4, kMaxRows = 6;
+constexpr int W = 4, kMaxSums = 12;
 #endif
 constexpr Int kPanel = 32, kUnits = 16;  // columns of a panel, units of a piece of Forward
 constexpr Int kPad = 16;                 // floats between rows, against rows in one cache set
@@ -72,39 +72,32 @@ inline Vec Tanh(Vec x) {
   return x * p / q;
 }
 
-// Writes the product of R rows of `a` with two vectors of a panel to rows of `out`.
-template <int R>
-void Tile(const float* a, Int a_stride, const float* panel, Int depth, float* out, Int out_stride) {
-  Vec sums[R][2] = {};
-  for (Int k = 0; k < depth; ++k, panel += kPanel) {
-    const Vec left = Load(panel), right = Load(panel + W);
-    for (int r = 0; r < R; ++r) {
-      const float factor = a[r * a_stride + k];
-      sums[r][0] += factor * left;
-      sums[r][1] += factor * right;
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    Store(out + r * out_stride, sums[r][0]);
-    Store(out + r * out_stride + W, sums[r][1]);
-  }
+constexpr int VectorsOfTile(int rows) {
+  int vectors = kPanel / W;
+  while (vectors > 1 && rows * vectors > kMaxSums) vectors /= 2;
+  return vectors;
 }
 
-constexpr decltype(&Tile<1>) kTiles[] = {Tile<1>, Tile<2>, Tile<3>, Tile<4>,  Tile<5>,  Tile<6>,
-                                         Tile<7>, Tile<8>, Tile<9>, Tile<10>, Tile<11>, Tile<12>};
-
-// The same for a whole panel and any number of rows, in tiles of about equal size.
+// Writes the product of the rows of `a` with a panel to rows of `out`, in tiles of at most R rows.
+template <int R = kMaxSums / 2>
 void Product(Int rows, const float* a, Int a_stride, const float* panel, Int depth, float* out,
              Int out_stride) {
-  const Int tiles = (rows + kMaxRows - 1) / kMaxRows;
-  for (Int i = 0, row = 0; i < tiles; ++i) {
-    const Int size = rows / tiles + (i < rows % tiles);
-    for (Int u = 0; u < kPanel; u += 2 * W) {
-      kTiles[size - 1](a + row * a_stride, a_stride, panel + u, depth, out + row * out_stride + u,
-                       out_stride);
+  constexpr int V = VectorsOfTile(R);
+  for (; rows >= R; rows -= R, a += R * a_stride, out += R * out_stride) {
+    for (Int u = 0; u < kPanel; u += V * W) {
+      Vec sums[R][V] = {};
+      for (Int k = 0; k < depth; ++k) {
+        for (int r = 0; r < R; ++r) {
+          const float factor = a[r * a_stride + k];
+          for (int i = 0; i < V; ++i) sums[r][i] += factor * Load(panel + k * kPanel + u + i * W);
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        for (int i = 0; i < V; ++i) Store(out + r * out_stride + u + i * W, sums[r][i]);
+      }
     }
-    row += size;
   }
+  if constexpr (R > 1) Product<R - 1>(rows, a, a_stride, panel, depth, out, out_stride);
 }
 
 using RunPiece = std::function<void(Int phase, Int piece)>;
@@ -383,7 +376,8 @@ ffi::Error Backward(ffi::ThreadPool pool, Args args, Results results, Sizes size
   auto propagate = [&](Int t, Int piece) {
     float* product = products + piece * B * kPanel;
     if (t < T) {
-      Product(B, sums + t % 2 * B * stride, stride, panels + piece * G * kPanel, G, product, kPanel);
+      const float *gradients = sums + t % 2 * B * stride, *panel = panels + piece * G * kPanel;
+      Product(B, gradients, stride, panel, G, product, kPanel);
     }
     for (Int b = 0; b < B; ++b) {
       Vec part = {};
