@@ -54,11 +54,11 @@ def test_rounds_alternate_in_reversed_order():
     assert [result["ms"] for result in results] == [[250.0] * 3] * 3
 
 
-def test_result_of_the_default_recipe_names_its_recurrence():
-    processes = {name: FakeProcess(name, []) for name in ("charlstm", "default")}
-    ours, default = timing.time_interleaved(processes, CASE, rounds=1, round_seconds=0.1)
-    assert "recurrence" not in ours
-    assert default["recurrence"] == "native"
+def test_result_of_an_automatic_recurrence_names_it():
+    processes = {name: FakeProcess(name, []) for name in ("charlstm", "default", "flax")}
+    *automatic, flax = timing.time_interleaved(processes, CASE, rounds=1, round_seconds=0.1)
+    assert [each["recurrence"] for each in automatic] == ["native"] * 2
+    assert "recurrence" not in flax
     assert timing.call(timing.DEFAULT_RECURRENCE) in ("native", "fused")
 
 
