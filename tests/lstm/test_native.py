@@ -15,6 +15,7 @@ from charlstm.data.batches import Batch
 from charlstm.lstm import native
 from charlstm.lstm.fused import fused_lstm
 from charlstm.lstm.native import native_lstm
+from charlstm.lstm.reference import init_lstm
 from charlstm.model import CharLSTM
 from charlstm.steps import init_state, make_train_step, make_train_steps
 
@@ -74,6 +75,21 @@ def test_native_loops_match_fused_for_one_time_step(monkeypatch):
         for recur in (native_lstm, fused_lstm)
     )
     assert_close(found, wanted)
+
+
+def test_saturated_cell_has_no_gradient():
+    params = jax.tree.map(jnp.zeros_like, init_lstm(jax.random.key(0), 5, 32))
+    ids_TB, h_BH = jnp.zeros((4, 2), int), jnp.zeros((2, 32))
+
+    def loss(recur, c_BH):
+        return recur(params, (c_BH, h_BH), ids_TB)[1].sum()
+
+    for cell in (-500.0, 150.0, 1e30):  # halved four times
+        gradients = [
+            jax.grad(partial(loss, recur))(jnp.full((2, 32), cell))
+            for recur in (native_lstm, fused_lstm)
+        ]
+        assert_equal(gradients, [jnp.zeros((2, 32))] * 2)
 
 
 def test_native_threads_do_not_change_bits():
