@@ -1,4 +1,4 @@
-"""The default recipe: good text in about three minutes on two CPU cores.
+"""The default recipe: good text in about two minutes on two CPU cores.
 
 python launch/train.py
 
