@@ -92,7 +92,6 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
         run, changes = adapt_run(run, config)
     else:
         check_free(workdir)
-        config = with_recurrence(config, mesh.size)
     # A run that fell back to Python's manual keeps it, even if the default book is now available.
     is_manual = run and not config.data.path and run.text.source == PYTHON_MANUAL
     with status("reading the text"):
@@ -113,6 +112,8 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
         run = run._replace(text=text)
         log_changes(run, changes, machine["versions"])
     else:
+        # After the errors of a user, since it may compile native.cc.
+        config = with_recurrence(config, mesh.size)
         prompts = random_prompts(train_ids, corpus.vocab, config.seq_len, config.seed)
         run = Run(workdir, config, corpus.vocab, text, prompts, machine, default_prng_impl())
     model = model_from_config(config, corpus.vocab).clone(num_shards=mesh.size)

@@ -56,6 +56,14 @@ def test_without_a_compiler_a_run_is_that_of_fused(no_compiler, config, book_pat
     assert setup.run.config == fused.run.config
 
 
+def test_missing_text_is_reported_before_a_missing_compiler(no_compiler, config, workdir, caplog):
+    config.data.path = "none.txt"
+    caplog.set_level("INFO", "charlstm")
+    with pytest.raises(UserError, match=r"none\.txt"):
+        prepare(config, workdir)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("began_with", ["fused", "flax"])
 def test_resumed_run_keeps_its_recurrence(began_with, config, workdir, caplog):
     begin(config, workdir, recurrence=began_with)
