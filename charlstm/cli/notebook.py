@@ -1,4 +1,4 @@
-"""Run a launcher by %run in a notebook, whose process goes on after it."""
+"""Run a launcher by %run in a notebook, whose process continues after it."""
 
 import sys
 import warnings

@@ -71,8 +71,9 @@ def fused_lstm(
     jax.jvp(jax.grad(f)) and Hessian-vector products work. Forward mode on the function itself
     (jax.jvp(f), jax.linearize(f)) raises TypeError; use flax_lstm there.
 
-    Residuals take 7 floats per B·T·H: six local derivatives and h. Input vectors with `scale` add
-    one float, `norm` adds four. jax.checkpoint around a single layer saves no memory.
+    Residuals take six floats per B·T·H, the local derivatives, besides h, the result. Input vectors
+    with `scale` add one float, `norm` adds four. jax.checkpoint around a single layer saves no
+    memory.
 
     `num_shards` is the number of devices that share the rows. The gradient of the weights is then
     summed over time on each device first, and across devices once. With 1 on many devices, XLA

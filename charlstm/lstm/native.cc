@@ -232,20 +232,20 @@ ffi::Error Forward(ffi::ThreadPool pool, Args args, Results results, Sizes sizes
   if (call.error.failure()) return call.error;
 
   const Int stride = H + kPad;
-  Array seen(2 * B * stride);      // [t % 2][B][stride]: what the gates see of h
-  Array products(B * G);           // [piece][B][gate][kUnits]
-  Array squares(B * pieces);       // [B][piece]
+  Array gated_h(2 * B * stride);  // [t % 2][B][stride]: h times scale and mask
+  Array products(B * G);  // [piece][B][gate][kUnits]
+  Array squares(B * pieces);  // [B][piece]
 
-  auto see = [&](Int t, Int b, Int unit, Vec h) {
+  auto set_gated_h = [&](Int t, Int b, Int unit, Vec h) {
     if (!call.Keep(t, b)) h = Vec{};
     if (F > G) h *= Load(rows_NF + call.Row(t, b) * F + G + unit);
     if (call.mask_BH) h *= Load(call.mask_BH + b * H + unit);
-    Store(seen + (t % 2 * B + b) * stride + unit, h);
+    Store(gated_h + (t % 2 * B + b) * stride + unit, h);
   };
   auto multiply = [&](Int t, Int piece) {
     float* to = products + piece * B * 4 * kUnits;
     for (Int pair = 0; pair < 2; ++pair) {  // the panels of i and f, and of g and o
-      Product(B, seen + t % 2 * B * stride, stride, panels + (2 * piece + pair) * H * kPanel,
+      Product(B, gated_h + t % 2 * B * stride, stride, panels + (2 * piece + pair) * H * kPanel,
               H, to + pair * kPanel, 4 * kUnits);
     }
     for (Int b = 0; with_norm && b < B; ++b) {
@@ -276,7 +276,7 @@ ffi::Error Forward(ffi::ThreadPool pool, Args args, Results results, Sizes sizes
     const Vec c = f * c_before + i * g, tanh_c = Tanh(c), h = o * tanh_c;
     Store(c_BH + b * H + unit, c);
     Store(hidden_TBH + at, h);
-    if (t + 1 < T) see(t + 1, b, unit, h);
+    if (t + 1 < T) set_gated_h(t + 1, b, unit, h);
     if (!with_residuals) return;
     const Vec factors[4] = {g / 2, c_before / 2, i, tanh_c / 2};
     for (Int k = 0; k < 4; ++k) {
@@ -288,7 +288,7 @@ ffi::Error Forward(ffi::ThreadPool pool, Args args, Results results, Sizes sizes
 
   std::copy_n(c0_BH, B * H, c_BH);
   for (Int b = 0; b < B; ++b) {
-    for (Int unit = 0; unit < H; unit += W) see(0, b, unit, Load(h0_BH + b * H + unit));
+    for (Int unit = 0; unit < H; unit += W) set_gated_h(0, b, unit, Load(h0_BH + b * H + unit));
   }
   const Int each = with_norm ? 2 : 1;  // phases of a time step
   Run(pool, B * H * G, each * T, pieces, [&](Int phase, Int piece) {
@@ -316,7 +316,7 @@ ffi::Error Backward(ffi::ThreadPool pool, Args args, Results results, Sizes size
   const float *dc_by_c_TBH = call.In({T, B, H}), *normed_TBG = call.In({T, B, G}, true);
   const float *roots_TB = call.In({T, B, 1}, true), *dhidden_TBH = call.In({T, B, H});
   const float *dc_last_BH = call.In({B, H}), *dh_last_BH = call.In({B, H});
-  float *seen_TBH = call.Out({T, B, H}), *dproducts_TBG = call.Out({T, B, G});
+  float *gated_h_TBH = call.Out({T, B, H}), *dproducts_TBG = call.Out({T, B, G});
   float* drows_NF = call.Out({N, F});
   float *dgain_G = call.Out({G}, true), *dc_BH = call.Out({B, H}), *dh_BH = call.Out({B, H});
   const bool with_norm = call.gain_G;
@@ -325,9 +325,9 @@ ffi::Error Backward(ffi::ThreadPool pool, Args args, Results results, Sizes size
   if (call.error.failure()) return call.error;
 
   const Int stride = G + kPad;
-  Array sums(2 * B * stride);      // [t % 2][B][stride]: gradients of the products
-  Array products(B * H);           // [piece][B][kPanel]
-  Array along(B * pieces);         // [B][piece]: parts of sums of gradient times normed product
+  Array sums(2 * B * stride);  // [t % 2][B][stride]: gradients of the products
+  Array products(B * H);  // [piece][B][kPanel]
+  Array along(B * pieces);  // [B][piece]: parts of sums of gradient times normed product
 
   auto add_to_row = [&](Int t, Int b, Int column, Vec gradient) {
     float* to = drows_NF + call.Row(t, b) * F + column;
@@ -357,8 +357,8 @@ ffi::Error Backward(ffi::ThreadPool pool, Args args, Results results, Sizes size
     }
     return part;
   };
-  // Writes what the gates at t see of h; returns the gradient of h from that of what they see.
-  auto unsee = [&](Int t, Int b, Int unit, Vec dh) {
+  // Writes gated_h at t; returns the gradient of h before t from that of gated_h.
+  auto differentiate_gated_h = [&](Int t, Int b, Int unit, Vec dh) {
     const Int at = b * H + unit;
     const bool keeps = call.Keep(t, b);
     const Vec h = !keeps ? Vec{} : Load(at + (t > 0 ? hidden_TBH + (t - 1) * B * H : h0_BH));
@@ -368,7 +368,7 @@ ffi::Error Backward(ffi::ThreadPool pool, Args args, Results results, Sizes size
       add_to_row(t, b, G + unit, dh * factor * h);
       factor *= Load(scale_NH + call.Row(t, b) * H + unit);
     }
-    Store(seen_TBH + t * B * H + at, h * factor);
+    Store(gated_h_TBH + t * B * H + at, h * factor);
     return keeps ? dh * factor : Vec{};
   };
   // Takes the gradient of h after t - 1 from the products at t, and those of the sums at t - 1
@@ -383,7 +383,7 @@ ffi::Error Backward(ffi::ThreadPool pool, Args args, Results results, Sizes size
       Vec part = {};
       for (Int u = 0, unit = piece * kPanel; u < kPanel; u += W, unit += W) {
         const Vec dh = t == T ? Load(dh_last_BH + b * H + unit)
-                              : unsee(t, b, unit, Load(product + b * kPanel + u));
+                              : differentiate_gated_h(t, b, unit, Load(product + b * kPanel + u));
         if (t > 0) {
           part += differentiate(t - 1, b, unit, dh);
         } else {

@@ -148,14 +148,14 @@ def _backward_native(residuals: Any, grads: Any) -> tuple[Weights, LayerCarry, j
     gain_shape = (0 if gain_G is None else 4 * h,)
     options = steps.ids_TB, steps.keep_TB, mask_BH, gain_G, _pack_units(kernel_HG), scale_NH
     saved = h0_BH, hidden_TBH, *steps.local_grads, *(steps.normed or (None, None))
-    seen_TBH, product_grad_TBG, rows_grad_NF, gain_grad_G, dc_BH, dh_BH = _call(
+    gated_h_TBH, product_grad_TBG, rows_grad_NF, gain_grad_G, dc_BH, dh_BH = _call(
         "Backward",
         ((t, b, h), (t, b, 4 * h), rows_shape, gain_shape, (b, h), (b, h)),
         (t, b, h, *reversed(rows_shape)),
         (*options, *saved, hidden_grad_TBH, *carry_grad),
     )
     # In two dimensions: with three, XLA transposes both arrays.
-    kernel_grad_HG = seen_TBH.reshape(-1, h).T @ product_grad_TBG.reshape(-1, 4 * h)
+    kernel_grad_HG = gated_h_TBH.reshape(-1, h).T @ product_grad_TBG.reshape(-1, 4 * h)
     weights_grad = Weights(
         kernel_grad_HG, rows_grad_NF if has_rows else None, None if gain_G is None else gain_grad_G
     )

@@ -144,7 +144,7 @@ def _opens_dialog(compiler: str) -> bool:
 
 def _run_compiler(command: list[str]) -> bytes:
     try:
-        # In a session of its own, since after Ctrl-C in a terminal a run goes on to save its state.
+        # In its own session: Ctrl-C must not end it, because the run then still saves its state.
         return subprocess.run(
             command, capture_output=True, check=True, start_new_session=True
         ).stdout

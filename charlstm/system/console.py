@@ -1,6 +1,6 @@
 """Print log records, and redraw the last line of a terminal: progress bars and a status.
 
-Printing is best effort: the program goes on if a line cannot be written.
+Printing is best effort: the program continues if a line cannot be written.
 """
 
 import io
@@ -67,7 +67,7 @@ class BestEffort(io.RawIOBase):
             is_new, self._has_failed = not self._has_failed, True
             if is_new and self._name != "stderr" and not isinstance(error, BrokenPipeError):
                 logger.warning(
-                    "%s: cannot be written (%s); its lines are lost, the program goes on",
+                    "%s: cannot be written (%s); its lines are lost, the program continues",
                     self._name,
                     error.strerror,
                 )
