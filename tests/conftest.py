@@ -143,3 +143,17 @@ def book_path(book: str, tmp_path: Path) -> Path:
     path = tmp_path / "book.txt"
     path.write_text(book, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Return a headless Chromium; skip the test where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the extra test has playwright")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+    if program is None:
+        pytest.skip("no chromium in PATH: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        # Chromium's sandbox refuses to run for root, as in a container.
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
