@@ -48,7 +48,8 @@ CHEAP = {
     f"test_{name}"
     for name in "api bench checkpoints console cost documents dynamic faults folder folders fuzz "
     "keys launch metrics mistakes model optim optimizers paths plan progress quality runtime "
-    "sampling scaling scoring sharded_step sharding steps surroundings sweep switches".split()
+    "sampling scaling score scoring sharded_step sharding steps surprise surroundings sweep "
+    "switches".split()
 }
 
 

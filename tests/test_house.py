@@ -35,6 +35,7 @@ ORDER = """
     training.setup training.progress training.validation training.loop
     evaluation.scoring evaluation.dynamic evaluation.baselines evaluation.memorization
     evaluation.report evaluation.sample_check evaluation.measure evaluation.writing
+    evaluation.surprise
     cli.streams cli.signals cli.notebook cli.runtime cli.folders cli.options cli.usage
     planning.rules planning.timing planning.memory planning.report planning.planner
     sweep.texts sweep.trials sweep.grid sweep.table sweep.search

@@ -1,0 +1,119 @@
+"""How much each character of a text surprises a model: its bits, its rank and the alternatives.
+
+The surprise of a character is -log2 of its probability given the characters before it. The mean
+over a text is its bits per character.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from charlstm.checks import check_count, check_ids
+from charlstm.model import Carry, CharLSTM, predict, zero_carry
+
+CHUNK_LEN = 512  # characters of one compiled call
+
+
+class Predictions(NamedTuple):
+    """The predictions of M characters of a text, each given all characters before it.
+
+    The first character of a text has no prediction: its floats are NaN, except probabilities of 0,
+    its rank is 0 and its ids are -1.
+    """
+
+    bits_M: np.ndarray  # float32, the surprise
+    entropy_M: np.ndarray  # float32, bits: the expected surprise
+    rank_M: np.ndarray  # int32, 1 for the most probable character; of equal ones, the lower id
+    top_ids_MK: np.ndarray  # int32, the K most probable characters, the most probable one first
+    top_probs_MK: np.ndarray  # float32, their probabilities
+
+
+def predict_text(model: CharLSTM, params: Any, ids_M: np.ndarray, num_top: int = 5) -> Predictions:
+    """Return the predictions of a text that is read in one pass from an empty state.
+
+    The mean of `bits_M[1:]` is the stateful bits per character of `evaluate`, up to rounding. The
+    memory on the device does not depend on M.
+
+    Args:
+      model, params: as load_model returns them.
+      ids_M: the text. A model with an end_id empties its state there, as in training.
+      num_top: K, or V where the model has fewer characters.
+
+    Raises:
+      ValueError: if an id is not below V, or `num_top` is below 1.
+    """
+    [predictions] = predict_pieces(model, params, [np.asarray(ids_M)], num_top)
+    return predictions
+
+
+def predict_pieces(
+    model: CharLSTM, params: Any, pieces: Iterable[np.ndarray], num_top: int = 5
+) -> Iterator[Predictions]:
+    """Yield the predictions of each piece ids_M of one text, as soon as the piece is given.
+
+    They are those of predict_text for the whole text, bit for bit, wherever the pieces end. A piece
+    may be empty. At most a piece and CHUNK_LEN characters are held.
+
+    Args:
+      model, params, num_top: as for predict_text.
+      pieces: the text, cut anywhere.
+
+    Raises:
+      ValueError: as predict_text does.
+    """
+    check_count("num_top", num_top)
+    num_top = min(num_top, model.vocab_size)
+    carry, num_known = zero_carry(model, 1), 0
+    # Where a chunk is not complete, its characters are read again with the next piece, so that one
+    # compiled shape serves all pieces and the result does not depend on them.
+    chunk_ids = np.zeros(0, np.int32)
+    for piece_M in pieces:
+        check_ids("ids_M", piece_M, model.vocab_size, ndim=1)
+        is_begin = not len(chunk_ids)
+        chunk_ids = np.concatenate([chunk_ids, piece_M.astype(np.int32)])
+        found = [_nothing(int(is_begin and len(piece_M) > 0), num_top)]
+        while (count := min(len(chunk_ids) - 1, CHUNK_LEN)) > num_known:
+            given_T = np.zeros(CHUNK_LEN + 1, np.int32)
+            given_T[: count + 1] = chunk_ids[: count + 1]
+            # Explicit, because jax.transfer_guard forbids implicit transfers.
+            ids_T = jax.device_put(given_T)
+            new_carry, outputs = predict_chunk(model, params, carry, ids_T, num_top)
+            found.append(Predictions(*(np.asarray(leaf)[num_known:count] for leaf in outputs)))
+            num_known = count
+            if count == CHUNK_LEN:
+                carry, chunk_ids, num_known = new_carry, chunk_ids[CHUNK_LEN:], 0
+        yield Predictions(*map(np.concatenate, zip(*found, strict=True)))
+
+
+@partial(jax.jit, static_argnames=("model", "num_top"))
+def predict_chunk(
+    model: CharLSTM, params: Any, carry: Carry, ids_T: jax.Array, num_top: int
+) -> tuple[Carry, tuple[jax.Array, ...]]:
+    """Return the carry after ids_T[:-1], and the fields of Predictions of ids_T[1:]."""
+    logits_1TV, carry = predict(model, params, ids_T[None, :-1], carry)
+    log_probs_TV = jax.nn.log_softmax(logits_1TV[0])
+    top_logs_TK, top_ids_TK = jax.lax.top_k(log_probs_TV, num_top)
+    own_T1 = jnp.take_along_axis(log_probs_TV, ids_T[1:, None], axis=1)
+    # Of equal characters top_k takes the lowest id first, as argmax does.
+    is_earlier_TV = jnp.arange(log_probs_TV.shape[1])[None] < ids_T[1:, None]
+    is_before_TV = (log_probs_TV > own_T1) | ((log_probs_TV == own_T1) & is_earlier_TV)
+    bits_T = -own_T1[:, 0] / math.log(2)
+    entropy_T = -jnp.sum(jnp.exp(log_probs_TV) * log_probs_TV, axis=1) / math.log(2)
+    rank_T = 1 + jnp.sum(is_before_TV, axis=1, dtype=jnp.int32)
+    return carry, (bits_T, entropy_T, rank_T, top_ids_TK, jnp.exp(top_logs_TK))
+
+
+def _nothing(count: int, num_top: int) -> Predictions:
+    """Return the predictions of `count` characters that are not predicted."""
+    return Predictions(
+        bits_M=np.full(count, np.nan, np.float32),
+        entropy_M=np.full(count, np.nan, np.float32),
+        rank_M=np.zeros(count, np.int32),
+        top_ids_MK=np.full((count, num_top), -1, np.int32),
+        top_probs_MK=np.zeros((count, num_top), np.float32),
+    )
