@@ -24,7 +24,7 @@ TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 
 # The modules of the package from the core outwards. Each imports only what stands before it.
 ORDER = """
-    errors files system.paths system.tables system.console
+    errors files system.paths system.extras system.tables system.console
     config checks config_check keys
     data.gutenberg data.encoding data.vocab data.cleaning data.find data.sources data.passes
     data.corpus data.batches

@@ -10,6 +10,7 @@ from charlstm.data.batches import split
 from charlstm.data.vocab import Vocab
 from charlstm.evaluation.memorization import (
     copied_spans,
+    import_pydivsufsort,
     known_words,
     match_lengths,
     whole_words,
@@ -29,8 +30,9 @@ def open_training_part(run: Run) -> np.ndarray:
     """Return ids_M of the training part of the text of `run`.
 
     Raises:
-      UserError: if its text cannot be read or has changed.
+      UserError: if its text cannot be read or has changed, or a package for copies is missing.
     """
+    import_pydivsufsort()  # before anything is generated
     data = run.config.data
     text = open_run_text(run, "bring it back, or omit --check")
     return split(text.ids_M, data)[0]

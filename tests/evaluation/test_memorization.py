@@ -1,9 +1,12 @@
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from charlstm import Vocab
+from charlstm.errors import UserError
 from charlstm.evaluation import memorization
 from charlstm.evaluation.memorization import (
     copied_spans,
@@ -49,14 +52,26 @@ def test_runs_are_those_found_by_trying_all(texts, other, min_length):
         assert [(start, lengths[start]) for start in starts] == sorted(wanted)
 
 
-def test_a_large_text_is_followed_in_chunks(book, monkeypatch):
+@pytest.mark.parametrize("factor", [1, 3, 900])
+def test_matches_do_not_depend_on_chunks_or_the_size_of_ids(book, monkeypatch, factor):
     vocab, text = Vocab.from_text(book), book[3000:3400] + book[100:200]
-    ids, other = vocab.encode(text), vocab.encode(book[:3350])
-    [whole] = match_lengths([ids], other, len(vocab))
+    # Ids of one, two and four bytes.
+    ids, other = (vocab.encode(part).astype(np.int64) * factor for part in (text, book[:3350]))
+    vocab_size = factor * len(vocab)
+    [whole] = match_lengths([ids], other, vocab_size)
     assert whole.tolist() == longest_at(text, book[:3350])
     monkeypatch.setattr(memorization, "CHUNK", 100)
-    [in_chunks] = match_lengths([ids], other, len(vocab))
-    np.testing.assert_array_equal(in_chunks, whole)
+    short, others = ids[370:], ids[:370]
+    in_chunks = match_lengths([others, short], other, vocab_size)
+    assert in_chunks[1].tolist() == longest_at(text[370:], book[:3350])
+    monkeypatch.setattr(memorization, "CHUNK", 1)
+    np.testing.assert_array_equal(match_lengths([ids], other, vocab_size), [whole])
+
+
+def test_a_missing_package_is_one_line_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydivsufsort", None)
+    with pytest.raises(UserError, match=r"pydivsufsort.*\[memorization\]"):
+        lengths_of(["ab"], "ab")
 
 
 def test_copies_are_found_where_they_are():
