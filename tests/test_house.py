@@ -33,7 +33,8 @@ ORDER = """
     runs.plots runs.metrics runs.folder runs.checksums runs.orbax_calls runs.checkpoints
     planning.cost runs.machine
     training.setup training.progress training.validation training.loop
-    evaluation.scoring evaluation.dynamic evaluation.baselines evaluation.memorization
+    evaluation.scoring evaluation.dynamic evaluation.passes evaluation.baselines
+    evaluation.memorization
     evaluation.report evaluation.sample_check evaluation.measure evaluation.writing
     evaluation.surprise
     cli.streams cli.signals cli.notebook cli.runtime cli.folders cli.options cli.usage

@@ -2,18 +2,17 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from charlstm.data.batches import Batch, Streams, Windows, cold_batches, evaluation_batches, split
-from charlstm.data.corpus import Corpus, forget_pages, open_corpus
+from charlstm.data.batches import evaluation_batches, split
+from charlstm.data.corpus import Corpus, open_corpus
 from charlstm.errors import UserError
 from charlstm.evaluation import dynamic
 from charlstm.evaluation.memorization import PIECE_CHARS, share_found
+from charlstm.evaluation.passes import Pass, cold_pass, dynamic_pass, stateful_pass
 from charlstm.evaluation.report import check_finite, format_report, measure_baselines
 from charlstm.evaluation.scoring import (
     TEMPERATURES_R,
@@ -22,15 +21,13 @@ from charlstm.evaluation.scoring import (
     metrics_of,
     sum_losses,
 )
-from charlstm.model import CharLSTM, zero_carry
+from charlstm.model import CharLSTM
 from charlstm.runs.folder import Run
-from charlstm.steps import make_score_step, run_batches
 from charlstm.training.setup import open_run_text
 
 logger = logging.getLogger(__name__)
 
 MAX_KNOWN_SHARE = 0.1
-COLD_CHARS = 2**13  # characters per batch of cold windows, which fit into the CPU cache
 
 
 class HeldOut(NamedTuple):
@@ -122,7 +119,11 @@ def evaluate(
             "give a run of config.data.order=streams"
         )
     ids_M = held_out.ids_M
-    metrics = {"text": held_out.name} | _measure_both(run, model, params, held_out, window)
+    stateful = stateful_pass(model, params, run.config, ids_M)
+    window = min(window, len(ids_M) - 1)  # a longer window would read the same characters
+    cold = cold_pass(model, params, window, len(ids_M))
+    metrics = {"text": held_out.name} | _measure(stateful, held_out)
+    metrics["cold"] = {"window": window} | _measure(cold, held_out)
     if dynamic_rate is not None:
         loss = metrics["nats_per_char"]
         metrics["dynamic"] = _measure_dynamic(run, model, params, held_out, dynamic_rate, loss)
@@ -153,40 +154,17 @@ def _warn_of_known_text(held_out: HeldOut) -> None:
         )
 
 
-def _measure_both(
-    run: Run, model: CharLSTM, params: Any, held_out: HeldOut, window: int
-) -> dict[str, Any]:
-    """Return the stateful metrics, and those of stateless windows as 'cold'."""
-    score_step, ids_M = jax.jit(make_score_step(model)), held_out.ids_M
-
-    def releasing(batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            yield batch
-            forget_pages(ids_M)
-
-    def measure(batches: Iterable[Batch], batch_size: int, num_chars: int) -> dict[str, Any]:
-        carry = zero_carry(model, batch_size)
-        outputs = run_batches(score_step, params, carry, releasing(batches))
-        return metrics_of(sum_losses(outputs, num_chars, held_out.bytes_V))
-
-    batches, last = evaluation_batches(ids_M, run.config, batch_size=1), len(ids_M) - 1
-    num_chars = batches.num_windows if isinstance(batches, Windows) else last
-    window = min(window, last)  # a longer window would read the same characters
-    batch_size = min(max(1, COLD_CHARS // window), -(-last // window))
-    cold = measure(cold_batches(ids_M, window, batch_size), batch_size, last)
-    stateful = measure(batches.epoch(), batches.batch_size, num_chars)
-    return stateful | {"cold": {"window": window} | cold}
+def _measure(scored: Pass, held_out: HeldOut) -> dict[str, Any]:
+    num_chars = len(held_out.ids_M) - scored.first
+    return metrics_of(sum_losses(scored.run(held_out.ids_M), num_chars, held_out.bytes_V))
 
 
 def _measure_dynamic(
     run: Run, model: CharLSTM, params: Any, held_out: HeldOut, rate: float, static_loss: float
 ) -> dict[str, Any]:
     anchor = dynamic.make_anchor(model, params, [run.vocab.encode(text) for text in run.prompts])
-    state = dynamic.DynamicState(params, zero_carry(model, 1))
-    step = jax.jit(dynamic.make_dynamic_step(model, rate))
-    batches = Streams(held_out.ids_M, 1, dynamic.WINDOW)
-    outputs = run_batches(step, anchor, state, batches.epoch())
-    sums = sum_losses(outputs, len(held_out.ids_M) - 1, held_out.bytes_V)
+    scored = dynamic_pass(model, anchor, rate)
+    sums = sum_losses(scored.run(held_out.ids_M), len(held_out.ids_M) - 1, held_out.bytes_V)
     if not sums.loss < static_loss + math.log(len(run.vocab)):
         raise UserError(f"--dynamic_rate={rate}: dynamic evaluation diverges; give a lower rate")
     return {"rate": rate, "window": dynamic.WINDOW} | metrics_of(sums)

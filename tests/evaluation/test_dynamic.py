@@ -145,9 +145,7 @@ def test_zero_rate_and_full_decay_give_the_anchor_or_no_change(model, params, te
 def test_diverging_dynamic_evaluation_is_an_error(model, params, book_path, tmp_path, monkeypatch):
     run = untrained_run(small_config(book_path), tmp_path / "run")
     held_out = measure.open_held_out(run, "", "error", False)
-    nothing = lambda *arguments: None  # noqa: E731
-    monkeypatch.setattr(measure.dynamic, "make_anchor", nothing)
-    monkeypatch.setattr(measure, "run_batches", nothing)
+    monkeypatch.setattr(measure.dynamic, "make_anchor", lambda *arguments: Anchor(params, params))
     monkeypatch.setattr(measure, "sum_losses", lambda *arguments: SimpleNamespace(loss=math.nan))
     with pytest.raises(UserError, match=r"--dynamic_rate=1000000\.0: .* lower"):
         measure._measure_dynamic(run, model, params, held_out, 1e6, 2.0)
