@@ -35,6 +35,7 @@ ORDER = """
     training.setup training.progress training.validation training.loop
     evaluation.scoring evaluation.dynamic evaluation.passes evaluation.baselines
     evaluation.memorization
+    evaluation.inside
     evaluation.report evaluation.sample_check evaluation.measure evaluation.writing
     evaluation.surprise
     cli.streams cli.signals cli.notebook cli.runtime cli.folders cli.options cli.usage
