@@ -36,6 +36,7 @@ ORDER = """
     evaluation.scoring evaluation.dynamic evaluation.passes evaluation.baselines
     evaluation.memorization
     evaluation.inside
+    evaluation.inside evaluation.features
     evaluation.report evaluation.sample_check evaluation.measure evaluation.writing
     evaluation.surprise
     cli.streams cli.signals cli.notebook cli.runtime cli.folders cli.options cli.usage
