@@ -37,6 +37,7 @@ ORDER = """
     evaluation.memorization
     evaluation.inside
     evaluation.inside evaluation.features
+    evaluation.inside evaluation.features evaluation.probes
     evaluation.report evaluation.sample_check evaluation.measure evaluation.writing
     evaluation.surprise
     cli.streams cli.signals cli.notebook cli.runtime cli.folders cli.options cli.usage
