@@ -39,7 +39,7 @@ ORDER = """
     evaluation.inside evaluation.features
     evaluation.inside evaluation.features evaluation.probes
     evaluation.report evaluation.sample_check evaluation.measure evaluation.writing
-    evaluation.surprise
+    evaluation.surprise evaluation.calibration
     cli.streams cli.signals cli.notebook cli.runtime cli.folders cli.options cli.usage
     planning.rules planning.timing planning.memory planning.report planning.planner
     sweep.texts sweep.trials sweep.grid sweep.table sweep.search
