@@ -35,8 +35,6 @@ ORDER = """
     training.setup training.progress training.validation training.loop
     evaluation.scoring evaluation.dynamic evaluation.passes evaluation.baselines
     evaluation.memorization
-    evaluation.inside
-    evaluation.inside evaluation.features
     evaluation.inside evaluation.features evaluation.probes
     evaluation.report evaluation.sample_check evaluation.measure evaluation.writing
     evaluation.surprise evaluation.calibration
