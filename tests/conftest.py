@@ -48,8 +48,8 @@ CHEAP = {
     f"test_{name}"
     for name in "api bench calibration checkpoints console cost documents dynamic faults folder "
     "folders fuzz keys launch metrics mistakes model optim optimizers paths plan progress quality "
-    "runtime sampling scaling score scoring sharded_step sharding steps surprise surroundings "
-    "sweep switches".split()
+    "report_page runtime sampling scaling score scoring sharded_step sharding steps surprise "
+    "surroundings sweep switches".split()
 }
 
 
