@@ -11,6 +11,10 @@ cold     Stateless: adjacent windows of --window characters, each from an empty 
 --dynamic adds dynamic evaluation: the model learns from every 20 characters after it has predicted
 them. --temperature fits a softmax temperature on the first half and measures it on the second.
 
+--audit checks that the losses are lengths of a code, prints what it measures, and ends with exit
+code 1 if a check fails: probabilities sum to 1, later characters change no prediction, every
+character counts once, dynamic evaluation predicts before it learns.
+
 Bits per byte count UTF-8 bytes; they are left out if the model reads other characters than the
 text has (lower case, --unknown and the like). +- is the standard error over up to 30 blocks. The
 baselines learn from the training part: uniform, unigram, Kneser-Ney 5- and 7-grams, compressors.
@@ -47,6 +51,7 @@ DYNAMIC = flags.DEFINE_boolean("dynamic", False, "add dynamic evaluation")
 DYNAMIC_RATE = flags.DEFINE_float("dynamic_rate", None, "its learning rate")
 TEMPERATURE = flags.DEFINE_boolean("temperature", False, "fit a softmax temperature")
 BASELINES = flags.DEFINE_boolean("baselines", True, "compare with n-grams and compressors")
+AUDIT = flags.DEFINE_boolean("audit", False, "check that the losses are the lengths of a code")
 JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
 
 
@@ -64,6 +69,7 @@ def main() -> None:
     check_flags()
     workdir = folders.trained_workdir(WORKDIR.value)
     from charlstm.evaluation import dynamic, evaluate, open_held_out  # they import JAX
+    from charlstm.evaluation.audit import refuse_failed
     from charlstm.runs.checkpoints import load_model
 
     run, model, params = load_model(workdir, CHECKPOINT.value)
@@ -77,8 +83,11 @@ def main() -> None:
         dynamic_rate=rate if DYNAMIC.value else None,
         fit_temperature=TEMPERATURE.value,
         baselines=BASELINES.value,
+        audit=AUDIT.value,
     )
     print(json.dumps(result.metrics, allow_nan=False) if JSON.value else result)
+    if AUDIT.value:
+        refuse_failed(result.metrics["audit"])
 
 
 if __name__ == "__main__":

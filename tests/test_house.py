@@ -33,7 +33,7 @@ ORDER = """
     runs.plots runs.metrics runs.folder runs.checksums runs.orbax_calls runs.checkpoints
     planning.cost runs.machine
     training.setup training.progress training.validation training.loop
-    evaluation.scoring evaluation.dynamic evaluation.passes evaluation.baselines
+    evaluation.scoring evaluation.dynamic evaluation.passes evaluation.audit evaluation.baselines
     evaluation.memorization
     evaluation.inside evaluation.features evaluation.probes
     evaluation.report evaluation.sample_check evaluation.measure evaluation.writing

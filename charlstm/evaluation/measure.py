@@ -5,11 +5,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from charlstm.data.batches import evaluation_batches, split
 from charlstm.data.corpus import Corpus, open_corpus
 from charlstm.errors import UserError
+from charlstm.evaluation import audit as audits
 from charlstm.evaluation import dynamic
 from charlstm.evaluation.memorization import PIECE_CHARS, share_found
 from charlstm.evaluation.passes import Pass, cold_pass, dynamic_pass, stateful_pass
@@ -37,6 +39,7 @@ class HeldOut(NamedTuple):
     name: str = "the text"
     bytes_V: np.ndarray | None = None  # UTF-8 bytes of each character, if ids are the text's own
     train_M: np.ndarray | None = None
+    corpus: Corpus | None = None  # whose cleaned characters contain the text
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,9 @@ def open_held_out(
         own = open_run_text(run, remedy)
         train_M, ids_M = split(own.ids_M, data)
         name = f"the last {len(ids_M):,} characters of {own.source}"
-        return HeldOut(ids_M, name, _bytes_of(run, own), train_M)
+        return HeldOut(ids_M, name, _bytes_of(run, own), train_M, own)
     text = open_corpus(data, path, vocab=run.vocab, unknown=unknown, remedy=remedy)
-    held_out = HeldOut(text.ids_M, path, _bytes_of(run, text), None)
+    held_out = HeldOut(text.ids_M, path, _bytes_of(run, text), None, text)
     try:
         own = open_run_text(run, remedy, may_fetch=False)
     except UserError as error:
@@ -97,6 +100,7 @@ def evaluate(
     dynamic_rate: float | None = None,
     fit_temperature: bool = False,
     baselines: bool = True,
+    audit: bool = False,
 ) -> Evaluation:
     """Return the metrics of a held-out text, stateful and in stateless windows.
 
@@ -108,6 +112,7 @@ def evaluate(
       fit_temperature: fit a softmax temperature on the first half of the text, and measure it on
         the second.
       baselines: measure n-grams and compressors, if there is a training part.
+      audit: check that the losses are lengths of a code: see charlstm.evaluation.audit.
 
     Raises:
       UserError: if dynamic evaluation cannot be done or diverges.
@@ -122,7 +127,7 @@ def evaluate(
     stateful = stateful_pass(model, params, run.config, ids_M)
     window = min(window, len(ids_M) - 1)  # a longer window would read the same characters
     cold = cold_pass(model, params, window, len(ids_M))
-    metrics = {"text": held_out.name} | _measure(stateful, held_out)
+    metrics: dict[str, Any] = {"text": held_out.name} | _measure(stateful, held_out)
     metrics["cold"] = {"window": window} | _measure(cold, held_out)
     if dynamic_rate is not None:
         loss = metrics["nats_per_char"]
@@ -130,6 +135,9 @@ def evaluate(
     if fit_temperature:
         metrics["temperature"] = _measure_temperature(run, model, params, ids_M)
     check_finite(metrics, held_out.name)
+    if audit:
+        passes = {"stateful": stateful, "cold": cold}
+        metrics["audit"] = _audit(run, model, params, held_out, passes, metrics, dynamic_rate)
     if baselines and held_out.train_M is not None:
         metrics["baselines"] = measure_baselines(held_out.train_M, ids_M, run.vocab)
     train_size = 0 if held_out.train_M is None else len(held_out.train_M)
@@ -162,12 +170,47 @@ def _measure(scored: Pass, held_out: HeldOut) -> dict[str, Any]:
 def _measure_dynamic(
     run: Run, model: CharLSTM, params: Any, held_out: HeldOut, rate: float, static_loss: float
 ) -> dict[str, Any]:
-    anchor = dynamic.make_anchor(model, params, [run.vocab.encode(text) for text in run.prompts])
-    scored = dynamic_pass(model, anchor, rate)
+    scored = _dynamic_pass(run, model, params, rate)
     sums = sum_losses(scored.run(held_out.ids_M), len(held_out.ids_M) - 1, held_out.bytes_V)
     if not sums.loss < static_loss + math.log(len(run.vocab)):
         raise UserError(f"--dynamic_rate={rate}: dynamic evaluation diverges; give a lower rate")
     return {"rate": rate, "window": dynamic.WINDOW} | metrics_of(sums)
+
+
+def _dynamic_pass(run: Run, model: CharLSTM, params: Any, rate: float) -> Pass:
+    texts = [run.vocab.encode(prompt) for prompt in run.prompts]
+    return dynamic_pass(model, dynamic.make_anchor(model, params, texts), rate)
+
+
+def _audit(
+    run: Run,
+    model: CharLSTM,
+    params: Any,
+    held_out: HeldOut,
+    passes: dict[str, Pass],
+    metrics: dict[str, Any],
+    dynamic_rate: float | None,
+) -> dict[str, Any]:
+    """Return the checks of all passes as JSON, and the numbers of characters and bytes."""
+    ids_M, first = held_out.ids_M, passes["stateful"].first
+    checks: list[audits.Check] = []
+    for key, (name, scored) in zip(jax.random.split(run.key(0)), passes.items(), strict=True):
+        loss = (metrics | metrics.get(name, {}))["nats_per_char"]
+        checks += audits.check_pass(name, scored, model, ids_M, loss, key)
+    if run.config.data.order == "streams" and run.config.seq_len > 1:
+        rate = dynamic.RATE if dynamic_rate is None else dynamic_rate
+        scored = _dynamic_pass(run, model, params, rate)
+        checks += audits.check_dynamic(scored, model, ids_M, run.key(1))
+    counts: dict[str, Any] = {"characters": len(ids_M), "scored": len(ids_M) - first}
+    if held_out.bytes_V is not None:
+        text = run.vocab.decode(ids_M[first:])
+        checks.append(audits.check_bytes(text, metrics))
+        counts["scored_bytes"] = len(text.encode())
+    if (corpus := held_out.corpus) is not None:
+        counts["file_bytes"] = corpus.num_bytes
+        counts["file_characters"] = len(corpus.ids_M)
+        counts["cut"], counts["unknown"] = corpus.num_cut, corpus.num_unknown
+    return audits.as_json(checks) | {"counts": counts}
 
 
 def _measure_temperature(

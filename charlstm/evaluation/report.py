@@ -107,6 +107,8 @@ def format_report(metrics: dict[str, Any], train_size: int, held_out_size: int) 
             f"second {fit['bits_per_char']:.4f} bits/char instead of "
             f"{fit['bits_per_char_at_1']:.4f}."
         )
+    if audit := metrics.get("audit"):
+        yield from format_audit(audit)
     if not found:
         return
     if found["training_characters"] < train_size or found["held_out_characters"] < held_out_size:
@@ -118,3 +120,23 @@ def format_report(metrics: dict[str, Any], train_size: int, held_out_size: int) 
     if found["held_out_characters"] < baselines.MIN_COMPRESSED_CHARS:
         yield "No compressors: the text is too short."
     yield compare(metrics["bits_per_char"], bits)
+
+
+def format_audit(audit: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each check of an audit, and lines on what is counted."""
+    for check in audit["checks"]:
+        measured = "NaN" if check["measured"] is None else f"{check['measured']:.3g}"
+        verdict = "pass" if check["passed"] else "FAIL"
+        yield f"{verdict}  {check['name']}: {measured} (limit {check['limit']:g})"
+    counts = audit["counts"]
+    scored = f"scored: {counts['scored']:,} of {counts['characters']:,} characters of the text"
+    if "scored_bytes" in counts:
+        scored += f", {counts['scored_bytes']:,} bytes of UTF-8 with one for each line end"
+    yield scored
+    if "file_bytes" in counts:
+        yield (
+            f"files: {counts['file_bytes']:,} bytes, {counts['file_characters']:,} characters "
+            f"after cleaning; {counts['cut']:,} cut as Project Gutenberg's header and licence, "
+            f"{counts['unknown']:,} unknown ones dropped or replaced"
+        )
+    yield ""

@@ -238,7 +238,7 @@ def test_evaluate_reports_metrics_of_any_text(trained, book):
 
 def test_evaluate_reports_dynamic_and_temperature_scaling(trained):
     folder, _ = trained
-    flags = ("--workdir=runs/tiny-book", "--dynamic", "--temperature", "--nobaselines")
+    flags = ("--workdir=runs/tiny-book", "--dynamic", "--temperature", "--nobaselines", "--audit")
     figures = json.loads(warm_launcher()("evaluate", *flags, "--json", cwd=folder).stdout)
     dynamic = figures["dynamic"]
     assert dynamic["characters"] == figures["characters"]
@@ -250,6 +250,14 @@ def test_evaluate_reports_dynamic_and_temperature_scaling(trained):
     shown = "\n".join(report.format_report(figures | {"text": ""}, 0, 0))
     assert f"temperature of {heat['fitted']:.3f}, fitted on the first half" in shown
     assert re.search(rf"\ndynamic +{dynamic['bits_per_char']:.4f} ", shown)
+    audit = figures["audit"]
+    assert audit["passed"]
+    names = {check["name"].split(":")[0] for check in audit["checks"]}
+    assert {"stateful", "cold", "dynamic"} < names
+    size = figures["characters"]
+    assert audit["counts"]["scored"] == audit["counts"]["scored_bytes"] == size
+    assert audit["counts"]["file_bytes"] == os.path.getsize(folder / "book.txt")
+    assert len(re.findall("\npass ", shown)) == len(audit["checks"])
 
 
 def test_adapt_to_changes_the_sample_but_not_the_run(trained):
