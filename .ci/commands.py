@@ -18,6 +18,7 @@ SHORTER = {
     "train": [*TINY, "--config.sample.length=20"],
     "sample": ["--length=20"],
     "evaluate": [],
+    "score": [],
     "plan": ["--minutes=0.5"],
     "sweep": [*TINY, "--config.data.path=FILE"],
     "bench": ["--quick", "--what=step", "--repeats=1", "--peers=none"],

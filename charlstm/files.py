@@ -6,7 +6,7 @@ import socket
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from etils import epath
@@ -39,6 +39,30 @@ def write_file(path: epath.Path, content: bytes | str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_file(path: epath.Path) -> Iterator[Callable[[str], Any]]:
+    """Yield write(text) for a new file, which is there, complete, after the block or not at all.
+
+    Raises:
+      UserError: if the file exists or cannot be written.
+    """
+    temporary = path.parent / temporary_name(path.name)
+    try:
+        if path.exists():
+            raise UserError(f"{path}: exists; remove it, or choose another --out")
+        temporary.unlink(missing_ok=True)  # a leftover of a crash, or a link
+        with temporary.open("w", encoding="utf-8") as file:
+            yield file.write
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another --out"
+        ) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 class GrowingFile:

@@ -25,21 +25,24 @@ GIVEN_FLAGS = tuple(sys.argv[1:])  # before options.normalise
 flags.DEFINE_boolean("debug", False, "print the traceback of a mistake")
 
 
-def run(main: Callable[[], int | None], example: str = "") -> None:
+def run(main: Callable[..., int | None], example: str = "", takes_files: bool = False) -> None:
     """Parse the flags, call `main` and exit with its code, or with 2 and one line for a UserError.
 
-    `example` is the flags of the example that --help prints.
+    Args:
+      main: takes no argument, or the list of the words that are no flags if `takes_files`.
+      example: the flags of the example that --help prints.
+      takes_files: such words are allowed, before, between and after the flags.
     """
 
     def guarded(argv: list[str]) -> int | None:
         try:
-            if len(argv) > 1:
+            if len(argv) > 1 and not takes_files:
                 raise UserError(f"{argv[1]}: not a flag; flags begin with --, see --help")
             from charlstm.system.console import show_logs
 
             show_logs()
             runtime.prepare()
-            return main()
+            return main(argv[1:]) if takes_files else main()
         except UserError as error:
             return fail(error)
         except KeyboardInterrupt:  # only in a notebook; elsewhere signals.py exits
@@ -50,6 +53,7 @@ def run(main: Callable[[], int | None], example: str = "") -> None:
             raise
 
     with notebook.restored():
+        flags.FLAGS.set_gnu_getopt(takes_files)
         set_logging()
         if {"-h", "-help", "--help"} & set(sys.argv[1:]):
             sys.exit(_with_stdout(lambda: _help(example)))

@@ -37,7 +37,8 @@ ORDER = """
     evaluation.memorization
     evaluation.inside evaluation.features evaluation.probes
     evaluation.report evaluation.sample_check evaluation.measure evaluation.writing
-    evaluation.surprise evaluation.calibration
+    evaluation.surprise evaluation.calibration evaluation.units evaluation.score
+    evaluation.score_formats
     cli.streams cli.signals cli.notebook cli.runtime cli.folders cli.options cli.usage
     planning.rules planning.timing planning.memory planning.report planning.planner
     sweep.texts sweep.trials sweep.grid sweep.table sweep.search

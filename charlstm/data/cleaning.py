@@ -37,7 +37,11 @@ class Cleaning(NamedTuple):
         return cls(data.lowercase, data.strip_punctuation, separator)
 
     def apply(
-        self, chunks: Iterable[str], stats: CleaningStats | None = None, is_file: bool = True
+        self,
+        chunks: Iterable[str],
+        stats: CleaningStats | None = None,
+        is_file: bool = True,
+        has_frames: bool = True,
     ) -> Iterator[str]:
         """Yield the cleaned characters of a text in chunks, without Project Gutenberg's frames.
 
@@ -47,10 +51,13 @@ class Cleaning(NamedTuple):
           chunks: the text, cut anywhere, with newlines as line ends.
           stats: is updated while the text is read.
           is_file: with a separator, add END after the last document.
+          has_frames: search for Project Gutenberg's frames, which holds back MAX_FRAME_CHARS
+            characters.
         """
         stats = stats or CleaningStats()
-        chunks = _count_cut(chunks, stats, 1)
-        chunks = _count_cut(cut_gutenberg(chunks), stats, -1)
+        if has_frames:
+            chunks = _count_cut(chunks, stats, 1)
+            chunks = _count_cut(cut_gutenberg(chunks), stats, -1)
         if self.separator:
             chunks = replace_separator(chunks, self.separator, stats)
             chunks = end_document(chunks) if is_file else chunks
@@ -58,7 +65,7 @@ class Cleaning(NamedTuple):
             chunks = map(str.lower, break_at_space(chunks))
         if self.strip_punctuation:
             chunks = map(drop_punctuation, chunks)
-        return chunks
+        return iter(chunks)
 
     def apply_to(self, text: str, stats: CleaningStats | None = None) -> str:
         """Clean a short text, such as a prompt, as the files of a text are cleaned."""

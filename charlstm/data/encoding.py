@@ -23,7 +23,7 @@ _OTHER_KINDS = {
 }
 
 
-def decode(blocks: Iterable[bytes], name: str) -> Iterator[str]:
+def decode(blocks: Iterable[bytes], name: str, head_bytes: int = HEAD_BYTES) -> Iterator[str]:
     """Yield the characters of a UTF-8 file without byte-order mark, with newlines as line ends.
 
     A file with the byte-order mark of UTF-16 is decoded as UTF-16.
@@ -31,13 +31,15 @@ def decode(blocks: Iterable[bytes], name: str) -> Iterator[str]:
     Args:
       blocks: the file in non-empty blocks, cut anywhere.
       name: the file, for errors.
+      head_bytes: the kind of the file is recognized from the blocks with the first `head_bytes`,
+        which are held until they are there.
 
     Raises:
       UserError: naming the first invalid byte and its offset, or the kind of a file that is not
         text.
     """
     blocks, head = iter(blocks), b""
-    while len(head) < HEAD_BYTES and (block := next(blocks, b"")):
+    while len(head) < head_bytes and (block := next(blocks, b"")):
         head += block
     is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if not is_utf16:

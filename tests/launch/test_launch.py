@@ -52,6 +52,17 @@ def test_order_of_config_flags_does_not_matter(tmp_path):
     assert "none.txt" in answer.stderr
 
 
+def test_score_takes_files_among_flags_and_writes_out(trained, book):
+    folder, _ = trained
+    words = ["book.txt", "--workdir=runs/tiny-book", "--by=word", "--rank", "book.txt"]
+    shown = warm_launcher()("score", *words, cwd=folder)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert len(shown.stdout.splitlines()) == 2 * (len(book.split()) + 3) + 4
+    written = warm_launcher()("score", *words, "--out=score.txt", cwd=folder)
+    assert (written.returncode, written.stdout, written.stderr) == (0, "", "")
+    assert (folder / "score.txt").read_text() == shown.stdout
+
+
 def test_training_prints_text_model_and_progress_to_stdout(trained, book):
     _, result = trained
     assert [line for line in result.stderr.splitlines() if not line.startswith("warning: ")] == []

@@ -111,6 +111,8 @@ COMMAND_LINE = [
     ("evaluate", "--dynamic --dynamic_rate=1e39", "--dynamic_rate=1e+39 float32"),
     ("evaluate", "--dynamic_rate=1", "--dynamic_rate=1.0 --dynamic"),
     ("evaluate", "--window=99999", "window 99999"),
+    ("score", "book.txt --by=page", "by page word"),
+    ("score", "--format=tsv book.txt --rankd", "rankd rank"),
     ("bench", "--what=stepp", "--what=stepp step"),
     ("bench", "--shapes=32x50", "--shapes=32x50 BxTxH"),
     ("plan", "--minutes=0", "--minutes=0.0 0"),
@@ -346,6 +348,16 @@ READING = [
     ("sample", "--workdir=runs/full --adapt_to=euro.txt", "'€' U+20AC 3"),
     ("sample", "--workdir=runs/full --adapt_to=letter.txt", "letter.txt"),
     ("evaluate", "--workdir=runs/whole", "runs/whole --text"),
+    ("score", "book.txt --workdir=nowhere", "nowhere runs/full"),
+    ("score", "book.txt none.txt --workdir=runs/full", "none.txt"),
+    ("score", "folder --workdir=runs/full", "folder .txt .gz .zst .bz2 .xz"),
+    ("score", "pipe --workdir=runs/full", "pipe"),
+    ("score", "--workdir=runs/full --format=json -- euro.txt", "euro.txt '€' U+20AC 3 drop"),
+    ("score", "empty.txt --workdir=runs/full --format=tsv", "empty.txt 0 2"),
+    ("score", "--workdir=runs/full", "- 0 2"),
+    ("score", "book.txt --workdir=runs/full --out=other.txt", "other.txt --out"),
+    ("score", "letter.txt --workdir=runs/full --out=new.txt", "letter.txt 1 2"),
+    ("score", "book.txt --workdir=runs/full --out=folder/none/new.txt", "new.txt --out"),
 ]
 
 
