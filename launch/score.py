@@ -12,7 +12,8 @@ text by bits per character, words and characters by bits, the most surprising fi
 those in the text as the model reads it: cleaned as the run's text was, and without Project
 Gutenberg's header, which a stream keeps.
 
---format=json prints one object, for a stream one object per line.
+--format=json prints one object, for a stream one object per line. --format=html writes a page to
+--out, coloured by surprise, with what the model expected at each character.
 """
 
 import os
@@ -31,6 +32,7 @@ from absl import flags
 from etils import epath
 
 from charlstm.cli import folders, options
+from charlstm.errors import UserError
 from charlstm.files import new_file
 
 logger = logging.getLogger("charlstm.score")
@@ -41,11 +43,19 @@ WORKDIR = flags.DEFINE(
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
 BY = flags.DEFINE_enum("by", "line", ["char", "word", "line"], "what to sum up")
 RANK = flags.DEFINE_boolean("rank", False, "the most surprising first")
-FORMAT = flags.DEFINE_enum("format", "table", ["table", "json", "tsv"], "how to show it")
+FORMAT = flags.DEFINE_enum("format", "table", ["table", "json", "tsv", "html"], "how to show it")
 OUT = flags.DEFINE(options.LOCAL_PATH, "out", "", "the file to write; standard output if none")
 UNKNOWN = flags.DEFINE_enum(
     "unknown", "error", ["error", "drop", "replace"], "unknown characters of the texts"
 )
+
+
+def check_flags() -> None:
+    """Raise UserError for flags that make no sense."""
+    if FORMAT.value == "html" and not OUT.value:
+        raise UserError("--format=html: needs --out=FILE for the page")
+    if FORMAT.value == "html" and RANK.value:
+        raise UserError("--rank: a page has its own ranking; leave it out, or --format=html")
 
 
 @contextmanager
@@ -60,20 +70,29 @@ def opened_out() -> Iterator[Callable[[str], Any]]:
 
 def main(paths: list[str]) -> None:
     """Score the texts as the flags say."""
+    check_flags()
     workdir = folders.trained_workdir(WORKDIR.value)
     from charlstm.evaluation import score, score_formats  # they import JAX
+    from charlstm.pages.embed import check_out
+    from charlstm.pages.score import write_score_page
     from charlstm.runs.checkpoints import load_model
 
+    is_page = FORMAT.value == "html"
+    if is_page:
+        check_out(OUT.value)  # before the texts are read
     sources = score.find_texts(paths or [score.STANDARD_INPUT])
     run, model, params = load_model(workdir, CHECKPOINT.value)
     is_stream = None in sources
     if is_stream and sys.stdin.isatty():
         logger.info("reading the terminal; end the text with Ctrl-D")
-    num_top = score.NUM_TOP if BY.value == "char" else 1
+    num_top = score.NUM_TOP if is_page or BY.value == "char" else 1
     stdin = open(0, "rb", buffering=0, closefd=False)
     texts = score.score_texts(
         run, model, params, sources, stdin, unknown=UNKNOWN.value, num_top=num_top
     )
+    if is_page:
+        write_score_page(texts, run, BY.value, OUT.value)
+        return
     formats = {
         "table": score_formats.write_table,
         "tsv": score_formats.write_tsv,

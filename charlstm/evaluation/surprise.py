@@ -102,8 +102,9 @@ def predict_chunk(
     # Of equal characters top_k takes the lowest id first, as argmax does.
     is_earlier_TV = jnp.arange(log_probs_TV.shape[1])[None] < ids_T[1:, None]
     is_before_TV = (log_probs_TV > own_T1) | ((log_probs_TV == own_T1) & is_earlier_TV)
-    bits_T = -own_T1[:, 0] / math.log(2)
-    entropy_T = -jnp.sum(jnp.exp(log_probs_TV) * log_probs_TV, axis=1) / math.log(2)
+    # abs in place of a minus, which would make -0.0 of 0.0.
+    bits_T = jnp.abs(own_T1[:, 0]) / math.log(2)
+    entropy_T = jnp.sum(jnp.exp(log_probs_TV) * jnp.abs(log_probs_TV), axis=1) / math.log(2)
     rank_T = 1 + jnp.sum(is_before_TV, axis=1, dtype=jnp.int32)
     return carry, (bits_T, entropy_T, rank_T, top_ids_TK, jnp.exp(top_logs_TK))
 

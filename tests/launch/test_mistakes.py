@@ -112,6 +112,8 @@ COMMAND_LINE = [
     ("evaluate", "--dynamic_rate=1", "--dynamic_rate=1.0 --dynamic"),
     ("evaluate", "--window=99999", "window 99999"),
     ("score", "book.txt --by=page", "by page word"),
+    ("score", "--format=html book.txt", "--format=html --out"),
+    ("score", "--format=html --out=page.html --rank book.txt", "--rank --format"),
     ("score", "--format=tsv book.txt --rankd", "rankd rank"),
     ("bench", "--what=stepp", "--what=stepp step"),
     ("bench", "--shapes=32x50", "--shapes=32x50 BxTxH"),
@@ -356,6 +358,7 @@ READING = [
     ("score", "empty.txt --workdir=runs/full --format=tsv", "empty.txt 0 2"),
     ("score", "--workdir=runs/full", "- 0 2"),
     ("score", "book.txt --workdir=runs/full --out=other.txt", "other.txt --out"),
+    ("score", "book.txt --workdir=runs/full --out=other.txt --format=html", "other.txt --out"),
     ("score", "letter.txt --workdir=runs/full --out=new.txt", "letter.txt 1 2"),
     ("score", "book.txt --workdir=runs/full --out=folder/none/new.txt", "new.txt --out"),
 ]
