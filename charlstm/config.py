@@ -24,6 +24,9 @@ def base_config() -> ConfigDict:
     config.checkpoint_every_steps = 0
     # Steps between records in metrics.jsonl and TensorBoard.
     config.log_every_steps = 50
+    # A trained run, or an exported file, whose best weights this run starts from; empty: random
+    # weights. The model must be the same; the text may be another (fine-tuning).
+    config.init_from = ""
     config.data = _data()
     config.model = _model()
     config.optimizer = _optimizer()

@@ -3,7 +3,9 @@
   python launch/train.py [--config=NAME or FILE] [--workdir=DIR] [--config.KEY=VALUE ...]
 
 Without flags: configs/default.py on Dracula, in runs/default-pg345. charlstm/config.py describes
-the settings. The same command again resumes the run.
+the settings. The same command again resumes the run. Fine-tuning starts from a trained run:
+
+  python launch/train.py --config.init_from=RUN --config.data.path=OTHER.txt
 
 Several processes train one run if JAX finds a cluster (Cloud TPU, Slurm, Open MPI, Kubernetes), or
 if flags describe one:
@@ -78,7 +80,8 @@ def main() -> int:
             options.config_name(CONFIG), config.data.path
         )
         try:
-            finished = train(config, workdir, should_stop=stop, profile=PROFILE.value)
+            unset = options.unset_settings(CONFIG)
+            finished = train(config, workdir, stop, profile=PROFILE.value, unset=unset)
         except OccupiedError as error:
             words = folders.in_free_workdir(app.GIVEN_FLAGS, workdir)
             command = launcher_command("train", *words)

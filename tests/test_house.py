@@ -32,7 +32,7 @@ ORDER = """
     parallel.sharding parallel.native_output parallel.processes
     runs.plots runs.metrics runs.folder runs.checksums runs.orbax_calls runs.checkpoints
     planning.cost runs.machine
-    training.setup training.progress training.validation training.loop
+    training.transfer training.setup training.progress training.validation training.loop
     evaluation.scoring evaluation.dynamic evaluation.passes evaluation.audit evaluation.baselines
     evaluation.memorization
     evaluation.inside evaluation.features evaluation.probes

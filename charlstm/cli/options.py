@@ -74,6 +74,14 @@ def checked_config(holder: flags.FlagHolder) -> ConfigDict:
     return config
 
 
+def unset_settings(holder: flags.FlagHolder) -> set[str]:
+    """Return the settings that no flag gives and that have their default in the config file."""
+    given = config_flags.get_override_values(flags.FLAGS[holder.name])
+    defaults = flatten(base_config())
+    settings = flatten(holder.value).items()
+    return {key for key, value in settings if key not in given and value == defaults[key]}
+
+
 def train_command(holder: flags.FlagHolder, settings: dict[str, Any]) -> str:
     """Return a train.py command with `settings`, this command's config flags and a new folder."""
     words = []
@@ -157,7 +165,7 @@ def normalise(argv: list[str]) -> list[str]:
         elif value is None:
             value = next(words, "")
         parse_setting(key, value)
-        if key == "data.path":
+        if key in ("data.path", "init_from"):
             value = given_path(value)
         normal.append(f"--config.{key}={value}")
     return [*normal[:1], *files[-1:], *normal[1:]]

@@ -61,6 +61,13 @@ class TextInfo(NamedTuple):
     vocabulary: int
 
 
+class InitialWeights(NamedTuple):
+    """The weights that a run with config.init_from starts from; the names are in config.json."""
+
+    path: str  # absolute, of a run folder or a file
+    sha256: str
+
+
 class Run(NamedTuple):
     """The content of a run folder, without checkpoints and metrics."""
 
@@ -71,6 +78,7 @@ class Run(NamedTuple):
     prompts: list[str]
     machine: dict[str, Any]  # versions and devices at the first start
     prng_impl: str  # JAX's name for the implementation of its random keys
+    initial_weights: InitialWeights | None = None  # None: random ones
 
     def key(self, seed: int) -> jax.Array:
         """Return a random key of the implementation that the run began with."""
@@ -103,6 +111,7 @@ def write_run(run: Run) -> None:
         "text": run.text._asdict(),
         **run.machine,
         "prng_impl": run.prng_impl,
+        "initial_weights": run.initial_weights and run.initial_weights._asdict(),
         "sha256": {name: _sha256(content) for name, content in files.items()},
     }
     about["checksum"] = _checksum(about)
@@ -207,6 +216,10 @@ def load_run(workdir: epath.Path) -> Run:
         text = TextInfo(*(kind(about["text"][name]) for name, kind in kinds))
         machine = {"versions": dict(about["versions"]), "devices": list(about["devices"])}
         hashes = dict(about["sha256"])
+        initial_weights = None
+        if config.init_from:
+            names = InitialWeights._fields
+            initial_weights = InitialWeights(*(str(about["initial_weights"][n]) for n in names))
         prng_impl = about["prng_impl"]
         if prng_impl not in PRNG_IMPLS:
             raise ValueError(f"prng_impl is {prng_impl!r}")
@@ -222,7 +235,7 @@ def load_run(workdir: epath.Path) -> Run:
         raise DamagedError(
             f"{workdir}/prompts.json: not prompts of this vocabulary; restore the file"
         )
-    return Run(workdir, config, vocab, text, prompts, machine, prng_impl)
+    return Run(workdir, config, vocab, text, prompts, machine, prng_impl, initial_weights)
 
 
 def adapt_run(run: Run, config: ConfigDict) -> tuple[Run, list[str]]:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from charlstm.parallel.sharding import (
     on_one_device,
     put_batch,
     replicated,
+    to_host,
 )
 from charlstm.runs.checkpoints import Checkpoints
 from charlstm.runs.folder import has_run, write_run
@@ -34,6 +35,7 @@ from charlstm.steps import TrainState, TrainSteps, make_train_step, make_train_s
 from charlstm.system.paths import given_path
 from charlstm.training.progress import MAX_NONFINITE_STEPS, Counters, DivergedError, Progress
 from charlstm.training.setup import Setup, log_setup, set_up
+from charlstm.training.transfer import reload_source, start_params
 from charlstm.training.validation import compile_eval_step, validate, write_sample
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ def train(
     workdir: epath.PathLike,
     should_stop: ShouldStop = lambda: False,
     profile: bool = False,
+    unset: Collection[str] = (),
 ) -> bool:
     """Train or resume the run in `workdir`; return whether it is finished.
 
@@ -69,14 +72,17 @@ def train(
       should_stop: called several times per second, or after every step if a step takes longer.
         Once it returns true, the state is saved and the function returns.
       profile: write a trace of one call of the compiled steps to profile/ in the run folder.
+      unset: settings that the user has not set, such as 'model.hidden_size'. With
+        config.init_from, those of the model become the settings of the run that it names.
 
     Raises:
-      UserError: for an invalid setting or text, or a folder of another run or process.
+      UserError: for an invalid setting or text, a folder of another run or process, or if the run
+        cannot start from config.init_from.
       RunError: if the run cannot be saved or its loss stays nonfinite.
     """
     should_stop = processes.any_process(should_stop)
     workdir = epath.Path(given_path(os.fspath(workdir)))
-    setup = processes.run_on_all_processes(partial(set_up, config, workdir))
+    setup = processes.run_on_all_processes(partial(set_up, config, workdir, unset))
     processes.check_same(shared_settings(setup))
     with ExitStack() as stack, write_errors_reported(workdir):
         processes.run_on_all_processes(partial(open_folder, setup, stack))
@@ -123,7 +129,10 @@ def resume(
     found = checkpoints.restore_newest(
         abstract_state, lambda metadata: not (rollbacks and metadata.get("nonfinite_steps"))
     )
-    state, counters = (found[0], Counters.from_json(found[1])) if found else (init(key), Counters())
+    if found:
+        state, counters = found[0], Counters.from_json(found[1])
+    else:
+        state, counters = initial_state(setup, init, key), Counters()
     step = first_step = int(state.step)
     counters.rollbacks = max(counters.rollbacks, rollbacks)
     rate_scale = ROLLBACK_RATE_SCALE**counters.rollbacks
@@ -162,6 +171,8 @@ def resume(
 
     with Progress(setup, step, counters) as progress:
         try:
+            if not found and setup.run.initial_weights:
+                save()  # so that the run does not need the source any more
             # A stop during an evaluation leaves it to the next start.
             if setup.is_evaluated(step) and counters.needs_evaluation:
                 evaluate()
@@ -189,6 +200,24 @@ def resume(
     if latest is not None:
         checkpoints.restore(latest, abstract_state)
     return is_finished
+
+
+def initial_state(setup: Setup, init: Callable[..., TrainState], key: jax.Array) -> TrainState:
+    """Return the state before the first step, with the weights of config.init_from if it is set.
+
+    Args:
+      setup: the run.
+      init: as init_sharded returns.
+      key: the random key of the run.
+
+    Raises:
+      UserError: if the weights cannot be loaded or have changed since the run began.
+    """
+    if not setup.run.initial_weights:
+        return init(key)
+    source, state = setup.initial or reload_source(setup.run), init(key)
+    params = start_params(source, setup.run, setup.model, to_host(state.params))
+    return init(key, params=params)
 
 
 def max_steps_per_call(setup: Setup) -> int:
@@ -238,6 +267,8 @@ def shared_settings(setup: Setup) -> dict[str, Any]:
     """Return what must be equal on all processes; the path of the text may differ."""
     settings = {f"config.{name}": value for name, value in flatten(setup.run.config).items()}
     del settings["config.data.path"]
+    weights = setup.run.initial_weights
+    settings["the weights of config.init_from"] = weights and weights.sha256
     settings["the kind of random keys"] = setup.run.prng_impl
     return settings | {"the text": setup.run.text.sha256, **this_machine()["versions"]}
 

@@ -1,6 +1,7 @@
 """The setup of a run: its text, batches, devices and model."""
 
 import logging
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,13 @@ from charlstm.runs.folder import (
 )
 from charlstm.runs.machine import check_backend, check_memory, default_prng_impl, this_machine
 from charlstm.system.console import status
+from charlstm.training.transfer import (
+    Source,
+    check_other,
+    check_source,
+    inherit_settings,
+    load_source,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +50,7 @@ class Setup(NamedTuple):
     batches: Streams | Windows
     val_batches: Streams | Windows | None
     num_steps: int
+    initial: Source | None  # of the initial weights of a new run with config.init_from
 
     @property
     def log_every(self) -> int:
@@ -63,7 +72,7 @@ class Setup(NamedTuple):
         return step > 0 and (step >= self.num_steps or step % self.eval_every == 0)
 
 
-def set_up(config: ConfigDict, workdir: epath.Path) -> Setup:
+def set_up(config: ConfigDict, workdir: epath.Path, unset: Collection[str] = ()) -> Setup:
     """Check `config` and this machine, then prepare the run; write nothing.
 
     Raises:
@@ -71,27 +80,38 @@ def set_up(config: ConfigDict, workdir: epath.Path) -> Setup:
     """
     validate(config)
     check_backend(config)
-    setup = prepare(config, workdir)
-    check_memory(config, setup.model.vocab_size, setup.mesh)
+    setup = prepare(config, workdir, unset)
+    check_memory(setup.run.config, setup.model.vocab_size, setup.mesh)
     return setup
 
 
-def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
+def prepare(config: ConfigDict, workdir: epath.Path, unset: Collection[str] = ()) -> Setup:
     """Read the text of `config`, and the run in `workdir` if there is one; write nothing.
 
+    With config.init_from, the settings of the model in `unset` become those of the run there.
+
     Raises:
-      UserError: if the text cannot be used, or if the devices cannot share a batch.
+      UserError: if the text cannot be used, if the devices cannot share a batch, or if the run
+        cannot start from config.init_from.
       OccupiedError: if the folder belongs to another run or holds other files.
     """
     mesh = make_mesh(config)
     run: Run | None = None
+    initial: Source | None = None
     changes: list[str] = []
+    if config.init_from:
+        check_other(config.init_from, workdir)
     if has_run(workdir):
         run = load_run(workdir)
+        if config.init_from:
+            config = inherit_settings(config, run.config, unset)
         config = keep_recurrence(config, run, mesh)
         run, changes = adapt_run(run, config)
     else:
         check_free(workdir)
+        if config.init_from:
+            initial = load_source(config.init_from)
+            config = inherit_settings(config, initial.config, unset)
     # A run that fell back to Python's manual keeps it, even if the default book is now available.
     is_manual = run and not config.data.path and run.text.source == PYTHON_MANUAL
     with status("reading the text"):
@@ -102,6 +122,8 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
             f"{corpus.source}: is not the text of the run in {workdir}, or has changed since; "
             f"restore the text with SHA-256 {run.text.sha256[:64]}, or choose another --workdir"
         )
+    if initial:
+        check_source(initial, config, corpus.vocab)
     train_ids, val_ids = split(corpus.ids_M, config.data)
     batches = training_batches(train_ids, config)
     val_batches = evaluation_batches(val_ids, config) if config.data.val_fraction else None
@@ -115,9 +137,11 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
         # After the errors of a user, since it may compile native.cc.
         config = with_recurrence(config, mesh.size)
         prompts = random_prompts(train_ids, corpus.vocab, config.seq_len, config.seed)
-        run = Run(workdir, config, corpus.vocab, text, prompts, machine, default_prng_impl())
+        weights = initial.weights if initial else None
+        about = text, prompts, machine, default_prng_impl(), weights
+        run = Run(workdir, config, corpus.vocab, *about)
     model = model_from_config(config, corpus.vocab).clone(num_shards=mesh.size)
-    return Setup(run, mesh, model, batches, val_batches, num_steps)
+    return Setup(run, mesh, model, batches, val_batches, num_steps, initial)
 
 
 def keep_recurrence(config: ConfigDict, run: Run, mesh: Mesh) -> ConfigDict:
@@ -216,6 +240,8 @@ def log_setup(setup: Setup, step: int, num_params: int) -> None:
         "steps": f"{step:,} of {setup.num_steps:,} done, "
         f"{setup.batches.steps_per_epoch:,} per epoch",
     }
+    if run.initial_weights:
+        lines["initial weights"] = run.initial_weights.path
     if text.characters_cut:
         lines["total characters"] += (
             f" ({text.characters_cut:,} of Project Gutenberg's headers and licences left out)"

@@ -272,6 +272,17 @@ TEXTS = [
     ("book.txt --config.model.hidden_size=9999999", "hidden_size=9999999 GiB"),
     ("book.txt --workdir=file", "file directory --workdir"),
     ("book.txt --workdir=file/run", "file/run --workdir"),
+    ("book.txt --config.init_from=none", "config.init_from=none config.json launch/train.py"),
+    ("book.txt --config.init_from=runs/full --workdir=runs/full", "runs/full itself --workdir"),
+    # A flag that repeats a default is not replaced by the setting of the other run, 64.
+    (
+        "book.txt --config=default --config.init_from=runs/full --config.model.hidden_size=384",
+        "config.model.hidden_size=384 config.model.hidden_size=64 config.init_from=runs/full",
+    ),
+    (
+        "book.txt --config=default --config.init_from=runs/full --config.model.norm_epsilon=0.2",
+        "config.model.norm_epsilon=0.2 config.model.norm_epsilon=0.1 config.init_from=runs/full",
+    ),
 ]
 
 
