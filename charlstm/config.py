@@ -20,6 +20,9 @@ def base_config() -> ConfigDict:
     config.seq_len = 100
     # Steps between evaluations, each with a sample; 0: once per epoch.
     config.eval_every_steps = 500
+    # End the training after this many evaluations without a lower validation loss, even if the
+    # learning rate has not decayed to its end; 0: never.
+    config.patience = 0
     # Steps between checkpoints, in addition to those of evaluations; 0: none.
     config.checkpoint_every_steps = 0
     # Steps between records in metrics.jsonl and TensorBoard.

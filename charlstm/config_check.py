@@ -44,6 +44,7 @@ _RULES: dict[str, Rule] = {
     "batch_size": _count(1),
     "seq_len": _count(1),
     "eval_every_steps": _count(0),
+    "patience": _count(0),
     "checkpoint_every_steps": _count(0),
     "log_every_steps": _count(1),
     "data.min_count": _count(1),
@@ -120,6 +121,11 @@ def validate(config: ConfigDict) -> None:
 
 def _check_combinations(config: ConfigDict) -> None:
     data, model, optimizer = config.data, config.model, config.optimizer
+    if config.patience and not data.val_fraction:
+        raise UserError(
+            f"config.patience={config.patience}: needs a validation part; set "
+            "config.data.val_fraction above 0, or config.patience=0"
+        )
     if data.order == "streams" and data.loss_on == "last":
         raise UserError(
             "config.data.loss_on=last: needs config.data.order=windows; for streams use all"

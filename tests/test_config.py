@@ -199,6 +199,13 @@ def test_streams_need_a_loss_on_all_characters():
     assert validate(config) is None
 
 
+def test_patience_needs_a_validation_part():
+    config = config_with({"patience": 2, "data.val_fraction": 0.0})
+    assert refusal_of(config).startswith("config.patience=2: ")
+    config.data.val_fraction = 0.1
+    assert validate(config) is None
+
+
 def test_cudnn_supports_float32_only():
     config = config_with({"model.recurrence": "cudnn", "model.dtype": "bfloat16"})
     assert refusal_of(config).startswith("config.model.dtype=bfloat16: ")

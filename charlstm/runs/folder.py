@@ -40,6 +40,7 @@ FREE_KEYS = {
     "num_epochs",
     "num_steps",
     "eval_every_steps",
+    "patience",
     "checkpoint_every_steps",
     "log_every_steps",
     "data.path",

@@ -54,7 +54,7 @@ class RunLog:
         self._read_only = read_only
         self._has_failed_to_draw = False
         metrics, samples = workdir / "metrics.jsonl", workdir / "samples.txt"
-        self.records = [record for record in read_records(metrics) if record["step"] <= step]
+        self.records = read_records(metrics, step)
         if read_only:
             return
         before = samples.read_bytes()[: len(SAMPLE_MARK)] if samples.exists() else b""
@@ -103,8 +103,8 @@ class RunLog:
             self._events.close()
 
 
-def read_records(path: epath.Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl; none if it does not exist.
+def read_records(path: epath.Path, last_step: float = math.inf) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl up to `last_step`; none if it does not exist.
 
     An incomplete last line, as after a kill, is ignored.
 
@@ -124,7 +124,18 @@ def read_records(path: epath.Path) -> list[dict[str, Any]]:
             raise DamagedError(
                 f"{path}: line {number} is damaged ({error}); repair or delete the line"
             ) from error
-    return records
+    return [record for record in records if record["step"] <= last_step]
+
+
+def evaluations_since_best(records: list[dict[str, Any]]) -> int:
+    """Return the number of evaluations after the first one with the lowest validation loss.
+
+    All count if no loss is finite. An evaluation that was repeated after a crash counts once.
+    """
+    losses = {record["step"]: record["val/loss"] for record in records if "val/loss" in record}
+    values = [math.inf if loss is None else loss for loss in losses.values()]
+    lowest = min(values, default=math.inf)
+    return len(values) if lowest == math.inf else len(values) - 1 - values.index(lowest)
 
 
 def sample_after_prompt(record: dict[str, Any]) -> str:

@@ -31,9 +31,16 @@ from charlstm.parallel.sharding import (
 from charlstm.runs.checkpoints import Checkpoints
 from charlstm.runs.folder import has_run, write_run
 from charlstm.runs.machine import this_machine, traced_once
+from charlstm.runs.metrics import read_records
 from charlstm.steps import TrainState, TrainSteps, make_train_step, make_train_steps
 from charlstm.system.paths import given_path
-from charlstm.training.progress import MAX_NONFINITE_STEPS, Counters, DivergedError, Progress
+from charlstm.training.progress import (
+    MAX_NONFINITE_STEPS,
+    Counters,
+    DivergedError,
+    Progress,
+    has_stalled,
+)
 from charlstm.training.setup import Setup, log_setup, set_up
 from charlstm.training.transfer import reload_source, start_params
 from charlstm.training.validation import compile_eval_step, validate, write_sample
@@ -140,8 +147,10 @@ def resume(
         start = f"the checkpoint of step {step}" if found else "step 0: no checkpoint is finite"
         logger.warning("going back to %s, with %g times the learning rate", start, rate_scale)
     log_setup(setup, step, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
-    if step >= setup.num_steps and not counters.needs_evaluation:
-        logger.info("finished already, at step %d: nothing to do", step)
+    is_stalled = has_stalled(setup, read_records(setup.run.workdir / "metrics.jsonl", step))
+    if (step >= setup.num_steps or is_stalled) and not counters.needs_evaluation:
+        by = "" if step >= setup.num_steps else f", by config.patience={config.patience}"
+        logger.info("finished already, at step %d%s: nothing to do", step, by)
         return True
     schedule = make_schedule(config, setup.num_steps, rate_scale)
     train_steps = compile_train_steps(setup, make_optimizer(config, schedule), abstract_state)
@@ -176,7 +185,10 @@ def resume(
             # A stop during an evaluation leaves it to the next start.
             if setup.is_evaluated(step) and counters.needs_evaluation:
                 evaluate()
-            while step < setup.num_steps:
+            # A lower patience may be given between two evaluations; it acts after the next one.
+            while step < setup.num_steps and (
+                not progress.has_stalled or counters.needs_evaluation
+            ):
                 poll()
                 count = steps_of_call(setup, step, progress.seconds_per_step)
                 state, metrics = train_steps(state, read_batches(setup, step, count), count)
@@ -189,7 +201,7 @@ def resume(
                 elif step % setup.save_every == 0:
                     save()
             is_finished = True
-            progress.log_end()
+            progress.log_end(step)
         except StoppedError:
             is_finished = False
             if step > first_step:

@@ -13,7 +13,7 @@ import numpy as np
 
 from charlstm.errors import DamagedError
 from charlstm.parallel import processes
-from charlstm.runs.metrics import RunLog, bits, sample_after_prompt
+from charlstm.runs.metrics import RunLog, bits, evaluations_since_best, sample_after_prompt
 from charlstm.steps import Metrics
 from charlstm.system.console import TrainingBar, launcher_command
 from charlstm.training.setup import Setup
@@ -124,6 +124,8 @@ class Progress:
         self.counters = counters
         self.seconds_per_step = math.inf
         """The time of a step in the last call that was read; inf before the first one."""
+        self.has_stalled = has_stalled(setup, self._log.records)
+        """Whether config.patience ends the training after the last evaluation."""
         self._pending: tuple[int, int, Metrics] | None = None
         self._pushed_at: float | None = None
         now = time.monotonic()
@@ -194,6 +196,7 @@ class Progress:
         for line in describe_evaluation(record, self._eval_speed):
             logger.info(line)
         self._log.draw()
+        self.has_stalled = has_stalled(self._setup, self._log.records)
         return loss
 
     @contextmanager
@@ -221,14 +224,20 @@ class Progress:
         self.counters.seconds = self._seconds()
         return asdict(self.counters)
 
-    def log_end(self) -> None:
-        """Log the best validation, the time, and the command that writes text."""
+    def log_end(self, step: int) -> None:
+        """Log the best validation, the time of `step` steps, and the command that writes text."""
+        if step < (num_steps := self._setup.num_steps):
+            reason = f"config.patience={self._setup.run.config.patience} evaluations"
+            logger.info(
+                "stopped early, at step %d of %d: no lower validation loss in %s",
+                *(step, num_steps, reason),
+            )
         scored = [record for record in self._log.records if record.get("val/loss") is not None]
         if scored:
             best = min(scored, key=lambda record: record["val/loss"])
-            value, step = best["val/bits_per_char"], best["step"]
-            logger.info("best validation: %.4f bits/char, at step %d", value, step)
-        logger.info("trained %d steps in %.0f s", self._setup.num_steps, self._seconds())
+            value, best_step = best["val/bits_per_char"], best["step"]
+            logger.info("best validation: %.4f bits/char, at step %d", value, best_step)
+        logger.info("trained %d steps in %.0f s", step, self._seconds())
         command = launcher_command("sample", f"--workdir={self._setup.run.workdir}")
         logger.info("to write more: %s", command)
 
@@ -269,6 +278,15 @@ class Progress:
 
     def _seconds(self) -> float:
         return time.monotonic() - self._start
+
+
+def has_stalled(setup: Setup, records: list[dict[str, Any]]) -> bool:
+    """Return whether the last config.patience evaluations had no lower validation loss.
+
+    All processes return the same, even if one of them reads an older metrics.jsonl.
+    """
+    patience = setup.run.config.patience
+    return 0 < patience <= processes.min_over_processes(evaluations_since_best(records))
 
 
 def describe_evaluation(record: dict[str, Any], chars_per_second: float) -> Iterator[str]:

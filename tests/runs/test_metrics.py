@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from charlstm.errors import DamagedError, UserError
 from charlstm.files import write_file
-from charlstm.runs.metrics import RunLog, read_records
+from charlstm.runs.metrics import RunLog, evaluations_since_best, read_records
 from charlstm.runs.plots import thinned
 
 
@@ -24,6 +24,22 @@ def test_resumed_log_drops_records_of_later_steps(tmp_path):
         log.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [5, 10, 12]
+
+
+@pytest.mark.parametrize(
+    ("losses", "wanted"),
+    [
+        ([], 0),
+        ([(1, 2.0)], 0),
+        ([(1, 2.0), (2, 1.5), (3, 1.6), (4, 1.5)], 2),  # an equal loss is no improvement
+        ([(1, 2.0), (2, None), (2, None), (3, 2.5)], 2),  # step 2 was repeated after a crash
+        ([(1, None), (2, None)], 2),
+    ],
+)
+def test_evaluations_since_best_counts_steps_after_it(losses, wanted):
+    records = [{"step": step, "val/loss": loss} for step, loss in losses]
+    training = [{"step": 1, "train/loss": 0.1}, {"step": 9, "train/loss": 0.1}]
+    assert evaluations_since_best([*training[:1], *records, *training[1:]]) == wanted
 
 
 TORN = {"metrics.jsonl": '{"step": 99, "tr', "samples.txt": "=== st"}

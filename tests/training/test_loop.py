@@ -7,13 +7,14 @@ from contextlib import closing
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, little_optimization
 from etils import epath
 from helpers import (
     NUM_STEPS,
     abstract_state_of,
     assert_equal,
     records_of,
+    series,
     small_config,
     stop_after,
     untrained_run,
@@ -304,6 +305,64 @@ def test_second_trainer_is_refused_with_pid_of_first(finished, tmp_path):
     ):
         train(finished[0], tmp_path / "run")
     assert train(finished[0], tmp_path / "run")
+
+
+# --- early stop ---
+
+
+@pytest.fixture(scope="module")
+def stalled(tmp_path_factory, book):
+    """Return (settings, workdir) of a run of 60 steps that config.patience=2 ended.
+
+    Its learning rate changes no weight, so that the loss of step 10 is the lowest.
+    """
+    folder = tmp_path_factory.mktemp("stalled")
+    (folder / "book.txt").write_text(book, encoding="utf-8")
+    changes = {"num_steps": 60, "patience": 2, "optimizer.learning_rate": 1e-30}
+    settings = PLAIN | changes | {"data.path": str(folder / "book.txt")}
+    with little_optimization():
+        assert train(small_config("", **settings), folder / "run")
+    return settings, folder / "run"
+
+
+def test_run_ends_after_patience_evaluations(cheaply, stalled, caplog):
+    caplog.set_level("INFO", logger="charlstm")
+    settings, workdir = stalled
+    assert [step for step, _ in series(workdir, "val/loss")] == [10, 20, 30]
+    assert best_and_latest(workdir)[1][0] == 30
+    before = records_of(workdir)
+    assert train(small_config("", **settings), workdir)
+    assert "finished already, at step 30, by config.patience=2" in caplog.text
+    assert records_of(workdir) == before
+
+
+def test_resumed_run_stops_early_at_the_same_step(cheaply, stalled, tmp_path, monkeypatch):
+    settings, workdir = stalled
+    config = small_config("", **settings)
+    monkeypatch.setattr(loop, "CALL_SECONDS", 0)  # one step per call
+    assert not train(config, tmp_path / "run", should_stop=stop_after(51))
+    assert 20 < max(steps_in(tmp_path / "run" / "checkpoints")) < 30
+    shutil.copytree(tmp_path / "run", tmp_path / "lower")
+    assert train(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", workdir)
+    # As after a kill between the record of step 30 and its checkpoint.
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "30")
+    assert train(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", workdir)
+    # A lower patience, given between two evaluations, acts after the next one.
+    assert train(small_config("", **settings | {"patience": 1}), tmp_path / "lower")
+    assert records_of(tmp_path / "lower") == records_of(workdir)
+
+
+def test_higher_patience_extends_a_run(cheaply, stalled, tmp_path, caplog):
+    caplog.set_level("INFO", logger="charlstm")
+    settings, workdir = stalled
+    shutil.copytree(workdir, tmp_path / "run")
+    assert train(small_config("", **settings | {"patience": 3}), tmp_path / "run")
+    assert "changed setting: patience is 2 there and 3 here" in caplog.text
+    assert "stopped early, at step 40 of 60" in caplog.text
+    assert records_of(tmp_path / "run")[: len(records_of(workdir))] == records_of(workdir)
+    assert steps_in(tmp_path / "run" / "checkpoints") == [30, 40]
 
 
 # --- nonfinite losses ---
