@@ -83,7 +83,7 @@ def main(paths: list[str]) -> None:
     sources = score.find_texts(paths or [score.STANDARD_INPUT])
     run, model, params = load_model(workdir, CHECKPOINT.value)
     is_stream = None in sources
-    if is_stream and sys.stdin.isatty():
+    if is_stream and os.isatty(0):
         logger.info("reading the terminal; end the text with Ctrl-D")
     num_top = score.NUM_TOP if is_page or BY.value == "char" else 1
     stdin = open(0, "rb", buffering=0, closefd=False)

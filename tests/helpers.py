@@ -6,13 +6,14 @@ from dataclasses import asdict
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from launching import NOISE
 from ml_collections import ConfigDict
 
 from charlstm.config import base_config
-from charlstm.model import model_from_config
+from charlstm.model import model_from_config, zero_carry
 from charlstm.optim import make_optimizer, make_schedule
 from charlstm.runs.checkpoints import Checkpoints, load_model, steps_in
 from charlstm.runs.folder import write_run
@@ -108,6 +109,17 @@ def abstract_state_of(run):
     optimizer = make_optimizer(run.config, make_schedule(run.config, num_steps=1))
     make_state = partial(init_state, model, optimizer, batch_size=run.config.batch_size)
     return jax.eval_shape(make_state, run.key(0))
+
+
+def random_params(model):
+    """Return made-up parameters, with which each character read matters, without compiling."""
+
+    def init(key):
+        return model.init(key, jnp.zeros((1, 1), int), zero_carry(model, 1))["params"]
+
+    draw = np.random.default_rng(0)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: np.float32(draw.normal(0, 0.5, leaf.shape)), shapes)
 
 
 def untrained_run(config, workdir, steps=(0,)):

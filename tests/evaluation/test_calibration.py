@@ -2,14 +2,13 @@ import itertools
 import math
 import re
 
-import jax
 import numpy as np
-import optax
 import pytest
+from helpers import random_params
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charlstm import CharLSTM, init_state
+from charlstm import CharLSTM
 from charlstm.evaluation import calibration
 from charlstm.evaluation.calibration import KINDS
 from charlstm.evaluation.surprise import Predictions, predict_text
@@ -127,9 +126,7 @@ def test_worst_passages_are_those_of_a_greedy_search(bits, width, count):
 def small():
     """Return (model, params, ids_M) of a model on documents; END is id 3."""
     model = CharLSTM(vocab_size=7, hidden_size=8, end_id=3)
-    params = init_state(model, optax.identity(), jax.random.key(0), 1).params
-    params = jax.tree.map(lambda leaf: 3 * leaf, params)  # so that what is read matters
-    return model, params, np.random.default_rng(0).integers(0, 7, 300)
+    return model, random_params(model), np.random.default_rng(0).integers(0, 7, 300)
 
 
 def test_loss_by_context_is_that_of_each_window_alone(small):

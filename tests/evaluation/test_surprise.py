@@ -1,17 +1,17 @@
 import jax
 import numpy as np
-import optax
 import pytest
 from conftest import ROOT
-from helpers import assert_close, assert_equal
+from etils import epath
+from helpers import assert_close, assert_equal, random_params
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charlstm import CharLSTM, init_state, zero_carry
+from charlstm import CharLSTM, zero_carry
 from charlstm.evaluation import HeldOut, evaluate
 from charlstm.evaluation.surprise import CHUNK_LEN, Predictions, predict_pieces, predict_text
 from charlstm.model import predict
-from charlstm.runs.checkpoints import load_model
+from charlstm.runs.folder import load_run
 
 V, END_ID = 7, 3
 
@@ -20,15 +20,13 @@ V, END_ID = 7, 3
 def small():
     """Return (model, params, ids_M) of a model on documents; END is id 3."""
     model = CharLSTM(vocab_size=V, hidden_size=8, end_id=END_ID)
-    params = init_state(model, optax.identity(), jax.random.key(0), 1).params
-    params = jax.tree.map(lambda leaf: 3 * leaf, params)  # so that what is read matters
     ids_M = np.random.default_rng(0).integers(0, V, 2 * CHUNK_LEN + 90).astype(np.uint8)
-    return model, params, ids_M
+    return model, random_params(model), ids_M
 
 
-def test_bits_per_char_are_those_of_evaluate():
-    run, model, params = load_model(ROOT / "tests" / "fixtures" / "run_schema_1")
-    ids_M = np.random.default_rng(0).integers(0, len(run.vocab), 700).astype(np.uint8)
+def test_bits_per_char_are_those_of_evaluate(small):
+    model, params, ids_M = small
+    run = load_run(epath.Path(ROOT / "tests" / "fixtures" / "run_schema_1"))
     metrics = evaluate(run, model, params, HeldOut(ids_M)).metrics
     found = predict_text(model, params, ids_M)
     assert np.isnan(found.bits_M[0])
@@ -38,7 +36,8 @@ def test_bits_per_char_are_those_of_evaluate():
 
 def test_predictions_are_those_of_a_softmax_in_numpy(small):
     model, params, ids_M = small
-    logits_1MV, _ = predict(model, params, ids_M[None].astype(np.int32), zero_carry(model, 1))
+    ids_1M = ids_M[None].astype(np.int32)
+    logits_1MV, _ = jax.jit(predict, static_argnums=0)(model, params, ids_1M, zero_carry(model, 1))
     logits_MV = np.asarray(logits_1MV[0, :-1], np.float64)
     probs_MV = np.exp(logits_MV) / np.exp(logits_MV).sum(axis=1, keepdims=True)
     own_M = probs_MV[np.arange(len(probs_MV)), ids_M[1:]]

@@ -6,13 +6,13 @@ import re
 
 import jax
 import numpy as np
-import optax
 import pytest
 from conftest import ROOT
 from etils import epath
+from helpers import random_params
 from ml_collections import ConfigDict
 
-from charlstm import Vocab, init_state
+from charlstm import Vocab
 from charlstm.data.vocab import END
 from charlstm.errors import RunError, UserError
 from charlstm.evaluation import score, score_formats
@@ -36,10 +36,7 @@ def made_up(characters, **data):
     known = sorted(set(characters))
     run = run._replace(vocab=Vocab(known + list(FILLING[len(known) :])), config=config)
     model = model_from_config(config, run.vocab)
-    state = jax.eval_shape(lambda key: init_state(model, optax.identity(), key, 1), run.key(0))
-    draw = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: draw.normal(0, 0.5, leaf.shape), state.params)
-    return run, model, jax.tree.map(np.float32, params)
+    return run, model, random_params(model)
 
 
 @pytest.fixture(scope="module")
