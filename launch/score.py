@@ -3,9 +3,9 @@
   python launch/score.py --workdir=runs/default-pg345 FILE ... [--by=word] [--rank]
 
 The surprise of a character is -log2 of its probability given all characters before it: its bits. A
-FILE is a text, a folder of texts or a pattern; each text is read once, from an empty state, and its
-first character is not predicted. Without FILE, or for -, standard input is read as a stream: each
-line is shown as soon as it has been read.
+FILE is a text, a folder of texts or a pattern; each text is read once, from an empty state. Its
+first character is not predicted, and by a run on windows its first window. Without FILE, or for -,
+standard input is read as a stream: each line is shown as soon as it has been read.
 
 A line includes its newline, and a word the white space that ends it. --rank sorts the lines of each
 text by bits per character, words and characters by bits, the most surprising first. Places are

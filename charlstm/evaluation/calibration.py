@@ -228,7 +228,8 @@ def loss_by_context(
     Args:
       model, params: as load_model returns them.
       ids_M: the text.
-      bits_M: the surprise of each character after the whole text before it, as predict_text gives.
+      bits_M: the surprise of each character after the whole text before it, as predict_text
+        returns it. Characters with NaN are left out.
       context: the largest number of characters; a shorter text has at most M - 1.
       num_windows: at most; a short text has fewer.
 
@@ -253,8 +254,10 @@ def loss_by_context(
         num_read_BT = _chars_since_reset(batch.inputs_BT, model.end_id)
         bin_BT = np.ceil(np.log2(num_read_BT)).astype(int)
         for row in range(min(BATCH_SIZE, num_windows - first)):
-            bins, whole = bin_BT[row], bits_M[position_BT[row] + 1]
-            own = np.asarray(nats_BT)[row] / math.log(2)
+            whole = bits_M[position_BT[row] + 1]
+            is_known = ~np.isnan(whole)
+            bins, whole = bin_BT[row][is_known], whole[is_known]
+            own = np.asarray(nats_BT)[row][is_known] / math.log(2)
             count_NK[first + row] = np.bincount(bins, minlength=num_bins)
             bits_NK[first + row] = np.bincount(bins, own, num_bins)
             whole_NK[first + row] = np.bincount(bins, whole, num_bins)

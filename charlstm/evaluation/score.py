@@ -1,6 +1,5 @@
 """Score texts as streams: predict their characters, and sum up their surprise."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
@@ -18,8 +17,6 @@ from charlstm.evaluation.units import Piece
 from charlstm.model import CharLSTM
 from charlstm.runs.folder import Run
 
-logger = logging.getLogger(__name__)
-
 STANDARD_INPUT = "-"
 NUM_TOP = 5  # characters at each place, where they are shown
 PIECE_LEN = 8 * CHUNK_LEN  # characters that are predicted before the first of them is shown
@@ -30,7 +27,7 @@ REMEDY = "give UTF-8 texts, or - for the standard input"
 
 @dataclass
 class Totals:
-    """Sums over the predicted characters of a text, which are all but the first."""
+    """Sums over the predicted characters of a text."""
 
     num_chars: int = 0
     bits: float = 0.0
@@ -100,7 +97,8 @@ def score_texts(
 
     A file is read in steps of PIECE_LEN characters, and `stdin` as far as it has been written. Its
     characters are cleaned as those of the run's text, but in `stdin` headers of Project Gutenberg
-    stay, because finding them needs characters that may come much later.
+    stay, because finding them needs characters that may come much later. A run on windows predicts
+    each character from the last config.seq_len characters.
 
     Args:
       run, model, params: as load_model returns them.
@@ -113,13 +111,6 @@ def score_texts(
       UserError: if a text cannot be read, has an unknown character or nothing to predict.
       RunError: if the surprise of a character is not finite.
     """
-    if run.config.data.order == "windows":
-        logger.warning(
-            "%s was trained on windows of %s characters, and here it reads all characters before; "
-            "launch/evaluate.py measures it on windows",
-            run.workdir,
-            run.config.seq_len,
-        )
     for source in sources:
         totals, name = Totals(), source.path if source else STANDARD_INPUT
         chunks = _read_file(source, run) if source else _read_stream(stdin, run)
@@ -176,7 +167,8 @@ def _predict(
             yield ids_M
 
     num_known = 0
-    for predictions in predict_pieces(model, params, encode(), num_top):
+    window = run.config.seq_len if run.config.data.order == "windows" else None
+    for predictions in predict_pieces(model, params, encode(), num_top, window):
         ids_M, is_own = read.pop()
         is_predicted_M = predictions.rank_M > 0
         bits = float(np.sum(predictions.bits_M[is_predicted_M], dtype=np.float64))
@@ -191,10 +183,10 @@ def _predict(
         totals.add(int(is_predicted_M.sum()), bits, num_bytes)
         num_known += len(ids_M)
         yield Piece(run.vocab.decode(ids_M), predictions)
-    if num_known < 2:
+    if not totals.num_chars:
         raise UserError(
             f"{name}: has {num_known} character(s) that the model knows, too few to predict one; "
-            "give a text of at least 2"
+            f"give a text of at least {1 + (window or 1)}"
         )
 
 

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -6,12 +8,16 @@ from etils import epath
 from helpers import assert_close, assert_equal, random_params
 from hypothesis import given
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
 from charlstm import CharLSTM, zero_carry
+from charlstm.data.batches import evaluation_batches
 from charlstm.evaluation import HeldOut, evaluate
 from charlstm.evaluation.surprise import CHUNK_LEN, Predictions, predict_pieces, predict_text
 from charlstm.model import predict
 from charlstm.runs.folder import load_run
+from charlstm.steps import evaluate as evaluate_batches
+from charlstm.steps import make_eval_step
 
 V, END_ID = 7, 3
 
@@ -32,6 +38,26 @@ def test_bits_per_char_are_those_of_evaluate(small):
     assert np.isnan(found.bits_M[0])
     assert np.mean(found.bits_M[1:]) == pytest.approx(metrics["bits_per_char"], rel=1e-6)
     assert np.mean(found.rank_M[1:] == 1) == pytest.approx(metrics["accuracy"])
+
+
+def test_a_window_is_all_that_is_read_before_a_character(small):
+    model, params, ids_M = small
+    window, ids_M = 9, ids_M[:150]
+    found = predict_text(model, params, ids_M, window=window)
+    assert np.isnan(found.bits_M[:window]).all()
+    assert (found.rank_M[:window] == 0).all()
+    run = load_run(epath.Path(ROOT / "tests" / "fixtures" / "run_schema_1"))
+    config = ConfigDict(run.config.to_dict())
+    config.seq_len, config.data.order = window, "windows"
+    batches = evaluation_batches(ids_M, config)
+    step, carry = jax.jit(make_eval_step(model)), zero_carry(model, batches.batch_size)
+    wanted = evaluate_batches(step, params, carry, batches.epoch())
+    predicted_M = found.bits_M[window:]
+    assert np.mean(predicted_M) * math.log(2) == pytest.approx(wanted["loss"], rel=1e-6)
+    assert len(predicted_M) == wanted["count"]
+    pieces = np.split(ids_M, [3, 9, 10, 80])
+    parts = predict_pieces(model, params, pieces, window=window)
+    assert_equal(Predictions(*map(np.concatenate, zip(*parts, strict=True))), found)
 
 
 def test_predictions_are_those_of_a_softmax_in_numpy(small):

@@ -286,7 +286,12 @@ def test_weights_that_are_not_finite_are_refused(trained, file_of):
         consume(text.pieces)
 
 
-def test_a_run_on_windows_is_warned_of(trained, file_of, caplog):
-    run = made_up(set(TEXT), order="windows")
-    consume(texts_of(run, file_of("a.txt", TEXT)))
-    assert "evaluate.py" in caplog.text
+def test_a_run_on_windows_does_not_predict_the_first_one(file_of):
+    run = made_up(TEXT, order="windows")
+    run[0].config.seq_len = 20
+    [text] = texts_of(run, file_of("a.txt", TEXT))
+    consume(text.pieces)
+    assert text.totals.num_chars == len(TEXT) - 20
+    [text] = texts_of(run, file_of("a.txt", TEXT[:20]))
+    with pytest.raises(UserError, match=r"a\.txt: .* 20 .* 21"):
+        consume(text.pieces)
