@@ -147,10 +147,7 @@ def resume(
         start = f"the checkpoint of step {step}" if found else "step 0: no checkpoint is finite"
         logger.warning("going back to %s, with %g times the learning rate", start, rate_scale)
     log_setup(setup, step, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
-    is_stalled = has_stalled(setup, read_records(setup.run.workdir / "metrics.jsonl", step))
-    if (step >= setup.num_steps or is_stalled) and not counters.needs_evaluation:
-        by = "" if step >= setup.num_steps else f", by config.patience={config.patience}"
-        logger.info("finished already, at step %d%s: nothing to do", step, by)
+    if is_finished_already(setup, step, counters):
         return True
     schedule = make_schedule(config, setup.num_steps, rate_scale)
     train_steps = compile_train_steps(setup, make_optimizer(config, schedule), abstract_state)
@@ -212,6 +209,16 @@ def resume(
     if latest is not None:
         checkpoints.restore(latest, abstract_state)
     return is_finished
+
+
+def is_finished_already(setup: Setup, step: int, counters: Counters) -> bool:
+    """Return, and log, whether nothing is left to do after `step` steps."""
+    is_stalled = has_stalled(setup, read_records(setup.run.workdir / "metrics.jsonl", step))
+    if counters.needs_evaluation or not (step >= setup.num_steps or is_stalled):
+        return False
+    by = "" if step >= setup.num_steps else f", by config.patience={setup.run.config.patience}"
+    logger.info("finished already, at step %d%s: nothing to do", step, by)
+    return True
 
 
 def initial_state(setup: Setup, init: Callable[..., TrainState], key: jax.Array) -> TrainState:
