@@ -58,6 +58,11 @@ def main() -> None:
     if chips:
         cost.check_rows(config, *chips)
     options.check_minutes(minutes)
+    if config.init_from:
+        raise UserError(
+            f"config.init_from={config.init_from}: plan.py does not read it; leave it out, and "
+            "give the settings of its model by config.model"
+        )
     if minutes and not seconds:
         raise UserError("--seconds=0: --minutes has to time steps; leave --seconds out")
     from charlstm import planning  # its functions import JAX

@@ -1,6 +1,6 @@
 """The run folder: data to read and resume a run; none of its files is executed.
 
-config.json    settings, text, versions, devices, and checksums
+config.json    settings, text, source of the initial weights, versions, devices, and checksums
 vocab.json     the characters in the order of their ids
 prompts.json   windows of the training text, for samples without a prompt
 metrics.jsonl, samples.txt, curves.png, TensorBoard events: see metrics.py

@@ -121,6 +121,7 @@ COMMAND_LINE = [
     ("bench", "--what=quality --minutes=1e308", "--minutes=1e+308 0 525,600"),
     ("plan", "--minutes=ten", "minutes ten"),
     ("plan", "--minutes=2 --seconds=0", "--seconds=0 --minutes"),
+    ("plan", "--config.init_from=runs/full", "config.init_from=runs/full config.model"),
     ("plan", "--seconds=-1", "seconds -1"),
     ("plan", "--chips=v5e", "--chips=v5e NAME:NUMBER v5e:256 v4"),
     ("plan", "--chips=v5e:0", "--chips=v5e:0 NAME:NUMBER"),
