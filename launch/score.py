@@ -26,14 +26,15 @@ import app  # first, since it handles signals
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from absl import flags
 from etils import epath
 
-from charlstm.cli import folders, options
+from charlstm.cli import folders, options, signals
 from charlstm.errors import UserError
-from charlstm.files import new_file
+from charlstm.files import new_file, temporary_name
 
 logger = logging.getLogger("charlstm.score")
 
@@ -62,7 +63,10 @@ def check_flags() -> None:
 def opened_out() -> Iterator[Callable[[str], Any]]:
     """Yield write(text) for --out."""
     if OUT.value:
-        with new_file(epath.Path(OUT.value)) as write:
+        path = epath.Path(OUT.value)
+        temporary = path.parent / temporary_name(path.name)
+        signals.cleanups.append(partial(temporary.unlink, missing_ok=True))
+        with new_file(path) as write:
             yield write
     else:
         yield sys.stdout.write

@@ -81,6 +81,7 @@ def predict_pieces(
     num_top = min(num_top, model.vocab_size)
     # A chunk predicts `size` characters; `lead` characters come before them.
     lead, size = (1, CHUNK_LEN) if window is None else (window, CHUNK_WINDOWS)
+    params = jax.device_put(params)
     carry, num_known, num_missing = zero_carry(model, 1), 0, lead
     # Where a chunk is not complete, its characters are read again with the next piece, so that one
     # compiled shape serves all pieces and the result does not depend on them.
