@@ -1,5 +1,6 @@
 """Checks of arguments; each raises ValueError with the argument and its value."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -65,17 +66,21 @@ def check_ids(name: str, ids: Any, vocab_size: int, ndim: int = 2, least: int = 
             )
 
 
-def check_sampling(temperature: Any, top_k: Any, top_p: Any) -> None:
-    """Raise ValueError for an invalid option of a sampler, a number or an array of numbers.
+def check_sampling(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for an invalid setting of a sampler, a number or an array of numbers.
 
     Arrays of JAX are not checked, since they may be traced or on a device.
     """
-    rules = (
-        ("temperature", temperature, lambda value: value >= 0, "at least 0"),
-        ("top_k", top_k, lambda value: value >= 0, "at least 0"),
-        ("top_p", top_p, lambda value: (value > 0) & (value <= 1), "above 0 and at most 1"),
-    )
-    for name, value, is_valid, allowed in rules:
+    rules = {
+        "temperature": (lambda value: value >= 0, "at least 0"),
+        "top_k": (lambda value: value >= 0, "at least 0"),
+        "top_p": (lambda value: (value > 0) & (value <= 1), "above 0 and at most 1"),
+        "min_p": (lambda value: (value >= 0) & (value <= 1), "from 0 to 1"),
+        "repetition_penalty": (lambda value: value >= 0, "at least 0"),
+        "repetition_length": (lambda value: value >= 1, "at least 1"),
+    }
+    for name, (is_valid, allowed) in rules.items():
+        value = settings[name]
         if isinstance(value, int | float | np.ndarray | np.generic | list | tuple):
             if not np.all(is_valid(np.asarray(value))):
                 raise ValueError(f"{name}={value!r}: must be {allowed}")

@@ -133,6 +133,13 @@ def _sample() -> ConfigDict:
     sample.top_k = 0
     # Sample from the smallest set of characters with this probability; 1: all.
     sample.top_p = 1.0
+    # Drop characters below this share of the highest probability; 0: none.
+    sample.min_p = 0.0
+    # Subtracted from the logit of a character that continues a repetition of repetition_length
+    # characters, and more for a longer one; 1 ends loops; 0: none.
+    sample.repetition_penalty = 0.0
+    # Characters that may be repeated without a penalty; 20 concern 0.5 % of Dracula's predictions.
+    sample.repetition_length = 20
     # carry: one step per character; window: step_window seq_len characters for each.
     sample.method = "carry"
     return sample

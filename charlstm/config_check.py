@@ -33,6 +33,10 @@ def _fraction(include_one: bool = False) -> Rule:
     return (lambda v: 0 <= v < 1), "at least 0 and below 1"
 
 
+def _share() -> Rule:
+    return (lambda v: 0 <= v <= 1), "from 0 to 1"
+
+
 def _one_of(*values: str) -> Rule:
     return (lambda v: v in values), " or ".join(values)
 
@@ -65,7 +69,7 @@ _RULES: dict[str, Rule] = {
     "optimizer.name": _one_of("adam", "adamw", "cautious_adamw", "keras_adam"),
     "optimizer.learning_rate": _above(0),
     "optimizer.schedule": _one_of("constant", "cosine", "linear"),
-    "optimizer.end_lr_ratio": ((lambda v: 0 <= v <= 1), "from 0 to 1"),
+    "optimizer.end_lr_ratio": _share(),
     "optimizer.warmup_steps": _count(0),
     "optimizer.weight_decay": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
@@ -77,6 +81,9 @@ _RULES: dict[str, Rule] = {
     "sample.temperature": _at_least(0),
     "sample.top_k": _count(0),
     "sample.top_p": _fraction(include_one=True),
+    "sample.min_p": _share(),
+    "sample.repetition_penalty": _at_least(0),
+    "sample.repetition_length": _count(1),
     "sample.method": _one_of("carry", "window"),
 }
 

@@ -111,15 +111,15 @@ def abstract_state_of(run):
     return jax.eval_shape(make_state, run.key(0))
 
 
-def random_params(model):
+def random_params(model, scale=0.5, seed=0):
     """Return made-up parameters, with which each character read matters, without compiling."""
 
     def init(key):
         return model.init(key, jnp.zeros((1, 1), int), zero_carry(model, 1))["params"]
 
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
     shapes = jax.eval_shape(init, jax.random.key(0))
-    return jax.tree.map(lambda leaf: np.float32(draw.normal(0, 0.5, leaf.shape)), shapes)
+    return jax.tree.map(lambda leaf: np.float32(draw.normal(0, scale, leaf.shape)), shapes)
 
 
 def untrained_run(config, workdir, steps=(0,)):

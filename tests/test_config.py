@@ -108,6 +108,9 @@ BOUNDS = [
     ("optimizer.clip_norm", 0.0, -1e-9),
     ("sample.top_p", 0.01, 0.0),
     ("sample.top_p", 1.0, 1.01),
+    ("sample.min_p", 1.0, 1.01),
+    ("sample.repetition_penalty", 0.0, -0.1),
+    ("sample.repetition_length", 1, 0),
     ("mesh.data", -1, 0),
     ("model.dtype", "bfloat16", "float16"),
 ]

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from charlstm.config import base_config, flatten
+from charlstm.filters import Settings
 from charlstm.model import CharLSTM
-from charlstm.sampling import stream
+from charlstm.streaming import stream
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "charlstm").glob("**/*.py"))
@@ -28,7 +29,8 @@ ORDER = """
     config checks config_check keys
     data.gutenberg data.encoding data.vocab data.cleaning data.find data.sources data.passes
     data.corpus data.batches
-    lstm.reference lstm.fused lstm.native_library lstm.native lstm.cudnn model optim steps sampling
+    lstm.reference lstm.fused lstm.native_library lstm.native lstm.cudnn model optim steps
+    filters repetition sampling copy_limit streaming
     parallel.sharding parallel.native_output parallel.processes
     runs.plots runs.metrics runs.folder runs.checksums runs.orbax_calls runs.checkpoints
     planning.cost runs.machine
@@ -36,8 +38,8 @@ ORDER = """
     evaluation.scoring evaluation.dynamic evaluation.passes evaluation.audit evaluation.baselines
     evaluation.memorization
     evaluation.inside evaluation.features evaluation.probes
-    evaluation.report evaluation.sample_check evaluation.measure evaluation.writing
-    evaluation.surprise evaluation.calibration evaluation.units evaluation.score
+    evaluation.report evaluation.sample_check evaluation.measure evaluation.surprise
+    evaluation.endings evaluation.writing evaluation.calibration evaluation.units evaluation.score
     evaluation.score_formats
     cli.streams cli.signals cli.notebook cli.runtime cli.folders cli.options cli.usage
     planning.rules planning.timing planning.memory planning.report planning.planner
@@ -165,7 +167,7 @@ def test_every_setting_is_read():
 def test_a_spread_section_has_only_parameters_of_its_function(section, function):
     keys = {key.split(".")[1] for key in flatten(base_config()) if key.startswith(f"{section}.")}
     assert keys
-    assert keys <= inspect.signature(function).parameters.keys()
+    assert keys <= inspect.signature(function).parameters.keys() | set(Settings._fields)
     calls = [call for path in PACKAGE for call in nodes(path, ast.Call)]
     spread = [word.value for call in calls for word in call.keywords if word.arg is None]
     assert f"config.{section}.to_dict()" in map(ast.unparse, spread)

@@ -6,42 +6,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, random_params
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from charlstm import sampling
+from charlstm import sampling, streaming
 from charlstm.data.vocab import Vocab
+from charlstm.filters import Settings, filter_top_k_top_p
 from charlstm.model import CharLSTM, predict, zero_carry
 from charlstm.sampling import (
-    before_end,
     draw_uniforms,
-    filter_top_k_top_p,
     make_sampler,
     sample_step,
     sample_token,
-    stream,
-    until_end,
 )
+from charlstm.streaming import stream
 
 # All different, so that no two axes can be mixed up unnoticed: prompts, window, text, vocabulary.
 B, P, SEQ_LEN, L, V = 3, 9, 7, 25, 11
 MODEL = CharLSTM(vocab_size=V, hidden_size=12, num_layers=2)
 
-DEFAULTS = {"temperature": np.float32(1), "top_k": np.int32(0), "top_p": np.float32(1)}
+DEFAULTS = {
+    "temperature": np.float32(1),
+    "top_k": np.int32(0),
+    "top_p": np.float32(1),
+    "min_p": np.float32(0),
+}
 
 each_method = pytest.mark.parametrize("method", ["carry", "window"])
 
 
-def draw_params():
-    ids_BT = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), ids_BT, zero_carry(MODEL, 1))["params"]
-    rng = np.random.default_rng(1)
-    # So large that the most probable character is another one each time.
-    return jax.tree.map(lambda leaf: jnp.float32(rng.normal(0, 1.5, leaf.shape)), shapes)
-
-
-PARAMS = draw_params()
+# So large that the most probable character is another one each time.
+PARAMS = jax.tree.map(jnp.asarray, random_params(MODEL, scale=1.5, seed=1))
 PROMPT_BP = np.random.default_rng(1).integers(V, size=(B, P), dtype=np.int32)
 predict_ids = jax.jit(partial(predict, MODEL, PARAMS))
 
@@ -170,6 +166,7 @@ PER_ROW = {
     "temperature": np.float32([0.0, 1.5, 0.7]),
     "top_k": np.int32([0, 4, 0]),
     "top_p": np.float32([1.0, 1.0, 0.8]),
+    "min_p": np.float32([0.0, 0.2, 0.05]),
 }
 
 
@@ -243,14 +240,14 @@ def test_streaming_compiles_once_and_calls_once_per_chunk(method, monkeypatch):
     wanted_BL = write(method, seed=9)
     monkeypatch.setattr(sampling, "predict", traced_predict)
     # A size that no other test compiles, and that takes several calls.
-    monkeypatch.setattr(sampling, "CHUNK_LEN", 6)
+    monkeypatch.setattr(streaming, "CHUNK_LEN", 6)
     pieces = write_in_pieces(method, seed=9)
     assert len(pieces) >= L // 6
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), wanted_BL)
     num_traced = len(traced)
     assert num_traced > 0
     write_in_pieces(method, length=2 * L, temperature=0.5, top_k=3, top_p=0.9)
-    write_in_pieces(method, temperature=1, top_k=np.arange(B), chunk=3)
+    write_in_pieces(method, temperature=1, top_k=np.arange(B), chunk=3, min_p=0.1)
     write_in_pieces(method, PROMPT_BP[:, :-1].astype(np.uint8), length=1, temperature=0)
     write_in_pieces(method, [*PROMPT_BP[:-1], np.tile(PROMPT_BP[-1], 80)])
     assert len(traced) == num_traced
@@ -400,18 +397,24 @@ def probabilities(logits_V):
     return exp_V / exp_V.sum()
 
 
-def kept_by_oracle(probs_V, top_k, top_p):
+def kept_by_oracle(probs_V, top_k, top_p, min_p=0.0):
     """Return the ids that are kept, by plain counting; where it is close, assume() it away."""
     ids = np.argsort(-probs_V, kind="stable")[: top_k or None]
-    if top_p == 1:
-        return ids
-    reached = np.cumsum(probs_V[ids]) / probs_V[ids].sum()
+    shares = probs_V / probs_V.max()
     # Else rounding would decide whether the share is reached.
-    assume(np.all(np.abs(reached - top_p) > 1e-5))
-    return ids[: 1 + np.sum(reached < top_p)]
+    assume(np.all(np.abs(shares - min_p) > 1e-5) or min_p in (0, 1))
+    if top_p < 1:
+        reached = np.cumsum(probs_V[ids]) / probs_V[ids].sum()
+        assume(np.all(np.abs(reached - top_p) > 1e-5))
+        ids = ids[: 1 + np.sum(reached < top_p)]
+    return ids[shares[ids] >= min_p]
 
 
-sample_token_compiled = jax.jit(sample_token)
+@jax.jit
+def sample_token_compiled(uniforms_B, logits_BV, **settings):
+    return sample_token(uniforms_B, logits_BV, Settings(**settings))
+
+
 LARGEST = np.float32(1 - 2**-24)  # the largest number below 1
 LOGITS_V = np.float32([0.3, -1.2, 1.9, 0.9, -3.0, 1.4])
 
@@ -426,6 +429,8 @@ LOGITS_V = np.float32([0.3, -1.2, 1.9, 0.9, -3.0, 1.4])
         # After the temperature the two most probable hold 0.53, the three most 0.69.
         ({"temperature": 2.0, "top_p": 0.6}, [2, 3, 5]),
         ({"temperature": 1.0, "top_k": 4, "top_p": 0.6}, [2, 5]),
+        # The shares of the highest are 0.45, 0.21, 1, 0.61, 0.09 and 0.78.
+        ({"temperature": 2.0, "min_p": 0.4}, [0, 2, 3, 5]),
     ],
 )
 def test_characters_are_as_frequent_as_probable(settings, kept):
@@ -509,21 +514,23 @@ def test_logits_with_equal_float32_exponentials_are_ties():
     temperature=st.sampled_from([0.0, 0.05, 0.8, 5.0]),
     top_k=st.sampled_from([0, 1, 3, 100]),
     top_p=st.sampled_from([1.0, 0.95, 0.3]),
+    min_p=st.sampled_from([0.0, 0.02, 0.4, 1.0]),
 )
 def test_a_pick_inverts_the_distribution_of_what_is_kept(
-    logits_V, uniform, temperature, top_k, top_p
+    logits_V, uniform, temperature, top_k, top_p, min_p
 ):
     assume(max(logits_V) > -np.inf)
     logits_BV = np.float32([logits_V, logits_V])
     # A neighbour with other settings changes nothing.
-    settings_B = [np.array([temperature, 1.0]), np.array([top_k, 2]), np.array([top_p, 0.5])]
-    options = dict(zip(["temperature", "top_k", "top_p"], settings_B, strict=True))
+    both = {"temperature": 1.0, "top_k": 2, "top_p": 0.5, "min_p": 0.3}
+    ours = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    options = {name: np.array([ours[name], both[name]]) for name in both}
     found = int(sample_token_compiled(np.float32([uniform, 0.5]), logits_BV, **options)[0])
     if temperature == 0:
         assert found == np.argmax(logits_V)
         return
     probs_V = probabilities(np.array(logits_V) / temperature)
-    kept = kept_by_oracle(probs_V, top_k, top_p)
+    kept = kept_by_oracle(probs_V, top_k, top_p, min_p)
     assert found in kept
     assert probs_V[found] > 0
     kept = np.sort(kept)
@@ -555,28 +562,13 @@ def test_the_fewest_and_most_probable_characters_are_kept(logits_BV, top_k, top_
         np.testing.assert_array_equal(kept_V[wanted], weights_V[wanted])
 
 
-END_ID = 4
-
-
-def test_a_text_stops_before_the_first_end():
-    assert before_end(np.array([1, 4, 2, 4]), END_ID).tolist() == [1]
-    assert before_end(np.array([4, 1]), END_ID).tolist() == []
-    assert before_end(np.array([1, 2]), END_ID).tolist() == [1, 2]
-    assert before_end(np.array([4, 1]), None).tolist() == [4, 1]
-
-
-def test_texts_are_made_until_each_has_come_to_its_end():
-    pieces = [np.array(piece) for piece in ([[1, 1], [1, 4]], [[1, 1], [1, 1]], [[4, 1], [1, 1]])]
-    for count, end_id in ((3, END_ID), (4, None), (1, 1)):
-        source = iter([*pieces, np.array([[2, 2], [2, 2]])])
-        assert len(list(until_end(source, end_id))) == count
-        # And no piece is made that nobody sees.
-        assert len(list(source)) == 4 - count
-
-
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("temperature", -1), ("temperature", np.nan), ("top_k", -1), ("top_p", 0.0), ("top_p", 2)],
+    [
+        *(("temperature", -1), ("temperature", np.nan), ("top_k", -1), ("top_p", 0.0)),
+        *(("top_p", 2), ("min_p", -0.1), ("min_p", 1.1)),
+        *(("repetition_penalty", -1.0), ("repetition_length", 0)),
+    ],
 )
 def test_samplers_refuse_invalid_options(option, value):
     sampler = make_sampler(MODEL, length=3)
@@ -584,3 +576,5 @@ def test_samplers_refuse_invalid_options(option, value):
     for options in ({option: value}, {option: np.array([0.5, value, 0.5])}):
         with pytest.raises(ValueError, match=f"^{option}="):
             sampler(*arguments, **options)
+    with pytest.raises(TypeError, match="topk"):
+        sampler(*arguments, topk=3)

@@ -21,7 +21,7 @@ from charlstm import (
     zero_carry,
 )
 from charlstm.evaluation.dynamic import adapt, make_anchor
-from charlstm.sampling import stream
+from charlstm.streaming import stream
 
 V, B, T, H = 7, 2, 5, 8
 IDS_M = np.random.default_rng(0).integers(V, size=60, dtype=np.int32)

@@ -40,6 +40,7 @@ class PathParser(flags.ArgumentParser):
         return self._check(argument)
 
 
+flags.disclaim_key_flags()  # flags that functions here define belong to the launcher
 LOCAL_PATH, ANY_PATH = PathParser(local_path), PathParser(given_path)
 
 
@@ -98,6 +99,17 @@ def train_command(holder: flags.FlagHolder, settings: dict[str, Any]) -> str:
     return launcher_command("train", *words, f"--workdir={workdir}")
 
 
+def define_settings(section: str, **helps: str) -> list[flags.FlagHolder]:
+    """Define a flag for each setting of a section of the config, without a default value."""
+    define: dict[type, Callable[..., flags.FlagHolder]] = {
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+    }
+    kinds = {name: type(value) for name, value in base_config()[section].items()}
+    return [define[kinds[name]](name, None, text) for name, text in helps.items()]
+
+
 def changed_settings(section: str, *holders: flags.FlagHolder) -> dict[str, Any]:
     """Return the settings of a section of the config that flags of the same names change.
 
@@ -117,6 +129,22 @@ def check_minutes(minutes: float | None) -> None:
     """Raise UserError if --minutes is not between 0 and a year."""
     if minutes is not None and not 0 < minutes <= MAX_MINUTES:
         raise UserError(f"--minutes={minutes}: must be a number above 0, at most {MAX_MINUTES:,}")
+
+
+def read_text(text: flags.FlagHolder, file: flags.FlagHolder) -> str:
+    """Return the text of the flag `text` or of the file that `file` names, '' for neither.
+
+    Raises:
+      UserError: if both flags are given, or the file is empty or cannot be read.
+    """
+    if text.value and file.value:
+        raise UserError(f"--{text.name} and --{file.name}: give one of them")
+    if not file.value:
+        return text.value
+    content = read_text_file(file)
+    if not content:
+        raise UserError(f"--{file.name}={file.value}: is empty")
+    return content
 
 
 def read_text_file(flag: flags.FlagHolder) -> str:

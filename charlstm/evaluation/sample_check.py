@@ -26,16 +26,24 @@ NUM_UNKNOWN = 5
 DECODED = 2**20  # characters of a training text decoded at once
 
 
-def open_training_part(run: Run) -> np.ndarray:
-    """Return ids_M of the training part of the text of `run`.
+def open_training_part(run: Run, flag: str) -> np.ndarray:
+    """Return ids_M of the training part of the text of `run`, which `flag` needs.
 
     Raises:
-      UserError: if its text cannot be read or has changed, or a package for copies is missing.
+      UserError: if its text cannot be read or has changed.
     """
-    import_pydivsufsort()  # before anything is generated
-    data = run.config.data
-    text = open_run_text(run, "bring it back, or omit --check")
-    return split(text.ids_M, data)[0]
+    text = open_run_text(run, f"bring it back, or omit {flag}")
+    return split(text.ids_M, run.config.data)[0]
+
+
+def open_known_text(run: Run) -> np.ndarray:
+    """Return ids_M of the training part for --check.
+
+    Raises:
+      UserError: as open_training_part does, or if a package that finds copies is missing.
+    """
+    import_pydivsufsort()
+    return open_training_part(run, "--check")
 
 
 def log_report(texts: Sequence[np.ndarray], train_M: np.ndarray, vocab: Vocab, listed: str) -> None:

@@ -1,36 +1,43 @@
 """Generate text with a trained run: prompts, settings, memory and output."""
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from charlstm.copy_limit import CopyIndex, CopyLimit, index_copies
 from charlstm.data.cleaning import CleaningStats
 from charlstm.data.corpus import open_corpus
 from charlstm.data.vocab import END
 from charlstm.errors import UserError
 from charlstm.evaluation.dynamic import adapt, make_anchor
+from charlstm.evaluation.endings import until_ends
+from charlstm.evaluation.sample_check import open_training_part
+from charlstm.evaluation.surprise import predict_text
 from charlstm.keys import derive_key
 from charlstm.model import CharLSTM
 from charlstm.runs.folder import Run
 from charlstm.runs.machine import memory_bytes
-from charlstm.sampling import CHUNK_LEN, before_end, stream, until_end
+from charlstm.streaming import CHUNK_LEN, stream
 
 logger = logging.getLogger(__name__)
 
-MAX_LOGGED = 10  # prompts from the training text
+MAX_LOGGED = 10  # prompts from the training text, and figures
+INDEX_BYTES = 9  # of memory per character of a text whose copies are limited
 
 
 class Writing(NamedTuple):
-    """Texts that are generated while `chunks` is iterated over."""
+    """Texts that are generated while `pieces` is iterated over."""
 
     opening: str  # the prompt, if there is one to print
-    chunks: Iterator[np.ndarray]  # ids_BT of B texts
-    end_id: int | None  # the id at which a text ends
+    pieces: Iterator[list[np.ndarray]]  # the next ids of each of B texts
 
 
-def check_memory(run: Run, num_prompt_chars: int, num_samples: int, length: int) -> None:
+def check_memory(
+    run: Run, num_prompt_chars: int, num_samples: int, length: int, flag: str = "num_samples"
+) -> None:
     """Raise UserError if generating does not fit into memory.
 
     Args:
@@ -38,6 +45,7 @@ def check_memory(run: Run, num_prompt_chars: int, num_samples: int, length: int)
       num_prompt_chars: characters of the prompt.
       num_samples: texts generated at once.
       length: characters of each text that are held until the end; 0 if they are printed at once.
+      flag: what sets the number of texts, for the message.
     """
     model = run.config.model
     # 10 % less than measured. The text and the chunks of CHUNK_LEN characters dominate.
@@ -45,7 +53,7 @@ def check_memory(run: Run, num_prompt_chars: int, num_samples: int, length: int)
     numbers += 6 * model.num_layers * model.hidden_size + 5 * length
     needed = 4 * numbers * num_samples
     if needed > (available := memory_bytes()):
-        texts = f"--num_samples={num_samples}" + (f" --length={length}" if length else "")
+        texts = f"--{flag}={num_samples}" + (f" --length={length}" if length else "")
         raise UserError(
             f"{texts}: needs at least {needed / 2**30:,.0f} GiB of memory, and "
             f"{available / 2**30:,.0f} are available; generate fewer texts, with another --seed "
@@ -60,9 +68,12 @@ def generate(
     prompt: str = "",
     *,
     num_samples: int = 1,
+    best_of: int = 1,
     seed: int = 0,
     unknown: str = "error",
+    stop: str = "",
     stop_at_end: bool = True,
+    no_copy: int = 0,
     chunk: int = CHUNK_LEN,
     **settings: Any,
 ) -> Writing:
@@ -75,43 +86,82 @@ def generate(
       run, model, params: as load_model returns them.
       prompt: the text to continue, which is cleaned as the text of the run was.
       num_samples: B, the number of texts.
+      best_of: above 1, the number of texts of which one is chosen (see `choose`); needs
+        num_samples=1.
       seed: selects the random key and the passages.
       unknown: what to do with characters outside the vocabulary: 'error', 'drop' or 'replace'.
+      stop: each text ends before it, if it is not empty; cleaned as the prompt is.
       stop_at_end: stop once every text has reached the end of a document.
+      no_copy: the longest verbatim copy of the training part, in characters; 0 allows any. A copy
+        that begins in `prompt` counts as soon as it reaches beyond it.
       chunk: characters of a chunk.
       settings: values that replace those of config.sample.
 
     Raises:
-      UserError: if the prompt has no known character or is too short for the method.
+      UserError: for a prompt without known characters or too short for the method, an unknown
+        character in `stop`, a missing training part, or if every character would be a copy.
     """
     settings = run.config.sample.to_dict() | settings
+    index = index_training(run, no_copy) if no_copy else None
+    ends = [_encode_stop(run, stop)] if stop else []
+    if stop_at_end and model.end_id is not None:
+        ends.append(np.array([model.end_id]))
     if prompt:
-        prompts = [_encode_prompt(run, prompt, settings["method"], unknown)] * num_samples
-        opening = run.decode(prompts[0])
+        prompts = [_encode_prompt(run, prompt, settings["method"], unknown)]
     else:
-        prompts, opening = _draw_prompts(run, settings["method"], num_samples, seed), ""
-    key, end_id = derive_key(run.key(seed), "sample"), model.end_id if stop_at_end else None
-    seq_len = run.config.seq_len
-    chunks = stream(model, params, prompts, key, seq_len=seq_len, chunk=chunk, **settings)
-    return Writing(opening, until_end(chunks, end_id), end_id)
+        # All texts of which one is chosen continue the same passage.
+        num_passages = 1 if best_of > 1 else num_samples
+        prompts = _draw_prompts(run, settings["method"], num_passages, seed)
+    prompts *= max(num_samples, best_of) // len(prompts)
+    shown = prompts if prompt else [ids_P[:0] for ids_P in prompts]
+    limit = None if index is None else CopyLimit(index, shown)
+    options = {"seq_len": run.config.seq_len, "chunk": chunk, "limit": limit}
+    key = derive_key(run.key(seed), "sample")
+    pieces = stream(model, params, prompts, key, **options, **settings)
+    writing = Writing(run.decode(shown[0]), until_ends(pieces, ends))
+    return choose(writing, model, params, prompts) if best_of > 1 else writing
+
+
+def choose(
+    writing: Writing, model: CharLSTM, params: Any, prompts: Sequence[np.ndarray]
+) -> Writing:
+    """Return the text with the fewest bits per character given its prompt, and log them.
+
+    The model reads each text statefully, at temperature 1 and without filters. A text without
+    characters is the last choice.
+    """
+    texts = collect(writing)
+    bits = []
+    for ids_P, ids_L in zip(prompts, texts, strict=True):
+        whole = predict_text(model, params, np.concatenate([ids_P, ids_L]), num_top=1)
+        bits.append(float(whole.bits_M[len(ids_P) :].mean()) if len(ids_L) else math.inf)
+    best = int(np.argmin(bits))
+    listed = ", ".join(f"{value:.3f}" for value in sorted(bits)[:MAX_LOGGED])
+    logger.info("bits per character of the best of %s texts: %s", len(texts), listed)
+    return Writing(writing.opening, iter([[texts[best]]]))
+
+
+def collect(writing: Writing) -> list[np.ndarray]:
+    """Return ids_L of each text."""
+    pieces = zip(*writing.pieces, strict=True)
+    return [np.concatenate(parts) for parts in pieces]
 
 
 def show_each(writing: Writing, run: Run, show: Callable[[str], None]) -> list[np.ndarray]:
     """Show complete texts with a form feed between them; return ids_L of each."""
-    all_BL = np.concatenate(list(writing.chunks), axis=1)
-    texts = [before_end(ids_L, writing.end_id) for ids_L in all_BL]
+    texts = collect(writing)
     for index, ids_L in enumerate(texts):
         show(("\n\f\n" if index else "") + writing.opening + run.decode(ids_L))
     return texts
 
 
 def show_stream(writing: Writing, run: Run, show: Callable[[str], None]) -> list[np.ndarray]:
-    """Show one text chunk by chunk; return [ids_L]."""
+    """Show one text piece by piece; return [ids_L]."""
     parts = [np.zeros(0, np.int32)]
     show(writing.opening)
-    for ids_1T in writing.chunks:
-        parts.append(before_end(ids_1T[0], writing.end_id))
-        show(run.decode(parts[-1]))
+    for [ids_T] in writing.pieces:
+        parts.append(ids_T)
+        show(run.decode(ids_T))
     return [np.concatenate(parts)]
 
 
@@ -130,14 +180,24 @@ def adapt_to_text(run: Run, model: CharLSTM, params: Any, path: str, unknown: st
     return adapt(model, anchor, text.ids_M)
 
 
-def _encode_prompt(run: Run, prompt: str, method: str, unknown: str) -> np.ndarray:
-    stats = CleaningStats()
-    ids_P = run.vocab.encode(run.cleaning.apply_to(prompt, stats), unknown)
-    if stats.num_cut:
-        logger.warning(
-            "the prompt: %s characters of Project Gutenberg's header and licence left out",
-            f"{stats.num_cut:,}",
+def index_training(run: Run, length: int) -> CopyIndex:
+    """Return the index that keeps copies of the training part within `length` characters.
+
+    Raises:
+      UserError: if the text of the run is missing or the index does not fit into memory.
+    """
+    train_M = open_training_part(run, f"--no_copy={length}")
+    needed = INDEX_BYTES * len(train_M)
+    if needed > (available := memory_bytes()):
+        raise UserError(
+            f"--no_copy={length}: needs {needed / 2**30:,.1f} GiB of memory for "
+            f"{len(train_M):,} characters, and {available / 2**30:,.1f} are available; omit it"
         )
+    return index_copies(train_M, length, len(run.vocab))
+
+
+def _encode_prompt(run: Run, prompt: str, method: str, unknown: str) -> np.ndarray:
+    ids_P = run.vocab.encode(_clean(run, prompt, "the prompt"), unknown)
     if len(ids_P) == 0:
         raise UserError("the prompt has no character that the model knows; give another one")
     if method == "window" and len(ids_P) < run.config.seq_len:
@@ -146,6 +206,31 @@ def _encode_prompt(run: Run, prompt: str, method: str, unknown: str) -> np.ndarr
             f"this one has {len(ids_P)}; give a longer one, or use --method=carry"
         )
     return ids_P
+
+
+def _encode_stop(run: Run, stop: str) -> np.ndarray:
+    cleaned = _clean(run, stop, "--stop")
+    if not cleaned:
+        raise UserError(f"--stop={stop}: nothing is left of it after cleaning; give another one")
+    for char in cleaned:
+        if char not in run.vocab:
+            raise UserError(
+                f"--stop={stop}: the model does not know the character {char!r} "
+                f"(U+{ord(char):04X}), thus never writes it; give another one"
+            )
+    return run.vocab.encode(cleaned)
+
+
+def _clean(run: Run, text: str, name: str) -> str:
+    stats = CleaningStats()
+    cleaned = run.cleaning.apply_to(text, stats)
+    if stats.num_cut:
+        logger.warning(
+            "%s: %s characters of Project Gutenberg's header and licence left out",
+            name,
+            f"{stats.num_cut:,}",
+        )
+    return cleaned
 
 
 def _draw_prompts(run: Run, method: str, num_samples: int, seed: int) -> list[np.ndarray]:

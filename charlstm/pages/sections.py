@@ -12,7 +12,7 @@ from charlstm.keys import derive_key
 from charlstm.model import CharLSTM
 from charlstm.runs.folder import Run
 from charlstm.runs.plots import thinned
-from charlstm.sampling import stream
+from charlstm.streaming import stream
 
 # Limits that keep a page below 3 MB.
 CURVE_POINTS = 600  # of one curve

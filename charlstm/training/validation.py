@@ -13,8 +13,8 @@ from charlstm.keys import derive_key
 from charlstm.model import zero_carry
 from charlstm.parallel.sharding import by_rows, local_rows, put_batch, replicated
 from charlstm.runs.metrics import bits
-from charlstm.sampling import stream
 from charlstm.steps import EvalStep, evaluate, make_eval_step
+from charlstm.streaming import stream
 from charlstm.training.setup import Setup
 
 # Characters of a sample between two calls of poll.

@@ -191,6 +191,31 @@ def test_check_reports_words_and_copies_of_the_same_text(trained, book):
     assert metrics_of_check(three.stderr)[2] >= longest
 
 
+def test_no_copy_limits_copies_that_begin_in_the_prompt_too(trained, book):
+    folder, part = trained[0], book[: len(book) - len(book) // 10]
+    prompt = part[200:220]
+    flags = (f"--prompt={prompt}", "--length=200", "--temperature=0.5")
+
+    def long_copies(text):
+        spans = [text[end - 4 : end] for end in range(len(prompt) + 1, len(text) + 1)]
+        return [span for span in spans if span in part]
+
+    assert len(long_copies(sample(folder, *flags).stdout)) > 5
+    limited = sample(folder, *flags, "--no_copy=3", "--check")
+    assert long_copies(limited.stdout.removesuffix("\n")) == []
+    assert metrics_of_check(limited.stderr)[2] == 3
+    assert sample(folder, *flags, "--no_copy=3", "--stream").stdout == limited.stdout
+
+
+def test_a_text_ends_before_the_stop(trained):
+    folder, flags = trained[0], ("--prompt=The count. ", "--length=300")
+    whole = sample(folder, *flags).stdout.removesuffix("\n")
+    stop = whole[100:103]
+    wanted = whole[: whole.index(stop, len("The count. "))] + "\n"
+    for more in ([], ["--stream"]):
+        assert sample(folder, *flags, f"--stop={stop}", *more).stdout == wanted
+
+
 def test_word_list_makes_more_words_known(trained):
     folder, flags = trained[0], ("--length=300", "--temperature=2", "--check", "--prompt=so ")
     plain = sample(folder, *flags)

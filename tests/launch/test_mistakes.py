@@ -97,6 +97,10 @@ COMMAND_LINE = [
     ("sample", "--num_samples=100000000", "num_samples=100000000 10000000"),
     ("sample", "--checkpoint=worst", "checkpoint worst best latest"),
     ("sample", "--stream --num_samples=2", "--num_samples=2 --stream"),
+    ("sample", "--stream --best_of=2", "--best_of=2 --stream"),
+    ("sample", "--num_samples=3 --best_of=2", "--num_samples=3 --best_of"),
+    ("sample", "--no_copy=-1", "no_copy -1"),
+    ("sample", "--min_p=1.5", "--min_p=1.5 0 1"),
     ("sample", "--prompt=a --prompt_file=b", "--prompt --prompt_file"),
     ("sample", "--words=none.txt", "--words=none.txt --check"),
     ("sample", "--check --words=none.txt", "--words=none.txt UTF-8"),
@@ -348,6 +352,7 @@ READING = [
         "--workdir=runs/full --num_samples=9999999 --length=9999999",
         "--num_samples=9999999 --length=9999999 GiB",
     ),
+    ("sample", "--workdir=runs/full --stop=a€", "--stop=a€ '€' U+20AC"),
     ("sample", "--workdir=runs/full --length=2147483647", "--length=2147483647 GiB"),
     ("sample", "--workdir=runs/full --prompt=so --method=window", "32 carry"),
     ("evaluate", "--workdir=nowhere", "nowhere runs/full"),
@@ -486,7 +491,7 @@ def test_damaged_run_is_refused_with_the_name_of_the_file(
 
 @pytest.mark.parametrize(
     ("command", "remedy"),
-    [("evaluate", "--text"), ("sample --check", "--check")],
+    [("evaluate", "--text"), ("sample --check", "--check"), ("sample --no_copy=9", "--no_copy=9")],
 )
 def test_missing_or_changed_text_is_one_line_with_a_remedy(
     command, remedy, ready, launch, tmp_path

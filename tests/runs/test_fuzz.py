@@ -27,7 +27,7 @@ from charlstm.runs.checkpoints import load_model
 from charlstm.runs.checksums import checksum_of, read_metadata
 from charlstm.runs.folder import _checksum, load_run
 from charlstm.runs.metrics import RunLog, read_records
-from charlstm.sampling import stream
+from charlstm.streaming import stream
 from charlstm.training.progress import Counters
 
 NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, -(2**63), 2**31, 1e308])
@@ -272,14 +272,16 @@ def params():
     temperature=st.floats(0, 100) | st.sampled_from([1e-30, 1e30]),
     top_k=st.integers(0, 100),
     top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1),
     chunk=st.integers(1, 50),
 )
 def test_any_sampler_settings_give_ids_of_the_vocabulary(
-    params, lengths, length, temperature, top_k, top_p, chunk
+    params, lengths, length, temperature, top_k, top_p, min_p, chunk
 ):
     key = jax.random.key(0)
     prompts = [np.arange(size) % 5 for size in lengths]
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "chunk": chunk}
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    options["chunk"] = chunk
     ids = np.concatenate(list(stream(MODEL, params, prompts, key, length=length, **options)), 1)
     assert ids.shape == (3, length)
     assert ids.min() >= 0
