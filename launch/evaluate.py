@@ -15,6 +15,10 @@ them. --temperature fits a softmax temperature on the first half and measures it
 code 1 if a check fails: probabilities sum to 1, later characters change no prediction, every
 character counts once, dynamic evaluation predicts before it learns.
 
+--compare=DIR prints the stateful difference to another run on the same characters, and its paired
+standard error over blocks. With several runs of each recipe, which differ in config.seed, as in
+--workdir=A1,A2,A3 --compare=B1,B2,B3, it tests the difference against the noise between seeds.
+
 Bits per byte count UTF-8 bytes; they are left out if the model reads other characters than the
 text has (lower case, --unknown and the like). +- is the standard error over up to 30 blocks. The
 baselines learn from the training part: uniform, unigram, Kneser-Ney 5- and 7-grams, compressors.
@@ -52,6 +56,9 @@ DYNAMIC_RATE = flags.DEFINE_float("dynamic_rate", None, "its learning rate")
 TEMPERATURE = flags.DEFINE_boolean("temperature", False, "fit a softmax temperature")
 BASELINES = flags.DEFINE_boolean("baselines", True, "compare with n-grams and compressors")
 AUDIT = flags.DEFINE_boolean("audit", False, "check that the losses are the lengths of a code")
+COMPARE = flags.DEFINE(
+    options.ANY_PATH, "compare", "", "one or more other run folders, separated by commas"
+)
 JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
 
 
@@ -62,11 +69,28 @@ def check_flags() -> None:
         raise UserError(f"--dynamic_rate={rate}: must be a number above 0, in float32 too")
     if rate is not None and not DYNAMIC.value:
         raise UserError(f"--dynamic_rate={rate}: is for --dynamic, which is not given")
+    for flag in (DYNAMIC, TEMPERATURE, AUDIT):
+        if COMPARE.value and flag.value:
+            raise UserError(f"--{flag.name}: is not for --compare; give one of them")
+
+
+def compare() -> None:
+    """Compare the runs of --workdir and --compare and print the result on stdout."""
+    sides = [folders.trained_workdirs(flag.value) for flag in (WORKDIR, COMPARE)]
+    from charlstm.evaluation import comparison  # it imports JAX
+
+    given = {"checkpoint": CHECKPOINT.value, "path": TEXT.value, "unknown": UNKNOWN.value}
+    metrics = comparison.compare_runs(*sides, **given)
+    lines = comparison.format_comparison(metrics)
+    print(json.dumps(metrics, allow_nan=False) if JSON.value else "\n".join(lines))
 
 
 def main() -> None:
     """Evaluate as the flags say and print the metrics on stdout."""
     check_flags()
+    if COMPARE.value:
+        compare()
+        return
     workdir = folders.trained_workdir(WORKDIR.value)
     from charlstm.evaluation import dynamic, evaluate, open_held_out  # they import JAX
     from charlstm.evaluation.audit import refuse_failed

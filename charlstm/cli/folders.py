@@ -114,6 +114,15 @@ def trained_workdir(given: str) -> str:
     return str(runs[0])
 
 
+def trained_workdirs(given: str) -> list[str]:
+    """Return the run folders in `given`, a list with commas, as trained_workdir does.
+
+    The path of a run may contain commas itself.
+    """
+    parts = [given] if is_run(Path(given)) else given.split(",")
+    return [trained_workdir(part) for part in parts]
+
+
 def _nearby(given: str) -> str:
     """Return the names of runs in runs/, in the folder `given` and in the repository's runs/."""
     found: dict[Path, str] = {}

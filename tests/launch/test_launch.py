@@ -308,6 +308,15 @@ def test_adapt_to_changes_the_sample_but_not_the_run(trained):
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
 
 
+def test_evaluate_compares_runs_on_the_same_text(trained):
+    folder, _ = trained
+    flags = ["--workdir=runs/tiny-book", "--compare=runs/tiny-book"]
+    text = warm_launcher()("evaluate", *flags, cwd=folder)
+    assert (text.returncode, text.stderr) == (0, "")
+    assert re.search(r"A - B +\+0\.0000 bits/char\n\+- 0\.0000 +between \d+ blocks", text.stdout)
+    assert "The noise between seeds is unknown" in text.stdout
+
+
 def test_evaluate_without_the_training_text_has_no_baselines(trained, book):
     folder, _ = trained
     (folder / "new.txt").write_text(book[:300] + "\u20ac", encoding="utf-8")
