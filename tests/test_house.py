@@ -41,6 +41,7 @@ ORDER = """
     evaluation.report evaluation.sample_check evaluation.measure evaluation.surprise
     evaluation.endings evaluation.writing evaluation.calibration evaluation.units evaluation.score
     evaluation.score_formats evaluation.comparison
+    evaluation.coding evaluation.compression
     cli.streams cli.signals cli.notebook cli.runtime cli.folders cli.options cli.usage
     planning.rules planning.timing planning.memory planning.report planning.planner
     sweep.texts sweep.trials sweep.grid sweep.table sweep.search

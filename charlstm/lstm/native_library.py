@@ -97,7 +97,7 @@ def _build(folder: Path) -> Path:
 
     Where there is no compiler now, any compiler may have built it.
     """
-    name = f"lstm-{_digest(SOURCE.read_bytes(), jaxlib.__version__.encode(), _cpu())}"
+    name = f"lstm-{_digest(SOURCE.read_bytes(), jaxlib.__version__.encode(), cpu_kind())}"
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None or _opens_dialog(compiler):
         if built := sorted(folder.glob(f"{name}-*.so")):
@@ -127,7 +127,7 @@ def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def _cpu() -> bytes:
+def cpu_kind() -> bytes:
     """Return the kind of this CPU, and on Linux its instructions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_bytes().splitlines() if cpuinfo.exists() else []
