@@ -8,7 +8,6 @@ import signal
 import tempfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from unittest.mock import patch
 
 # As in the launchers: the result of LAPACK depends on the number of its threads.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -67,14 +66,33 @@ def pytest_collection_modifyitems(config, items):
 
 @contextmanager
 def little_optimization():
-    """Compile with little optimization within the block and in processes that it starts."""
+    """Compile with little optimization within the block."""
     before = _has_little_optimization.get_global()
     _set_little_optimization(True)
     try:
-        with patch.dict(os.environ, {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}):
-            yield
+        yield
     finally:
         _set_little_optimization(before)
+
+
+@contextmanager
+def little_optimization_everywhere():
+    """Compile with little optimization within the block and in processes that it starts.
+
+    No program may still run when it ends: XLA's threads call getenv, and a change of the
+    environment at that moment is a segmentation fault.
+    """
+    name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with little_optimization():
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 # JAX's in-memory caches do not depend on the flag, but on this context.
@@ -89,7 +107,7 @@ def _set_little_optimization(value):
 @pytest.fixture
 def cheaply():
     """Compile with little optimization in a test whose exact numbers do not matter."""
-    with little_optimization():
+    with little_optimization_everywhere():
         yield
 
 
@@ -102,7 +120,7 @@ def rank_promotion():
 
 @pytest.fixture(scope="module", autouse=True)
 def _compile_cheaply(request):
-    with little_optimization() if request.path.stem in CHEAP else nullcontext():
+    with little_optimization_everywhere() if request.path.stem in CHEAP else nullcontext():
         yield
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from charlstm.errors import printable
 
@@ -41,12 +42,12 @@ def png(draw: "Callable[[Figure], None]", width: float, height: float) -> bytes:
 def _import_matplotlib() -> Any:
     # Imported late, because it is slow; and without the user's backend, because the import fails if
     # that is not available.
-    backend = os.environ.pop("MPLBACKEND", None)
-    try:
+    backend = os.environ.get("MPLBACKEND")
+    others = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    # For Python only: XLA's threads call getenv, and a change of the environment of the process
+    # at that moment is a segmentation fault.
+    with patch.object(os, "environ", others):
         import matplotlib
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
     if backend:
         with suppress(ValueError):
             matplotlib.rcParams["backend"] = backend

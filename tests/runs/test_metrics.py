@@ -152,7 +152,10 @@ def test_curves_file_of_the_user_is_not_replaced(tmp_path, caplog):
 @pytest.mark.parametrize("backend", ["Qt4Agg", "module://nothing.there", "agg"])
 def test_curves_need_no_window_system(backend):
     program = (
-        "import os; from charlstm.runs.plots import draw_curves\n"
+        "import os, sys, numpy; from charlstm.runs.plots import draw_curves\n"
+        # XLA's threads may read the environment of the process at this moment.
+        "changes = {'os.putenv', 'os.unsetenv'}\n"
+        "sys.addaudithook(lambda event, _: print(event) if event in changes else None)\n"
         "draw_curves([{'step': 1, 'seconds': 1.0, 'val/bits_per_char': 5.0}], '')\n"
         "print(os.environ['MPLBACKEND'])"
     )
