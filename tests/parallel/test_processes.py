@@ -21,6 +21,7 @@ FLAGS = [
     "--config.num_steps=18",
     "--config.log_every_steps=3",
     "--config.eval_every_steps=6",
+    "--config.patience=9",  # all processes agree on an early stop
     "--config.sample.length=40",
     # test_sharding.py trains the other parts of the default recipe.
     "--config.optimizer.learning_rate=2e-3",
