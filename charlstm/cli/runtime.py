@@ -33,6 +33,8 @@ def prepare() -> None:
             )
     # With more threads, the orthogonal initializer is slow and depends on the machine.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    # tensorboardX sets it otherwise, later, when XLA's threads may call getenv and then crash.
+    os.environ.setdefault("CRC32C_SW_MODE", "auto")
     keep_compilations()
     keep_memory()
 
