@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import unicodedata
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -144,11 +145,12 @@ def transfer_params(
     fresh_params: Any,
     vocab: Collection[str],
     axes: Any,
-) -> tuple[Any, list[str], list[str]]:
+) -> tuple[Any, dict[str, str | None], list[str]]:
     """Return `params` for `vocab`, the characters new in it, and those that it lacks.
 
     Rows of input kernels, embeddings and outputs follow their character from the id in
-    `source_vocab` to the id in `vocab`. New characters have the rows of `fresh_params`.
+    `source_vocab` to the id in `vocab`. A new character has the rows of a similar one, to which it
+    is mapped in the result, or those of `fresh_params` if it is mapped to None.
 
     Args:
       params: trained parameters, NumPy arrays, of a model for `source_vocab`.
@@ -158,8 +160,10 @@ def transfer_params(
       axes: vocab_axes of the model.
     """
     old_id = {character: index for index, character in enumerate(source_vocab)}
-    kept = [(new, old_id[char]) for new, char in enumerate(vocab) if char in old_id]
-    new_ids, old_ids = np.array(kept, dtype=int).reshape(-1, 2).T
+    added = {char: find_similar(char, old_id) for char in vocab if char not in old_id}
+    origins = [added.get(character, character) for character in vocab]
+    pairs = [(new, old_id[origin]) for new, origin in enumerate(origins) if origin is not None]
+    new_ids, old_ids = np.array(pairs, dtype=int).reshape(-1, 2).T
 
     def move(leaf: np.ndarray, fresh: np.ndarray, axis: int) -> np.ndarray:
         if axis < 0:
@@ -168,9 +172,16 @@ def transfer_params(
         moved[new_ids] = np.moveaxis(leaf, axis, 0)[old_ids]
         return np.moveaxis(moved, 0, axis)
 
-    added = [character for character in vocab if character not in source_vocab]
     dropped = [character for character in source_vocab if character not in vocab]
     return jax.tree.map(move, params, fresh_params, axes), added, dropped
+
+
+def find_similar(character: str, known: Collection[str]) -> str | None:
+    """Return `character` without accents or in another case, if it is `known`, else None."""
+    # The compatibility decomposition begins with the base character.
+    base = unicodedata.normalize("NFKD", character)[0]
+    candidates = base, character.swapcase(), base.swapcase()
+    return next((candidate for candidate in candidates if candidate in known), None)
 
 
 def start_params(source: Source, run: Run, model: CharLSTM, fresh_params: Any) -> Any:
@@ -180,17 +191,21 @@ def start_params(source: Source, run: Run, model: CharLSTM, fresh_params: Any) -
     )
     defaults = flatten(base_config().model)
     settings = [f"{k}={v}" for k, v in flatten(run.config.model).items() if v != defaults[k]]
-    logger.info("settings of the model, if not the defaults: %s", ", ".join(settings))
-    logger.info("new characters, with random initial weights: %s", show(added))
+    if settings:
+        logger.info("settings of the model that are not the defaults: %s", ", ".join(settings))
+    similar = [f"{char} ({other})" for char, other in added.items() if other]
+    logger.info("new characters, with the weights of a similar one: %s", show(similar, " "))
+    unlike = [character for character, other in added.items() if other is None]
+    logger.info("new characters, with random weights: %s", show(unlike))
     logger.info("dropped characters, which the text does not have: %s", show(dropped))
     return params
 
 
-def show(characters: list[str]) -> str:
-    """Return the number of characters and the first 100 of them, in quotes."""
-    more = " ..." if len(characters) > 100 else ""
-    listed = f" {''.join(characters[:100])!r}{more}" if characters else ""
-    return f"{len(characters):,}{listed}"
+def show(items: list[str], separator: str = "") -> str:
+    """Return the number of `items` and the first 100 of them, in quotes."""
+    more = " ..." if len(items) > 100 else ""
+    listed = f" {separator.join(items[:100])!r}{more}" if items else ""
+    return f"{len(items):,}{listed}"
 
 
 def hash_params(params: Any) -> str:
