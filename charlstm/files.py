@@ -16,6 +16,8 @@ from charlstm.errors import DamagedError, RunError, UserError, one_line
 
 # Ten times the size of a vocabulary of all of Unicode and 256 long prompts.
 MAX_JSON_BYTES = 2**28
+# The weights in the folder of an exported model; a run folder has none of them.
+EXPORTED_WEIGHTS = ("model.safetensors", "model.keras")
 # The beginning of the content of a lock file.
 LOCK_TEXT = "process "
 # glob interprets the first four, and TensorStore takes the last one for a slash.
@@ -106,23 +108,42 @@ def read_json(path: epath.Path) -> Any:
       DamagedError: if the file is missing, too large or not JSON.
       RunError: if the file exists and cannot be read.
     """
+    return parse_json(read_small(path), path)
+
+
+def read_small(path: epath.Path) -> bytes:
+    """Return the content of a file of at most MAX_JSON_BYTES.
+
+    Raises:
+      DamagedError: if the file is missing or too large.
+      RunError: if the file exists and cannot be read.
+    """
     try:
-        if not _is_file(path):
-            raise ValueError("no such file")
+        if not is_file(path):
+            raise _damaged(path, "no such file")
         with path.open("rb") as file:
             raw = file.read(MAX_JSON_BYTES + 1)
-        if len(raw) > MAX_JSON_BYTES:
-            raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
-        return json.loads(raw.decode())
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
+    if len(raw) > MAX_JSON_BYTES:
+        raise _damaged(path, f"larger than {MAX_JSON_BYTES:,} bytes")
+    return raw
+
+
+def parse_json(raw: bytes, path: epath.Path) -> Any:
+    """Return the value of a JSON document; raise DamagedError, naming `path`, if it is not one."""
+    try:
+        return json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
-        raise DamagedError(
-            f"{path}: missing or damaged ({one_line(error)}); restore the file, or train again"
-        ) from error
+        raise _damaged(path, one_line(error)) from error
 
 
-def _is_file(path: epath.Path) -> bool:
+def _damaged(path: epath.Path, reason: str) -> DamagedError:
+    return DamagedError(f"{path}: missing or damaged ({reason}); restore the file, or train again")
+
+
+def is_file(path: epath.Path) -> bool:
+    """Return whether `path` is a regular file or a link to one; raise OSError if unknown."""
     # Path.is_file also returns False for a file in a folder that cannot be entered.
     if not is_local(path):
         return path.is_file()
@@ -132,7 +153,13 @@ def _is_file(path: epath.Path) -> bool:
         return False
 
 
-def _unreadable(path: epath.PathLike, error: OSError) -> RunError:
+def is_exported(path: epath.Path) -> bool:
+    """Return whether `path` is an exported model: a file, or a folder with exported weights."""
+    return path.is_file() or any((path / name).exists() for name in EXPORTED_WEIGHTS)
+
+
+def unreadable(path: epath.PathLike, error: OSError) -> RunError:
+    """Return the error for a file that exists and cannot be read."""
     return RunError(
         f"{path}: cannot be read ({error.strerror or error}); make it readable, and give the same "
         "command again"
@@ -146,7 +173,7 @@ def check_readable(folder: epath.Path) -> None:
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
-            raise _unreadable(error.filename, error) from error
+            raise unreadable(error.filename, error) from error
 
     for parent, _, names in os.walk(folder, onerror=refuse):
         for name in names:

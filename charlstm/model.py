@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from charlstm.checks import as_float32, check_choice, check_count, check_ids, check_rate
 from charlstm.data.vocab import END, Vocab
+from charlstm.lstm import native_library
 from charlstm.lstm.cudnn import cudnn_lstm
 from charlstm.lstm.fused import fused_lstm
 from charlstm.lstm.native import native_lstm
-from charlstm.lstm.native_library import choose
 from charlstm.lstm.reference import (
     NORM_EPSILON,
     LayerCarry,
@@ -206,11 +206,23 @@ def model_from_config(config: ConfigDict, vocab: Vocab) -> CharLSTM:
     return CharLSTM(vocab_size=len(vocab), end_id=end_id, **config.model.to_dict())
 
 
+def model_of_run(config: ConfigDict, vocab: Vocab) -> CharLSTM:
+    """Return the model that `config.model` describes, with a recurrence that can run here.
+
+    'fused', which computes the same, stands in for 'cudnn', and for 'native' without a compiler.
+    """
+    model = model_from_config(config, vocab)
+    needs_compiler = model.recurrence == "native"
+    if model.recurrence == "cudnn" or (needs_compiler and not native_library.is_available()):
+        return model.clone(recurrence="fused")
+    return model
+
+
 def with_recurrence(config: ConfigDict, num_devices: int = 1) -> ConfigDict:
     """Return a copy of `config` with 'native' or 'fused' in place of model.recurrence='auto'."""
     config = ConfigDict(config.to_dict())  # mutable, unlike a FrozenConfigDict
     if config.model.recurrence == "auto":
-        config.model.recurrence = choose(config.model.dtype, num_devices)
+        config.model.recurrence = native_library.choose(config.model.dtype, num_devices)
     return config
 
 

@@ -17,7 +17,6 @@ import app  # first, since it handles signals
 
 # isort: split
 from absl import flags
-from etils import epath
 
 from charlstm.cli import folders, options
 from charlstm.errors import UserError, printable
@@ -95,15 +94,13 @@ def main() -> None:
     listed = options.read_text_file(WORDS) if WORDS.value else ""
     from charlstm.evaluation import sample_check, writing  # they import JAX
     from charlstm.runs.checkpoints import load_model
-    from charlstm.runs.folder import load_run
     from charlstm.streaming import CHUNK_LEN
 
     workdir = folders.trained_workdir(WORKDIR.value)
-    run = load_run(epath.Path(workdir))
+    run, model, params = load_model(workdir, CHECKPOINT.value)
     length = 0 if STREAM.value else changed.get("length", run.config.sample.length)
     number = max(NUM_SAMPLES, BEST_OF, key=lambda flag: flag.value)
     writing.check_memory(run, len(prompt), number.value, length, number.name)
-    run, model, params = load_model(workdir, CHECKPOINT.value)
     train_M = sample_check.open_known_text(run) if CHECK.value else None
     if ADAPT_TO.value:
         params = writing.adapt_to_text(run, model, params, ADAPT_TO.value, UNKNOWN.value)

@@ -32,7 +32,10 @@ ORDER = """
     lstm.reference lstm.fused lstm.native_library lstm.native lstm.cudnn model optim steps
     filters repetition sampling copy_limit streaming
     parallel.sharding parallel.native_output parallel.processes
-    runs.plots runs.metrics runs.folder runs.checksums runs.orbax_calls runs.checkpoints
+    runs.plots runs.metrics runs.folder runs.checksums
+    exchange.card exchange.weights exchange.folder exchange.safetensors exchange.plain
+    exchange.torch exchange.keras exchange.reading exchange.formats
+    runs.orbax_calls runs.checkpoints
     planning.cost runs.machine
     training.transfer training.setup training.progress training.validation training.loop
     evaluation.scoring evaluation.dynamic evaluation.passes evaluation.audit evaluation.baselines
@@ -43,6 +46,7 @@ ORDER = """
     evaluation.score_formats evaluation.comparison
     evaluation.coding evaluation.compression
     cli.streams cli.signals cli.notebook cli.runtime cli.folders cli.options cli.usage
+    exchange.export
     planning.rules planning.timing planning.memory planning.report planning.planner
     sweep.texts sweep.trials sweep.grid sweep.table sweep.search
     bench.cases bench.entropy bench.jax_backend bench.torch_backend bench.keras_backend

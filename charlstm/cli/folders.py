@@ -13,7 +13,7 @@ from etils import epath
 from charlstm.cli import streams
 from charlstm.data.find import ending_of
 from charlstm.errors import DamagedError, UserError
-from charlstm.files import is_local, read_json, temporary_name
+from charlstm.files import is_exported, is_local, read_json, temporary_name
 
 logger = logging.getLogger("charlstm.folders")
 
@@ -79,8 +79,9 @@ def in_free_workdir(words: Sequence[str], workdir: str) -> list[str]:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether there is a run in `folder`."""
-    return (folder / "config.json").is_file()
+    """Return whether there is a run in `folder`, and not an exported model."""
+    path = epath.Path(folder)
+    return (path / "config.json").is_file() and not is_exported(path)
 
 
 def existing_runs(parent: Path = RUNS) -> list[Path]:
@@ -95,13 +96,17 @@ def existing_runs(parent: Path = RUNS) -> list[Path]:
 
 
 def trained_workdir(given: str) -> str:
-    """Return the run folder `given`, or log and return the most recently trained run in runs/.
+    """Return the run folder or exported model `given`, or the most recently trained run in runs/.
+
+    The latter is logged.
 
     Raises:
       UserError: if there is no run.
     """
     if given:
-        if is_local(epath.Path(given)) and not is_run(Path(given)) and (there := _nearby(given)):
+        path = epath.Path(given)
+        is_there = not is_local(path) or is_run(Path(given)) or is_exported(path)
+        if not is_there and (there := _nearby(given)):
             raise UserError(f"{given}: no run in this folder (no config.json); found runs: {there}")
         return given
     runs = existing_runs()

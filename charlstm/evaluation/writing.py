@@ -236,6 +236,8 @@ def _clean(run: Run, text: str, name: str) -> str:
 def _draw_prompts(run: Run, method: str, num_samples: int, seed: int) -> list[np.ndarray]:
     if run.config.data.document_separator and method == "carry":
         return [run.vocab.encode(END)] * num_samples
+    if not run.prompts:
+        raise UserError(f"{run.workdir}: has no passages of its training text; give --prompt=TEXT")
     chosen = np.random.default_rng(seed).integers(len(run.prompts), size=num_samples)
     for index in chosen[:MAX_LOGGED]:
         passage = run.decode(run.vocab.encode(run.prompts[index]))

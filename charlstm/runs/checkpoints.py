@@ -15,9 +15,9 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from charlstm.errors import DamagedError, RunError, UserError
-from charlstm.files import check_readable, is_local, plain_path
-from charlstm.lstm import native_library
-from charlstm.model import CharLSTM, model_from_config
+from charlstm.exchange.reading import read_exported
+from charlstm.files import check_readable, is_exported, is_local, plain_path
+from charlstm.model import CharLSTM, model_of_run
 from charlstm.optim import averaged_params, make_optimizer, make_schedule
 from charlstm.parallel import processes
 from charlstm.runs.checksums import (
@@ -229,21 +229,29 @@ class Checkpoints:
 
 @jax.transfer_guard("allow")
 def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharLSTM, Any]:
-    """Return the run in `workdir`, its model, and the params of its 'best' or 'latest' checkpoint.
+    """Return a run, its model, and the params of its 'best' or 'latest' checkpoint.
 
-    They are the averaged params if the run averages them. A run with model.recurrence=cudnn, or
-    with native where there is no compiler, is loaded with 'fused', which computes the same and runs
-    on any device. The run may be in training.
+    They are the averaged params if the run averages them. The recurrence is one that can run here.
+    The run may be in training.
+
+    Args:
+      workdir: the run folder, or an exported model: see charlstm.exchange.reading.
+      which: 'best' or 'latest'; an exported model has one set of weights, which is the best.
 
     Raises:
-      UserError: if the folder holds no run, or no checkpoint yet.
+      UserError: if there is no run, no checkpoint yet, or no exported model that can be read.
       DamagedError: if a file is missing or has changed since it was written.
     """
-    run = load_run(epath.Path(given_path(os.fspath(workdir))))
-    model = model_from_config(run.config, run.vocab)
-    needs_compiler = model.recurrence == "native"
-    if model.recurrence == "cudnn" or (needs_compiler and not native_library.is_available()):
-        model = model.clone(recurrence="fused")
+    path = epath.Path(given_path(os.fspath(workdir)))
+    if is_exported(path):
+        if which != "best":
+            raise UserError(
+                f"{path}: an exported model has one set of weights; leave out --checkpoint={which}"
+            )
+        exported = read_exported(path)
+        return exported.run, exported.model, exported.params
+    run = load_run(path)
+    model = model_of_run(run.config, run.vocab)
     optimizer = make_optimizer(run.config, make_schedule(run.config, num_steps=1))
     make_state = partial(init_state, model, optimizer, batch_size=run.config.batch_size)
     abstract_state = only_params(jax.eval_shape(make_state, run.key(0)))

@@ -10,6 +10,7 @@ checkpoints/   the two latest states and the best one: see checkpoints.py
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,8 @@ from charlstm.errors import DamagedError, OccupiedError, UserError, one_line
 from charlstm.files import (
     is_link,
     is_lock,
-    read_json,
+    parse_json,
+    read_small,
     refuse_links,
     temporary_name,
     write_file,
@@ -102,21 +104,7 @@ def write_run(run: Run) -> None:
     Raises:
       UserError: if the folder cannot be written, or holds another run or foreign files.
     """
-    files = {
-        "vocab.json": run.vocab.to_json() + "\n",
-        "prompts.json": json.dumps(run.prompts) + "\n",
-    }
-    about = {
-        "schema": SCHEMA,
-        "config": run.config.to_dict(),
-        "text": run.text._asdict(),
-        **run.machine,
-        "prng_impl": run.prng_impl,
-        "initial_weights": run.initial_weights and run.initial_weights._asdict(),
-        "sha256": {name: _sha256(content) for name, content in files.items()},
-    }
-    about["checksum"] = _checksum(about)
-    files["config.json"] = json.dumps(about, indent=2) + "\n"
+    files = texts_of(run)
     try:
         _check_owner(run, files)
         for name, content in files.items():
@@ -128,6 +116,31 @@ def write_run(run: Run) -> None:
             f"{run.workdir}: cannot write there ({error.strerror or error}); "
             "choose another --workdir"
         ) from None
+
+
+def texts_of(run: Run, **more: Any) -> dict[str, str]:
+    """Return the content of vocab.json, prompts.json and config.json by name.
+
+    Args:
+      run: the run.
+      more: further entries of config.json.
+    """
+    files = {
+        "vocab.json": run.vocab.to_json() + "\n",
+        "prompts.json": json.dumps(run.prompts) + "\n",
+    }
+    about = {
+        "schema": SCHEMA,
+        **more,
+        "config": run.config.to_dict(),
+        "text": run.text._asdict(),
+        **run.machine,
+        "prng_impl": run.prng_impl,
+        "initial_weights": run.initial_weights and run.initial_weights._asdict(),
+        "sha256": {name: _sha256(content) for name, content in files.items()},
+    }
+    about["checksum"] = _checksum(about)
+    return files | {"config.json": json.dumps(about, indent=2) + "\n"}
 
 
 def _check_owner(run: Run, files: dict[str, str]) -> None:
@@ -193,8 +206,28 @@ def load_run(workdir: epath.Path) -> Run:
     if not has_run(workdir):
         raise UserError(f"{workdir}: no run there (no config.json); train one with launch/train.py")
     refuse_links(workdir)
+    run, about = parse_run(workdir, lambda name: read_small(workdir / name))
+    if "model_type" in about:
+        raise UserError(
+            f"{workdir}: an exported model, not a run: it has no checkpoints and no log; give the "
+            "run folder that it came from"
+        )
+    return run
+
+
+def parse_run(workdir: epath.Path, read: Callable[[str], bytes]) -> tuple[Run, dict[str, Any]]:
+    """Return a run and the entries of its config.json.
+
+    Args:
+      workdir: the run folder, or the exported model.
+      read: returns the content of config.json, vocab.json or prompts.json.
+
+    Raises:
+      UserError: if another version wrote it.
+      DamagedError: if a file has changed since it was written.
+    """
     path = workdir / "config.json"
-    about = read_json(path)
+    about = parse_json(read("config.json"), path)
     schema = about.get("schema") if isinstance(about, dict) else None
     if not isinstance(schema, int) or schema < 1:
         raise DamagedError(
@@ -229,14 +262,17 @@ def load_run(workdir: epath.Path) -> Run:
         *(RecursionError, UserError),
     ) as error:
         raise DamagedError(f"{path}: not a config of this version ({one_line(error)})") from error
-    vocab = _read_vocab(workdir / "vocab.json", hashes)
-    prompts = _read_strings(workdir / "prompts.json", hashes)
+    vocab = _read_vocab(workdir / "vocab.json", read("vocab.json"), hashes)
+    prompts = _read_strings(workdir / "prompts.json", read("prompts.json"), hashes)
     known = set(vocab.characters)
-    if not prompts or not all(prompt and known.issuperset(prompt) for prompt in prompts):
+    # An exported model from another program has none.
+    has_prompts = bool(prompts) or "model_type" in about
+    if not has_prompts or not all(prompt and known.issuperset(prompt) for prompt in prompts):
         raise DamagedError(
             f"{workdir}/prompts.json: not prompts of this vocabulary; restore the file"
         )
-    return Run(workdir, config, vocab, text, prompts, machine, prng_impl, initial_weights)
+    run = Run(workdir, config, vocab, text, prompts, machine, prng_impl, initial_weights)
+    return run, about
 
 
 def adapt_run(run: Run, config: ConfigDict) -> tuple[Run, list[str]]:
@@ -272,9 +308,9 @@ def random_prompts(ids_M: np.ndarray, vocab: Vocab, length: int, seed: int) -> l
     return [vocab.decode(ids_M[start : start + length]) for start in starts]
 
 
-def _read_vocab(path: epath.Path, hashes: dict[str, str]) -> Vocab:
+def _read_vocab(path: epath.Path, raw: bytes, hashes: dict[str, str]) -> Vocab:
     try:
-        vocab = Vocab(_read_strings(path, hashes))
+        vocab = Vocab(_read_strings(path, raw, hashes))
         "".join(vocab.characters).encode()  # lone surrogates are in no UTF-8 text
     except (TypeError, ValueError) as error:
         raise DamagedError(
@@ -283,9 +319,9 @@ def _read_vocab(path: epath.Path, hashes: dict[str, str]) -> Vocab:
     return vocab
 
 
-def _read_strings(path: epath.Path, hashes: dict[str, str]) -> list[str]:
-    strings = read_json(path)
-    if hashes.get(path.name) != hashlib.sha256(path.read_bytes()).hexdigest():
+def _read_strings(path: epath.Path, raw: bytes, hashes: dict[str, str]) -> list[str]:
+    strings = parse_json(raw, path)
+    if hashes.get(path.name) != hashlib.sha256(raw).hexdigest():
         raise DamagedError(f"{path}: its checksum differs; restore the file")
     if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
         raise DamagedError(f"{path}: not a list of strings; restore the file")

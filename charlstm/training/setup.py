@@ -184,6 +184,8 @@ def open_run_text(run: Run, remedy: str, may_fetch: bool = True) -> Corpus:
     Raises:
       UserError: if the text cannot be read or has changed.
     """
+    if not run.text.source:
+        raise UserError(f"{run.workdir}: the text of this model is unknown; {remedy}")
     # An absolute path, or the name of Python's manual.
     source, data = run.text.source, run.config.data
     is_fetched = source == PYTHON_MANUAL or (may_fetch and not data.path)

@@ -1,0 +1,67 @@
+"""The folder of an exported model: the text files of its run, a model card, and its weights.
+
+config.json        settings, text, versions, metrics and checksums
+vocab.json         the characters in the order of their ids
+prompts.json       windows of the training text, for samples without a prompt
+README.md          the model card
+model.safetensors  the weights, or model.keras
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from charlstm.errors import UserError
+from charlstm.exchange.card import model_card
+from charlstm.exchange.weights import flatten
+from charlstm.files import write_file
+from charlstm.model import CharLSTM
+from charlstm.runs.checksums import checksums
+from charlstm.runs.folder import Run, texts_of
+
+# In config.json, as on the hub of Hugging Face; a run has no such entry.
+MODEL_TYPE = "charlstm"
+
+
+class Trained(NamedTuple):
+    """What is exported: a trained model with its run and metrics."""
+
+    run: Run
+    model: CharLSTM
+    params: Any
+    metrics: dict[str, Any]  # the record of metrics.jsonl of the checkpoint, {} if unknown
+
+
+def describe(trained: Trained, name: str, files: str, loading: str) -> dict[str, str]:
+    """Return the content of the text files by name, config.json last.
+
+    Args:
+      trained: what is exported.
+      name: the title of the model card.
+      files: Markdown for the card that lists the file of the weights.
+      loading: Markdown for the card that says how to load them.
+    """
+    crc32 = checksums(flatten(trained.params))
+    texts = texts_of(
+        trained.run, model_type=MODEL_TYPE, metrics=trained.metrics, params_crc32=crc32
+    )
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(trained.params))
+    card = model_card(trained.run, trained.metrics, num_params, name, files, loading)
+    return {"README.md": card} | texts
+
+
+def write_folder(texts: dict[str, str], weights: dict[str, bytes], out: epath.Path) -> None:
+    """Write the files of an exported model, config.json last.
+
+    Raises:
+      UserError: if the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in (weights | texts).items():
+            write_file(out / name, content)
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot write there ({error.strerror or error}); choose another --out"
+        ) from None

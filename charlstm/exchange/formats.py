@@ -1,0 +1,8 @@
+"""The formats of launch/export.py. This module does not import JAX."""
+
+# The module of each format, whose function export(trained, out) writes it.
+FORMATS = {
+    "safetensors": "charlstm.exchange.safetensors",
+    "keras": "charlstm.exchange.keras",
+    "torch": "charlstm.exchange.torch",
+}

@@ -1,0 +1,97 @@
+"""Read an exported model; no file is executed.
+
+A model is a folder that launch/export.py wrote, one of its files with weights, or such a file from
+another program with a vocab.json beside it: a JSON list of the characters in the order of their
+ids, which is that of their code points.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from charlstm.config import base_config
+from charlstm.data.vocab import Vocab
+from charlstm.errors import DamagedError, UserError, one_line
+from charlstm.exchange import keras, safetensors, torch
+from charlstm.exchange.folder import Trained
+from charlstm.exchange.plain import from_plain
+from charlstm.exchange.weights import flatten, unflatten
+from charlstm.files import EXPORTED_WEIGHTS, read_small
+from charlstm.model import model_of_run
+from charlstm.runs.folder import PRNG_IMPLS, Run, TextInfo, parse_run
+
+Read = Callable[[str], bytes]
+
+
+def read_exported(path: epath.Path) -> Trained:
+    """Return the run, the model, the parameters and the metrics of an exported model.
+
+    The weights of Keras and torch determine the model settings; the other settings come from
+    config.json if there is one.
+
+    Raises:
+      UserError: if the files do not belong together, or another version wrote them.
+      DamagedError: if a file is missing or damaged.
+      RunError: if a file cannot be read.
+    """
+    weights = path
+    if path.is_dir():
+        weights = next(path / name for name in EXPORTED_WEIGHTS if (path / name).exists())
+    folder = weights.parent
+    read: Read = lambda name: read_small(folder / name)  # noqa: E731
+    has_config = (folder / "config.json").exists()
+    if weights.suffix == keras.SUFFIX:
+        plain = keras.read(weights)
+    elif weights.suffix == safetensors.SUFFIX:
+        tensors, metadata = safetensors.read_tensors(weights)
+        if "config.json" in metadata:
+            folder, has_config = weights, True
+            read = safetensors.metadata_reader(weights, metadata)
+        if not torch.is_state_dict(tensors):
+            run, about = parse_run(folder, read)
+            model, params = safetensors.read_params(weights, tensors, run, about)
+            return Trained(run._replace(workdir=path), model, params, _metrics(about))
+        plain = torch.from_state_dict(weights, tensors)
+    else:
+        raise UserError(
+            f"{path}: neither a run folder nor an exported model (.safetensors or .keras)"
+        )
+    settings, params = from_plain(plain)
+    if has_config:
+        run, about = parse_run(folder, read)
+    else:
+        run, about = _unknown_run(folder, read), {}
+    config = ConfigDict(run.config.to_dict())
+    config.model.update(settings)
+    run = run._replace(workdir=path, config=config)
+    model = model_of_run(config, run.vocab)
+    return Trained(run, model, unflatten(weights, model, flatten(params)), _metrics(about))
+
+
+def _unknown_run(folder: epath.Path, read: Read) -> Run:
+    """Return a run of an unknown text, with the vocabulary of vocab.json and no prompts."""
+    path = folder / "vocab.json"
+    try:
+        vocab = Vocab.from_json(read("vocab.json").decode())
+        "".join(vocab.characters).encode()  # lone surrogates are in no UTF-8 text
+    except DamagedError as error:
+        raise DamagedError(
+            f"{path}: missing or damaged; the weights need it: a JSON list of the characters in "
+            "the order of their ids"
+        ) from error
+    except (RecursionError, TypeError, ValueError) as error:
+        raise DamagedError(
+            f"{path}: not a vocabulary ({one_line(error)}); write a JSON list of the characters in "
+            "the order of their ids"
+        ) from error
+    text = TextInfo("", "", 0, 0, 0, 0, 0, len(vocab))
+    machine: dict[str, Any] = {"versions": {}, "devices": []}
+    return Run(folder, base_config(), vocab, text, [], machine, PRNG_IMPLS[0])
+
+
+def _metrics(about: dict[str, Any]) -> dict[str, Any]:
+    metrics = about.get("metrics")
+    items = metrics.items() if isinstance(metrics, dict) else ()
+    return {name: value for name, value in items if isinstance(value, str | int | float)}

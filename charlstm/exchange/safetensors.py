@@ -1,0 +1,145 @@
+"""Exported models in the format safetensors, as a folder or as one file.
+
+The folder is laid out as on the hub of Hugging Face. One file NAME.safetensors has the text files
+of the folder in its metadata, by name. Neither is executed when it is loaded.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from charlstm.errors import DamagedError, RunError, UserError, one_line
+from charlstm.exchange.folder import Trained, describe, write_folder
+from charlstm.exchange.weights import damaged, flatten, unflatten
+from charlstm.files import is_file, is_local, unreadable, write_file
+from charlstm.model import CharLSTM, model_of_run
+from charlstm.runs.checksums import checksums
+from charlstm.runs.folder import Run, parse_run
+
+SUFFIX = ".safetensors"
+WEIGHTS = "model.safetensors"
+# The limit of the format for its header, which holds the metadata.
+MAX_HEADER_BYTES = 100_000_000
+
+_FILES = "- `model.safetensors`: the weights, in float32."
+_LOADING = """
+With charlstm, whose launchers take this export in place of a run folder:
+
+```sh
+python launch/sample.py --workdir={name} --prompt='The '
+```
+
+In Python:
+
+```python
+from charlstm.runs.checkpoints import load_model
+
+run, model, params = load_model("{name}")
+```
+"""
+
+
+def export(trained: Trained, out: epath.Path) -> None:
+    """Write `trained` to the folder `out`, or to the file `out` if it ends in .safetensors.
+
+    Raises:
+      UserError: if `out` cannot be written, or if it is a file of something else.
+    """
+    texts = describe(trained, out.stem, _FILES, _LOADING.format(name=out.name))
+    tensors = flatten(trained.params)
+    if out.suffix != SUFFIX:
+        write_folder(texts, {WEIGHTS: save(tensors)}, out)
+        return
+    if sum(len(text.encode()) for text in texts.values()) > MAX_HEADER_BYTES // 2:
+        raise UserError(f"{out}: the prompts are too long for one file; give a folder in --out")
+    _check_replaceable(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, save(tensors, texts))
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror or error}); choose another --out"
+        ) from None
+
+
+def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the arrays of a safetensors file, all float32, and its metadata.
+
+    Raises:
+      DamagedError: if it is no such file.
+      RunError: if it cannot be read.
+    """
+    with ExitStack() as stack:
+        file = _open(path, stack)
+        types = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+        if others := [f"{name} is {kind}" for name, kind in types.items() if kind != "F32"]:
+            raise damaged(path, f"the weights must be F32, and {others[0]}")
+        try:
+            return {name: file.get_tensor(name) for name in types}, dict(file.metadata() or {})
+        except (OSError, SafetensorError) as error:
+            raise damaged(path, one_line(error)) from error
+
+
+def read_params(
+    path: epath.Path, tensors: dict[str, np.ndarray], run: Run, about: dict[str, Any]
+) -> tuple[CharLSTM, Any]:
+    """Return the model of `run` and its parameters from `tensors`.
+
+    Raises:
+      UserError: if they are those of another model.
+      DamagedError: if they have changed since they were exported.
+    """
+    model = model_of_run(run.config, run.vocab)
+    params = unflatten(path, model, tensors)
+    if about.get("params_crc32") != checksums(tensors):
+        raise damaged(path, "the checksum of a weight differs")
+    return model, params
+
+
+def metadata_reader(path: epath.Path, metadata: dict[str, str]) -> Callable[[str], bytes]:
+    """Return a function that returns a text file from the metadata, for parse_run."""
+
+    def read(name: str) -> bytes:
+        if name not in metadata:
+            raise damaged(path, f"no {name} in its metadata")
+        return metadata[name].encode()
+
+    return read
+
+
+def _open(path: epath.Path, stack: ExitStack) -> Any:
+    try:
+        if not is_file(path):
+            raise damaged(path, "no such file")
+        local = os.fspath(path)
+        if not is_local(path):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            local = os.path.join(folder, WEIGHTS)
+            epath.Path(local).write_bytes(path.read_bytes())
+        # Read, not mapped: another program may cut the file.
+        return stack.enter_context(safe_open(local, framework="numpy", backend="pread"))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except SafetensorError as error:
+        raise damaged(path, one_line(error)) from error
+
+
+def _check_replaceable(out: epath.Path) -> None:
+    """Raise UserError if `out` exists and is not an exported model."""
+    if not out.exists():
+        return
+    try:
+        _, metadata = read_tensors(out)
+        _, about = parse_run(out, metadata_reader(out, metadata))
+        is_ours = "model_type" in about
+    except (DamagedError, RunError):
+        is_ours = False
+    if not is_ours:
+        raise UserError(f"{out}: exists and is not an exported model; choose another --out")

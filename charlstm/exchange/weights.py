@@ -1,0 +1,83 @@
+"""Names, shapes and values of a model's parameters, as an untrusted file has them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from charlstm.errors import DamagedError, UserError
+from charlstm.model import CharLSTM, zero_carry
+from charlstm.runs.checksums import type_of
+
+MAX_SHOWN = 3
+
+
+def flatten(params: Any) -> dict[str, np.ndarray]:
+    """Return parameters as NumPy arrays by name, such as 'lstm_0.hf.kernel'."""
+    return {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep=".").items()}
+
+
+def unflatten(path: epath.Path, model: CharLSTM, arrays: Mapping[str, np.ndarray]) -> Any:
+    """Return the parameters of `model` from arrays by name.
+
+    Raises:
+      UserError: if they are those of another model.
+      DamagedError: if a value is not finite.
+    """
+    found = {name: type_of(array) for name, array in arrays.items()}
+    check_types(path, model, found)
+    if names := [name for name in sorted(arrays) if not np.isfinite(arrays[name]).all()]:
+        raise damaged(path, f"{_listed(names)} has values that are not finite")
+    return jax.device_put(unflatten_dict(dict(arrays), sep="."))
+
+
+def check_types(path: epath.Path, model: CharLSTM, found: dict[str, str]) -> None:
+    """Raise UserError unless `found` has the name and type of each parameter of `model`."""
+    # Without this, the number of layers in an untrusted config could exhaust the memory.
+    if model.num_layers > len(found):
+        raise _other(path, [f"{model.num_layers} layers need more than {len(found)} arrays"])
+    try:
+        wanted = {
+            name: type_of(leaf) for name, leaf in flatten_dict(_shapes(model), sep=".").items()
+        }
+    except (ArithmeticError, TypeError, ValueError) as error:  # sizes beyond JAX's integers
+        raise _other(path, [f"no array has the sizes of the config ({error})"]) from error
+    differing = [
+        f"{name} is {found.get(name, 'missing')} there and {wanted.get(name, 'not used')} by the "
+        "config"
+        for name in sorted(found | wanted)
+        if found.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise _other(path, differing)
+
+
+def damaged(path: epath.Path, reason: str) -> DamagedError:
+    """Return the error for a file with exported weights that cannot be read."""
+    return DamagedError(
+        f"{path}: not an exported model, or damaged ({reason}); export it again with "
+        "launch/export.py"
+    )
+
+
+def _shapes(model: CharLSTM) -> Any:
+    def init(key: jax.Array) -> Any:
+        return model.init(key, jnp.zeros((1, 1), jnp.int32), zero_carry(model, 1))["params"]
+
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def _other(path: epath.Path, differing: list[str]) -> UserError:
+    return UserError(
+        f"{path}: its weights are not those of its config and vocabulary ({_listed(differing)}); "
+        "bring back the files that were exported together"
+    )
+
+
+def _listed(items: list[str]) -> str:
+    more = f" and {len(items) - MAX_SHOWN} more" if len(items) > MAX_SHOWN else ""
+    return "; ".join(items[:MAX_SHOWN]) + more

@@ -1,0 +1,45 @@
+"""Export a trained run for other programs.
+
+  python launch/export.py --workdir=runs/default-pg345 --format=safetensors [--out=PATH]
+
+safetensors  a folder as on the hub of Hugging Face, with a model card; one file with
+             --out=NAME.safetensors; for every model
+keras        the same folder with model.keras; for a plain LSTM
+torch        the same folder with a state_dict of nn.LSTM and nn.Linear; for a plain LSTM
+
+Every launcher takes an export as --workdir in place of a run folder: the folder, its file of
+weights, or a file from Keras or torch beside a vocab.json, a JSON list of the characters in the
+order of their ids. This launcher thus converts between the formats. A plain LSTM has neither
+config.model.multiplicative nor recurrent_rms_norm.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -P` leaves it out
+import app  # first, since it handles signals
+
+# isort: split
+from absl import flags
+
+from charlstm.cli import folders, options
+from charlstm.exchange.formats import FORMATS
+
+WORKDIR = flags.DEFINE(
+    options.ANY_PATH, "workdir", "", "the run folder; the last trained in runs/ if none"
+)
+CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
+FORMAT = flags.DEFINE_enum("format", "safetensors", list(FORMATS), "the format")
+OUT = flags.DEFINE(options.ANY_PATH, "out", "", "what to write; WORKDIR-FORMAT if none")
+
+
+def main() -> None:
+    """Export as the flags say, and print the path."""
+    workdir = folders.trained_workdir(WORKDIR.value)
+    from charlstm.exchange.export import export  # it imports JAX
+
+    print(export(workdir, FORMAT.value, OUT.value, CHECKPOINT.value))
+
+
+if __name__ == "__main__":
+    app.run(main, "--format=safetensors --out=book.safetensors")
