@@ -46,9 +46,14 @@ def make_anchor(model: CharLSTM, params: Any, texts: Sequence[np.ndarray]) -> An
     """Return the anchor of a trained model, with scales measured on pieces of its training text.
 
     Raises:
-      ArgumentError: if a piece has fewer than two characters.
+      ArgumentError: if there is no piece, or one has fewer than two characters.
     """
-    length = min(map(len, texts))
+    length = min(map(len, texts), default=0)
+    if not texts:
+        raise ArgumentError(
+            "dynamic evaluation needs passages of the training text, which this model does not "
+            "have; use the run that it came from"
+        )
     if length < 2:
         raise ArgumentError(
             f"texts: have {length} character(s) each, too few for dynamic evaluation; "

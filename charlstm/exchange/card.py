@@ -93,11 +93,14 @@ def _rows(run: Run, metrics: dict[str, Any], num_params: int) -> dict[str, str]:
         + (f" ({', '.join(kinds)})" if kinds else ""),
         "input": model.input,
         "distinct characters": f"{len(run.vocab):,}",
-        "training characters": f"{text.training_characters:,}",
-        "held-out characters": f"{text.validation_characters:,}",
-        "SHA-256 of the text": _code(text.sha256) if text.sha256 else "",
-        "devices": _code(", ".join(map(str, run.machine["devices"]))),
     }
+    if text.source:
+        rows |= {
+            "training characters": f"{text.training_characters:,}",
+            "held-out characters": f"{text.validation_characters:,}",
+            "SHA-256 of the text": _code(text.sha256),
+            "devices": _code(", ".join(map(str, run.machine["devices"]))),
+        }
     return {label: value for label, value in rows.items() if value}
 
 

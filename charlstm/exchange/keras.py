@@ -7,6 +7,7 @@ bias per gate.
 
 import io
 import os
+import re
 import tempfile
 import zipfile
 from pathlib import Path
@@ -54,7 +55,8 @@ import json
 import keras
 
 model = keras.saving.load_model("{name}/model.keras")  # ids_BT to logits_BTV
-characters = json.load(open("{name}/vocab.json", encoding="utf-8"))
+with open("{name}/vocab.json", encoding="utf-8") as file:
+    characters = json.load(file)
 ```
 
 charlstm reads this folder in place of a run folder, also after a model that was trained on has
@@ -134,24 +136,26 @@ def from_keras(model: Any, name: str = "the Keras model") -> PlainLSTM:
     Raises:
       UserError: if it is another model.
     """
-    found: dict[str, list[Any]] = {kind: [] for kind in ("Embedding", "LSTM", "Dense")}
-    output = None
-    for layer in model.layers:
+    if not model.built:
+        raise _refused(name, "its unknown sizes: it was never called")
+    # one_hot is no layer. A Sequential, which is a chain, has layers only.
+    is_graph = hasattr(model, "operations")
+    found, output = [], None
+    for layer in model.operations if is_graph else model.layers:
         kind = type(layer).__name__
-        if kind not in _LAYERS or (output is not None and layer.input is not output):
+        is_next = output is None or layer.input is output
+        if kind not in _LAYERS or not is_next:
             raise _refused(name, f"the layer {layer.name} ({kind})")
-        output = layer.output
-        if kind in found:
-            found[kind].append(layer)
+        output = layer.output if is_graph else None
+        if kind in _WANTED:
+            found.append((kind, layer))
             _check_layer(name, kind, layer)
-    embeddings, lstms, denses = found.values()
-    if len(embeddings) > 1 or not lstms or len(denses) != 1:
-        counts = ", ".join(f"{len(layers)} {kind}" for kind, layers in found.items())
-        raise _refused(name, counts)
-    kernel_HV, bias_V = denses[0].get_weights()
-    embedding_VE = embeddings[0].get_weights()[0] if embeddings else None
-    layers = tuple(PlainLayer(*layer.get_weights()) for layer in lstms)
-    return PlainLSTM(embedding_VE, layers, kernel_HV, bias_V)
+    kinds = [kind for kind, _ in found]
+    if not re.fullmatch("(Embedding )?(LSTM )+Dense", " ".join(kinds)):
+        raise _refused(name, f"its layers ({', '.join(kinds)})")
+    embedding_VE = found[0][1].get_weights()[0] if kinds[0] == "Embedding" else None
+    layers = tuple(PlainLayer(*layer.get_weights()) for kind, layer in found if kind == "LSTM")
+    return PlainLSTM(embedding_VE, layers, *found[-1][1].get_weights())
 
 
 def _check_layer(name: str, kind: str, layer: Any) -> None:

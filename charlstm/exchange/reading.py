@@ -12,11 +12,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from charlstm.config import base_config
+from charlstm.config_check import validate
 from charlstm.data.vocab import Vocab
 from charlstm.errors import DamagedError, UserError, one_line
 from charlstm.exchange import keras, safetensors, torch
 from charlstm.exchange.folder import Trained
-from charlstm.exchange.plain import from_plain
+from charlstm.exchange.plain import PlainLSTM, from_plain
 from charlstm.exchange.weights import flatten, unflatten
 from charlstm.files import EXPORTED_WEIGHTS, read_small
 from charlstm.model import model_of_run
@@ -63,11 +64,28 @@ def read_exported(path: epath.Path) -> Trained:
         run, about = parse_run(folder, read)
     else:
         run, about = _unknown_run(folder, read), {}
+    _check_sizes(weights, plain, run.vocab)
     config = ConfigDict(run.config.to_dict())
     config.model.update(settings)
+    validate(config)
     run = run._replace(workdir=path, config=config)
     model = model_of_run(config, run.vocab)
     return Trained(run, model, unflatten(weights, model, flatten(params)), _metrics(about))
+
+
+def _check_sizes(path: epath.Path, plain: PlainLSTM, vocab: Vocab) -> None:
+    """Raise UserError if the layers differ in size, or the vocabulary has another size."""
+    sizes = {len(layer.recurrent_kernel_HG) for layer in plain.layers}
+    if len(sizes) > 1:
+        raise UserError(
+            f"{path}: has layers of {' and '.join(map(str, sorted(sizes)))} units; all must have "
+            "the same number"
+        )
+    if (num_logits := plain.bias_V.size) != len(vocab):
+        raise UserError(
+            f"{path}: predicts {num_logits} characters, and its vocab.json has {len(vocab)}; "
+            "bring the vocab.json of this model"
+        )
 
 
 def _unknown_run(folder: epath.Path, read: Read) -> Run:

@@ -45,7 +45,8 @@ class CharLSTM(nn.Module):
 
 model = CharLSTM()
 model.load_state_dict(load_file("{name}/model.safetensors"))
-characters = json.load(open("{name}/vocab.json", encoding="utf-8"))
+with open("{name}/vocab.json", encoding="utf-8") as file:
+    characters = json.load(file)
 ```
 
 charlstm reads this folder in place of a run folder, also after `model.safetensors` was replaced by

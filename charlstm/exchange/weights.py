@@ -28,24 +28,16 @@ def unflatten(path: epath.Path, model: CharLSTM, arrays: Mapping[str, np.ndarray
       UserError: if they are those of another model.
       DamagedError: if a value is not finite.
     """
+    # Without this, the sizes in an untrusted config could exhaust the memory.
+    num_values = sum(array.size for array in arrays.values())
+    embed_size = model.embed_size if model.input == "embed" else 0
+    if max(model.num_layers * model.hidden_size, embed_size) > num_values:
+        raise _other(
+            path,
+            [f"{num_values:,} values for {model.num_layers} layers of {model.hidden_size} units"],
+        )
     found = {name: type_of(array) for name, array in arrays.items()}
-    check_types(path, model, found)
-    if names := [name for name in sorted(arrays) if not np.isfinite(arrays[name]).all()]:
-        raise damaged(path, f"{_listed(names)} has values that are not finite")
-    return jax.device_put(unflatten_dict(dict(arrays), sep="."))
-
-
-def check_types(path: epath.Path, model: CharLSTM, found: dict[str, str]) -> None:
-    """Raise UserError unless `found` has the name and type of each parameter of `model`."""
-    # Without this, the number of layers in an untrusted config could exhaust the memory.
-    if model.num_layers > len(found):
-        raise _other(path, [f"{model.num_layers} layers need more than {len(found)} arrays"])
-    try:
-        wanted = {
-            name: type_of(leaf) for name, leaf in flatten_dict(_shapes(model), sep=".").items()
-        }
-    except (ArithmeticError, TypeError, ValueError) as error:  # sizes beyond JAX's integers
-        raise _other(path, [f"no array has the sizes of the config ({error})"]) from error
+    wanted = {name: type_of(leaf) for name, leaf in flatten_dict(shapes_of(model), sep=".").items()}
     differing = [
         f"{name} is {found.get(name, 'missing')} there and {wanted.get(name, 'not used')} by the "
         "config"
@@ -54,6 +46,9 @@ def check_types(path: epath.Path, model: CharLSTM, found: dict[str, str]) -> Non
     ]
     if differing:
         raise _other(path, differing)
+    if names := [name for name in sorted(arrays) if not np.isfinite(arrays[name]).all()]:
+        raise damaged(path, f"{_listed(names)} has values that are not finite")
+    return jax.device_put(unflatten_dict(dict(arrays), sep="."))
 
 
 def damaged(path: epath.Path, reason: str) -> DamagedError:
@@ -64,7 +59,9 @@ def damaged(path: epath.Path, reason: str) -> DamagedError:
     )
 
 
-def _shapes(model: CharLSTM) -> Any:
+def shapes_of(model: CharLSTM) -> Any:
+    """Return the abstract parameters of `model`, as jax.eval_shape does."""
+
     def init(key: jax.Array) -> Any:
         return model.init(key, jnp.zeros((1, 1), jnp.int32), zero_carry(model, 1))["params"]
 

@@ -210,7 +210,7 @@ def load_run(workdir: epath.Path) -> Run:
     if "model_type" in about:
         raise UserError(
             f"{workdir}: an exported model, not a run: it has no checkpoints and no log; give the "
-            "run folder that it came from"
+            "run folder that it came from, or another --workdir"
         )
     return run
 
