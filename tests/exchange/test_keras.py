@@ -22,7 +22,7 @@ keras = pytest.importorskip("keras")
 # Keras calls NumPy in a way that newer versions deprecate.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
-    pytest.mark.usefixtures("rank_promotion"),
+    pytest.mark.usefixtures("rank_promotion", "cheaply"),
 ]
 
 ONE_HOT = {"model.input": "one_hot", "model.num_layers": 2}
@@ -79,14 +79,14 @@ def test_model_trained_in_keras_has_the_same_logits_here(exported, tmp_path, mon
     keras.utils.set_random_seed(0)
     # Another model than an export: a Sequential with dropout and a softmax.
     layers = [
-        keras.layers.Embedding(len(vocab), 3),
+        keras.layers.Embedding(len(vocab), 6),
         keras.layers.LSTM(6, return_sequences=True, dropout=0.1),
         keras.layers.Dropout(0.1),
         keras.layers.LSTM(6, return_sequences=True),
         keras.layers.Dense(len(vocab), activation="softmax"),
     ]
     model = keras.Sequential([keras.Input((12,), dtype="int32"), *layers])
-    model.compile(keras.optimizers.Adam(0.1), "sparse_categorical_crossentropy")
+    model.compile(keras.optimizers.SGD(5.0), "sparse_categorical_crossentropy")
     ids_BT = random_ids(vocab)
     before = model.get_weights()[-1].copy()
     model.fit(ids_BT, ids_BT, epochs=3, verbose=0)
@@ -102,22 +102,22 @@ def test_model_trained_in_keras_has_the_same_logits_here(exported, tmp_path, mon
 def test_other_models_are_refused():
     lstm = keras.layers.LSTM
     others = {
-        "GRU": [keras.layers.Embedding(9, 3), keras.layers.GRU(4), keras.layers.Dense(9)],
-        "activation='relu'": [keras.layers.Embedding(9, 3), lstm(4, activation="relu")],
-        "mask_zero=True": [keras.layers.Embedding(9, 3, mask_zero=True), lstm(4)],
-        "use_bias=False": [keras.layers.Embedding(9, 3), lstm(4, use_bias=False)],
+        "GRU": [keras.layers.Embedding(9, 4), keras.layers.GRU(4), keras.layers.Dense(9)],
+        "activation='relu'": [keras.layers.Embedding(9, 4), lstm(4, activation="relu")],
+        "mask_zero=True": [keras.layers.Embedding(9, 4, mask_zero=True), lstm(4)],
+        "use_bias=False": [keras.layers.Embedding(9, 4), lstm(4, use_bias=False)],
         "activation='tanh' of the layer dense": [
-            keras.layers.Embedding(9, 3),
-            keras.layers.Dense(3, activation="tanh"),
+            keras.layers.Embedding(9, 4),
+            keras.layers.Dense(9, activation="tanh"),
         ],
-        r"its layers \(Embedding, LSTM\)": [keras.layers.Embedding(9, 3), lstm(4)],
+        r"its layers \(Embedding, LSTM\)": [keras.layers.Embedding(9, 4), lstm(4)],
     }
     for reason, layers in others.items():
         model = keras.Sequential([keras.Input((None,), dtype="int32"), *layers])
         with pytest.raises(UserError, match=reason):
             from_keras(model)
     with pytest.raises(UserError, match="it was never called"):
-        from_keras(keras.Sequential([keras.layers.Embedding(9, 3), lstm(4)]))
+        from_keras(keras.Sequential([keras.layers.Embedding(9, 4), lstm(4)]))
     ids_BT = keras.Input((None,), dtype="int32")
     embedded = keras.layers.Embedding(9, 4)(ids_BT)
     hidden = lstm(4, return_sequences=True)(embedded)

@@ -23,6 +23,8 @@ from charlstm.runs.folder import _checksum, load_run
 from charlstm.runs.metrics import read_records
 from charlstm.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("cheaply")
+
 RUN = ROOT / "tests" / "fixtures" / "run_schema_1"
 NAMES = {"README.md", "config.json", "model.safetensors", "prompts.json", "vocab.json"}
 

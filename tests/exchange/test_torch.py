@@ -18,6 +18,8 @@ from charlstm.exchange.torch import export
 from charlstm.lstm import native_library
 from charlstm.runs.checkpoints import load_model
 
+pytestmark = pytest.mark.usefixtures("cheaply")
+
 KINDS = {
     "one_hot": {"model.input": "one_hot", "model.num_layers": 2},
     "embed": {"model.input": "embed", "model.embed_size": 5, "model.num_layers": 1},
