@@ -154,8 +154,11 @@ def is_file(path: epath.Path) -> bool:
 
 
 def is_exported(path: epath.Path) -> bool:
-    """Return whether `path` is an exported model: a file, or a folder with exported weights."""
-    return path.is_file() or any((path / name).exists() for name in EXPORTED_WEIGHTS)
+    """Return whether `path` is an exported model: a file with weights, or a folder with one."""
+    suffixes = {os.path.splitext(name)[1] for name in EXPORTED_WEIGHTS}
+    if path.suffix in suffixes and path.is_file():
+        return True
+    return any((path / name).exists() for name in EXPORTED_WEIGHTS)
 
 
 def unreadable(path: epath.PathLike, error: OSError) -> RunError:

@@ -29,6 +29,8 @@ Read = Callable[[str], bytes]
 def read_exported(path: epath.Path) -> Trained:
     """Return the run, the model, the parameters and the metrics of an exported model.
 
+    Its path is one for which charlstm.files.is_exported is true.
+
     The weights of Keras and torch determine the model settings; the other settings come from
     config.json if there is one.
 
@@ -45,7 +47,7 @@ def read_exported(path: epath.Path) -> Trained:
     has_config = (folder / "config.json").exists()
     if weights.suffix == keras.SUFFIX:
         plain = keras.read(weights)
-    elif weights.suffix == safetensors.SUFFIX:
+    else:
         tensors, metadata = safetensors.read_tensors(weights)
         if "config.json" in metadata:
             folder, has_config = weights, True
@@ -55,10 +57,6 @@ def read_exported(path: epath.Path) -> Trained:
             model, params = safetensors.read_params(weights, tensors, run, about)
             return Trained(run._replace(workdir=path), model, params, _metrics(about))
         plain = torch.from_state_dict(weights, tensors)
-    else:
-        raise UserError(
-            f"{path}: neither a run folder nor an exported model (.safetensors or .keras)"
-        )
     settings, params = from_plain(plain)
     if has_config:
         run, about = parse_run(folder, read)

@@ -219,7 +219,7 @@ def test_file_of_another_kind_is_refused(exported, tmp_path):
     with pytest.raises(UserError, match=r"config\.json: missing or damaged \(no such file\)"):
         load_model(tmp_path / "foreign.safetensors")
     (tmp_path / "book.txt").write_text("text")
-    assert_refused(tmp_path / "book.txt", "neither a run folder nor an exported model")
+    assert_refused(tmp_path / "book.txt", "no run there")
 
 
 def test_damaged_folder_is_refused(exported, tmp_path):
