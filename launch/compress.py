@@ -3,15 +3,14 @@
   python launch/compress.py FILE --workdir=runs/default-pg345 [--out=FILE.clstm]
   python launch/compress.py FILE.clstm --decompress --workdir=runs/default-pg345 [--out=FILE]
 
-Any file comes back byte for byte. Text that the run predicts well becomes small: an arithmetic
-coder needs the bits that the run assigns, and the header about 60 bytes. Nothing is cleaned.
-Characters that the run does not know, and bytes that are not UTF-8, are listed apart at a few bytes
-each. A text is read in parts of about 16,000 characters, side by side, each from an empty state;
-about 15 bits per part are the price of the speed, some thousand characters per second.
+Any file comes back byte for byte. Its compressed size is the loss of the run on the text, in bits,
+plus a header of about 60 bytes. The text is not cleaned. Characters that the run does not know, and
+bytes that are not UTF-8, are listed apart and take a few bytes each. A text is read in parts of
+about 16,000 characters, in parallel, each from an empty state, which costs about 15 bits per part.
 
 Decompression computes the same probabilities again. It needs the same weights, the same versions of
-jax and jaxlib and the same kind of machine; elsewhere the result may differ, which a checksum
-detects: then nothing is written. Do not use it for an archive.
+jax and jaxlib, and the same kind of machine with as many cores. Elsewhere the result may differ; a
+checksum detects that, and nothing is written. Therefore do not archive files in this format.
 """
 
 import os

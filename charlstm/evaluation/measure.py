@@ -136,7 +136,8 @@ def evaluate(
         metrics["temperature"] = _measure_temperature(run, model, params, ids_M)
     check_finite(metrics, held_out.name)
     if audit:
-        passes = {"stateful": stateful, "cold": cold}
+        is_stateful = run.config.data.order == "streams"
+        passes = {"stateful" if is_stateful else "windows": stateful, "cold": cold}
         metrics["audit"] = _audit(run, model, params, held_out, passes, metrics, dynamic_rate)
     if baselines and held_out.train_M is not None:
         metrics["baselines"] = measure_baselines(held_out.train_M, ids_M, run.vocab)
@@ -192,7 +193,7 @@ def _audit(
     dynamic_rate: float | None,
 ) -> dict[str, Any]:
     """Return the checks of all passes as JSON, and the numbers of characters and bytes."""
-    ids_M, first = held_out.ids_M, passes["stateful"].first
+    ids_M, first = held_out.ids_M, max(scored.first for scored in passes.values())
     checks: list[audits.Check] = []
     for key, (name, scored) in zip(jax.random.split(run.key(0)), passes.items(), strict=True):
         loss = (metrics | metrics.get(name, {}))["nats_per_char"]

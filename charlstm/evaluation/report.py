@@ -129,14 +129,16 @@ def format_audit(audit: dict[str, Any]) -> Iterator[str]:
         verdict = "pass" if check["passed"] else "FAIL"
         yield f"{verdict}  {check['name']}: {measured} (limit {check['limit']:g})"
     counts = audit["counts"]
-    scored = f"scored: {counts['scored']:,} of {counts['characters']:,} characters of the text"
+    first = counts["characters"] - counts["scored"]
+    scored = f"scored: {counts['scored']:,} characters, all but the first {first:,}"
     if "scored_bytes" in counts:
-        scored += f", {counts['scored_bytes']:,} bytes of UTF-8 with one for each line end"
+        scored += f"; {counts['scored_bytes']:,} bytes of UTF-8"
     yield scored
     if "file_bytes" in counts:
         yield (
-            f"files: {counts['file_bytes']:,} bytes, {counts['file_characters']:,} characters "
-            f"after cleaning; {counts['cut']:,} cut as Project Gutenberg's header and licence, "
+            f"files: {counts['file_bytes']:,} bytes; {counts['file_characters']:,} characters "
+            "after cleaning, where a line end or a document separator is one; "
+            f"{counts['cut']:,} cut as Project Gutenberg's header and licence, "
             f"{counts['unknown']:,} unknown ones dropped or replaced"
         )
     yield ""
