@@ -90,16 +90,21 @@ def reload_source(run: Run) -> Source:
 
 
 def inherit_settings(config: ConfigDict, there: ConfigDict, unset: Collection[str]) -> ConfigDict:
-    """Return a copy of `config` whose `unset` settings of the model are those of `there`.
-
-    model.recurrence is not inherited, because the fastest one depends on the machine.
-    """
+    """Return a copy of `config` whose `unset` settings of the model are those of `there`."""
     config = ConfigDict(config.to_dict())  # mutable, unlike a FrozenConfigDict
     for key, value in flatten(there).items():
-        if key in unset and key.startswith("model.") and key != "model.recurrence":
+        if key in unset and is_inherited(key):
             config.update_from_flattened_dict({key: value})
     validate(config)
     return config
+
+
+def is_inherited(key: str) -> bool:
+    """Return whether a run takes the setting `key` from the run whose weights it starts from.
+
+    The fastest recurrence depends on the machine.
+    """
+    return key.startswith("model.") and key != "model.recurrence"
 
 
 def check_source(source: Source, config: ConfigDict, vocab: Vocab) -> None:
@@ -189,9 +194,9 @@ def start_params(source: Source, run: Run, model: CharLSTM, fresh_params: Any) -
     params, added, dropped = transfer_params(
         source.params, source.vocab, fresh_params, run.vocab, vocab_axes(model)
     )
-    defaults = flatten(base_config().model)
-    settings = [f"{k}={v}" for k, v in flatten(run.config.model).items() if v != defaults[k]]
-    if settings:
+    defaults = flatten(base_config())
+    changed = {key: value for key, value in flatten(run.config).items() if value != defaults[key]}
+    if settings := [f"{key}={value}" for key, value in changed.items() if is_inherited(key)]:
         logger.info("settings of the model that are not the defaults: %s", ", ".join(settings))
     similar = [f"{char} ({other})" for char, other in added.items() if other]
     logger.info("new characters, with the weights of a similar one: %s", show(similar, " "))
