@@ -78,9 +78,9 @@ def reload_source(run: Run) -> Source:
     Raises:
       UserError: if they cannot be loaded, or have changed since.
     """
-    init_from = run.config.init_from
+    init_from, weights = run.config.init_from, run.initial_weights
     source = load_source(init_from)
-    if source.weights != run.initial_weights:
+    if not weights or source.weights.sha256 != weights.sha256:
         raise UserError(
             f"config.init_from={init_from}: its weights have changed since the run in "
             f"{run.workdir} began, which has no checkpoint; restore them, or choose another "
