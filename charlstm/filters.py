@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-REPETITION_LENGTH = 20
-
 
 class Settings(NamedTuple):
     """Settings of a sampler: numbers, or arrays of one per row, which may be traced.
@@ -23,7 +21,7 @@ class Settings(NamedTuple):
     # characters, and more for a longer one: see repetition.py. 0 costs nothing; a traced value
     # costs the search for repetitions.
     repetition_penalty: Any = 0.0
-    repetition_length: Any = REPETITION_LENGTH
+    repetition_length: Any = 20
 
     @property
     def penalizes(self) -> bool:

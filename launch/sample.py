@@ -22,16 +22,14 @@ from charlstm.cli import folders, options
 from charlstm.errors import UserError, printable
 
 STREAM_CHUNK = 16  # characters, few enough to follow --method=window
-MAX_SAMPLES = 10**7
+MAX_SAMPLES, MAX_COPY = 10**7, 10**4
 
 WORKDIR = flags.DEFINE(
     options.ANY_PATH, "workdir", "", "the run folder; the last trained in runs/ if none"
 )
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
 PROMPT = flags.DEFINE_string("prompt", "", "the text to continue")
-PROMPT_FILE = flags.DEFINE(
-    options.LOCAL_PATH, "prompt_file", "", "a UTF-8 file that holds the prompt"
-)
+PROMPT_FILE = flags.DEFINE(options.LOCAL_PATH, "prompt_file", "", "a UTF-8 file with the prompt")
 SETTINGS = options.define_settings(
     "sample",
     length="how many characters, the prompt not counted",
@@ -51,9 +49,9 @@ SEED = flags.DEFINE_integer(
 )
 BEST_OF = flags.DEFINE_integer("best_of", 1, "keep the most probable of so many", 1, MAX_SAMPLES)
 NO_COPY = flags.DEFINE_integer(
-    "no_copy", 0, "longest verbatim copy of the training part; 0: any", lower_bound=0
+    "no_copy", 0, "longest verbatim copy of the training part; 0: any", 0, MAX_COPY
 )
-STOP = flags.DEFINE_string("stop", "", "end the text before this string")
+STOP = flags.DEFINE_string("stop", "", "end the text before this string, which is not printed")
 ADAPT_TO = flags.DEFINE(
     options.ANY_PATH, "adapt_to", "", "a UTF-8 text for dynamic evaluation first"
 )
@@ -63,9 +61,7 @@ UNKNOWN = flags.DEFINE_enum(
     "unknown", "error", ["error", "drop", "replace"], "unknown characters of what it reads"
 )
 CHECK = flags.DEFINE_boolean("check", False, "count known words and copied spans, on stderr")
-WORDS = flags.DEFINE(
-    options.LOCAL_PATH, "words", "", "a UTF-8 list of further known words for --check"
-)
+WORDS = flags.DEFINE(options.LOCAL_PATH, "words", "", "a UTF-8 list of known words for --check")
 RAW = flags.DEFINE_boolean("raw", False, "print control characters to a terminal unchanged")
 
 

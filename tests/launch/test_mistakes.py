@@ -99,7 +99,7 @@ COMMAND_LINE = [
     ("sample", "--stream --num_samples=2", "--num_samples=2 --stream"),
     ("sample", "--stream --best_of=2", "--best_of=2 --stream"),
     ("sample", "--num_samples=3 --best_of=2", "--num_samples=3 --best_of"),
-    ("sample", "--no_copy=-1", "no_copy -1"),
+    ("sample", "--no_copy=10001", "no_copy 10001 10000"),
     ("sample", "--min_p=1.5", "--min_p=1.5 0 1"),
     ("sample", "--prompt=a --prompt_file=b", "--prompt --prompt_file"),
     ("sample", "--words=none.txt", "--words=none.txt --check"),
