@@ -108,18 +108,19 @@ def greedy(prompt, method, penalty):
     return text[len(prompt) :]
 
 
+def test_sampler_subtracts_penalties_of_prompt_and_text():
+    sampler = jax.jit(make_sampler(MODEL, L))
+    found_BL = sampler(PARAMS, PROMPT_BP, jax.random.key(0), temperature=0.0, **PENALTY)
+    np.testing.assert_array_equal(found_BL, [greedy(ids_P, "carry", 2.0) for ids_P in PROMPT_BP])
+
+
 @pytest.mark.parametrize("method", ["carry", "window"])
-def test_samplers_subtract_penalties_of_prompt_and_text(method):
-    wanted_BL = [greedy(prompt, method, 2.0) for prompt in PROMPT_BP]
-    assert wanted_BL != [greedy(prompt, method, 0.0) for prompt in PROMPT_BP]
-    options = {"method": method, "seq_len": SEQ_LEN}
-    sampler = jax.jit(make_sampler(MODEL, L, **options))
-    key = jax.random.key(0)
-    cold = {"temperature": 0.0}
-    found_BL = sampler(PARAMS, PROMPT_BP, key, **cold, **PENALTY)
-    np.testing.assert_array_equal(found_BL, wanted_BL)
-    options |= {"length": L, "chunk": 7, "repetition_penalty": 2.0, "repetition_length": 3}
-    pieces = stream(MODEL, PARAMS, list(PROMPT_BP), key, **options, **cold)
+def test_streams_subtract_penalties_of_prompt_and_text(method):
+    wanted_BL = [greedy(ids_P, method, 2.0) for ids_P in PROMPT_BP]
+    assert wanted_BL != [greedy(ids_P, method, 0.0) for ids_P in PROMPT_BP]
+    options = {"method": method, "seq_len": SEQ_LEN, "length": L, "chunk": 7, "temperature": 0.0}
+    options |= {"repetition_penalty": 2.0, "repetition_length": 3}
+    pieces = stream(MODEL, PARAMS, list(PROMPT_BP), jax.random.key(0), **options)
     np.testing.assert_array_equal(np.concatenate(list(pieces), axis=1), wanted_BL)
 
 
