@@ -15,12 +15,19 @@ from helpers import untrained_run as saved_run
 from charlstm.config import flatten
 from charlstm.data.vocab import END, UNKNOWN
 from charlstm.errors import UserError
+from charlstm.exchange.export import export
 from charlstm.model import CharLSTM, predict, zero_carry
 from charlstm.runs.checkpoints import load_model, steps_in
 from charlstm.runs.folder import load_run, write_run
 from charlstm.training.loop import train
 from charlstm.training.setup import prepare
-from charlstm.training.transfer import hash_params, reload_source, transfer_params, vocab_axes
+from charlstm.training.transfer import (
+    hash_params,
+    load_source,
+    reload_source,
+    transfer_params,
+    vocab_axes,
+)
 
 # V differs from H and E, so that swapped axes have other shapes.
 H, E = 6, 4
@@ -211,6 +218,14 @@ def test_start_without_a_checkpoint_needs_the_same_weights(source, book_path, tm
     saved_run(small_config(book_path, **PLAIN), source)
     with pytest.raises(UserError, match=f"init_from={source}.*changed"):
         reload_source(run)
+
+
+def test_exported_file_has_the_weights_of_its_run(source, tmp_path):
+    export(source, "safetensors", tmp_path / "x.safetensors")
+    found, wanted = load_source(str(tmp_path / "x.safetensors")), load_source(str(source))
+    assert found.weights.sha256 == wanted.weights.sha256
+    assert_equal(found.params, wanted.params)
+    assert (found.vocab, found.config) == (wanted.vocab, wanted.config)
 
 
 def test_unset_settings_are_those_of_the_initial_weights(source, book_path, tmp_path):
