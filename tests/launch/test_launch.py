@@ -296,6 +296,22 @@ def test_evaluate_reports_dynamic_and_temperature_scaling(trained):
     assert len(re.findall("\npass ", shown)) == len(audit["checks"])
 
 
+def test_a_compressed_file_comes_back_in_another_process(trained, book):
+    folder, _ = trained
+    raw = "\ufeffNaïve\r\n".encode() + book[:200].encode() + b"\xff"
+    (folder / "a.txt").write_bytes(raw)
+    flags = ("compress", "--workdir=runs/tiny-book")
+    packed = warm_launcher()(*flags, "a.txt", cwd=folder)
+    assert (packed.returncode, packed.stderr) == (0, "")
+    size = (folder / "a.txt.clstm").stat().st_size
+    assert packed.stdout.startswith(f"a.txt.clstm: {size:,} bytes\n")
+    assert re.search(r"evaluated: [\d.]+ bits per character", packed.stdout)
+    (folder / "a.txt").write_bytes(b"")
+    answer = warm_launcher()(*flags, "--decompress", "a.txt.clstm", "--overwrite", cwd=folder)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert (folder / "a.txt").read_bytes() == raw
+
+
 def test_adapt_to_changes_the_sample_but_not_the_run(trained):
     folder, _ = trained
     (folder / "more.txt").write_text("blood and blood and " * 200, encoding="utf-8")
