@@ -288,7 +288,7 @@ def test_evaluate_reports_dynamic_and_temperature_scaling(trained):
     assert re.search(rf"\ndynamic +{dynamic['bits_per_char']:.4f} ", shown)
     audit = figures["audit"]
     assert audit["passed"]
-    names = {check["name"].split(":")[0] for check in audit["checks"]}
+    names = {re.split("[:,]", check["name"])[0] for check in audit["checks"]}
     assert {"stateful", "cold", "dynamic"} < names
     size = figures["characters"]
     assert audit["counts"]["scored"] == audit["counts"]["scored_bytes"] == size
