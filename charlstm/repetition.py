@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from charlstm.filters import column
 
@@ -23,14 +24,15 @@ MAX_PENALTY = 1e4  # more than the differences between logits
 class Repeats(NamedTuple):
     """The last characters of B texts, and how long a repetition ends at each of them."""
 
-    recent_BN: jax.Array  # ids, negative before the beginning
-    lengths_BN: jax.Array  # N - 1: characters before and at this one that equal the last ones
+    recent_BN: Any  # ids, negative before the beginning
+    lengths_BN: Any  # N - 1: characters before and at this one that equal the last ones
 
 
 def no_repeats(batch_size: int) -> Repeats:
     """Return the Repeats of B empty texts."""
-    recent_BN = jnp.full((batch_size, HISTORY), -1, jnp.int32)
-    return Repeats(recent_BN, jnp.zeros((batch_size, HISTORY - 1), jnp.int32))
+    # In NumPy, because jax.transfer_guard forbids eager jnp.full.
+    recent_BN = np.full((batch_size, HISTORY), -1, np.int32)
+    return Repeats(recent_BN, np.zeros((batch_size, HISTORY - 1), np.int32))
 
 
 def add_ids(repeats: Repeats, ids_B: jax.Array) -> Repeats:
@@ -41,6 +43,7 @@ def add_ids(repeats: Repeats, ids_B: jax.Array) -> Repeats:
     return Repeats(recent_BN, jnp.where(is_same_BN, repeats.lengths_BN + 1, 0))
 
 
+@jax.jit
 def add_texts(repeats: Repeats, ids_BP: jax.Array) -> Repeats:
     """Return the Repeats after P more characters."""
     return jax.lax.scan(lambda state, ids_B: (add_ids(state, ids_B), None), repeats, ids_BP.T)[0]

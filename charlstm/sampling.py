@@ -157,7 +157,7 @@ def initial_state(
         memory = zero_carry(model, batch_size)
         return SamplerState(memory, prompt_BP[:, 0], repeats), prompt_BP[:, 1:]
     if repeats is not None:
-        repeats = add_texts(repeats, prompt_BP[:, :-1])
+        repeats = add_texts(*jax.device_put((repeats, prompt_BP[:, :-1])))
     # Characters before the last window are not read.
     memory = prompt_BP[:, width - seq_len : -1]
     return SamplerState(memory, prompt_BP[:, -1], repeats), prompt_BP[:, width:]

@@ -6,6 +6,9 @@ The prompt and the text go to stdout; a form feed separates several texts. A pro
 the run's text was. Without one, a run on documents starts a new document and stops at its end, and
 another run continues a random passage of its training text. Flags default to the run's
 config.sample. On a terminal control characters appear as escapes such as \\x1b.
+
+--no_copy counts a copy from its beginning in the prompt, if it reaches into the text. --best_of
+keeps the text with the fewest bits per character.
 """
 
 import os

@@ -86,8 +86,7 @@ def generate(
       run, model, params: as load_model returns them.
       prompt: the text to continue, which is cleaned as the text of the run was.
       num_samples: B, the number of texts.
-      best_of: above 1, the number of texts of which one is chosen (see `choose`); needs
-        num_samples=1.
+      best_of: the number of texts of which one is chosen (see `choose`), with num_samples=1.
       seed: selects the random key and the passages.
       unknown: what to do with characters outside the vocabulary: 'error', 'drop' or 'replace'.
       stop: each text ends before it, if it is not empty; cleaned as the prompt is.
@@ -101,6 +100,8 @@ def generate(
       UserError: for a prompt without known characters or too short for the method, an unknown
         character in `stop`, a missing training part, or if every character would be a copy.
     """
+    if num_samples > 1 and best_of > 1:
+        raise UserError(f"--num_samples={num_samples}: --best_of={best_of} shows one text")
     settings = run.config.sample.to_dict() | settings
     index = index_training(run, no_copy) if no_copy else None
     ends = [_encode_stop(run, stop)] if stop else []
@@ -110,8 +111,7 @@ def generate(
         prompts = [_encode_prompt(run, prompt, settings["method"], unknown)]
     else:
         # All texts of which one is chosen continue the same passage.
-        num_passages = 1 if best_of > 1 else num_samples
-        prompts = _draw_prompts(run, settings["method"], num_passages, seed)
+        prompts = _draw_prompts(run, settings["method"], num_samples, seed)
     prompts *= max(num_samples, best_of) // len(prompts)
     shown = prompts if prompt else [ids_P[:0] for ids_P in prompts]
     limit = None if index is None else CopyLimit(index, shown)
