@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from charlstm.errors import UserError
+from charlstm.errors import UserError, printable
 from charlstm.exchange.card import model_card
 from charlstm.exchange.weights import flatten
 from charlstm.files import write_file
@@ -33,33 +33,37 @@ class Trained(NamedTuple):
     metrics: dict[str, Any]  # the record of metrics.jsonl of the checkpoint, {} if unknown
 
 
-def describe(trained: Trained, name: str, files: str, loading: str) -> dict[str, str]:
-    """Return the content of the text files by name, config.json last.
+def describe(trained: Trained, out: epath.Path, files: str, loading: str) -> dict[str, str]:
+    """Return the content of the text files by name, config.json first.
 
     Args:
       trained: what is exported.
-      name: the title of the model card.
+      out: what is written; its name without suffix is the title of the model card.
       files: Markdown for the card that lists the file of the weights.
-      loading: Markdown for the card that says how to load them.
+      loading: Markdown for the card that says how to load them, with OUT for the name of `out`.
     """
+    loading = loading.replace("OUT", printable(out.name))
     crc32 = checksums(flatten(trained.params))
     texts = texts_of(
         trained.run, model_type=MODEL_TYPE, metrics=trained.metrics, params_crc32=crc32
     )
     num_params = sum(leaf.size for leaf in jax.tree.leaves(trained.params))
-    card = model_card(trained.run, trained.metrics, num_params, name, files, loading)
-    return {"README.md": card} | texts
+    card = model_card(trained.run, trained.metrics, num_params, out.stem, files, loading)
+    return {"config.json": texts.pop("config.json")} | texts | {"README.md": card}
 
 
 def write_folder(texts: dict[str, str], weights: dict[str, bytes], out: epath.Path) -> None:
-    """Write the files of an exported model, config.json last.
+    """Write the files of an exported model.
+
+    config.json comes first: an export that was interrupted can then be repeated. Until the weights
+    are there, the checksums in it do not match.
 
     Raises:
       UserError: if the folder cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, content in (weights | texts).items():
+        for name, content in (texts | weights).items():
             write_file(out / name, content)
     except OSError as error:
         raise UserError(

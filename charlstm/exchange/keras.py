@@ -54,8 +54,8 @@ import json
 
 import keras
 
-model = keras.saving.load_model("{name}/model.keras")  # ids_BT to logits_BTV
-with open("{name}/vocab.json", encoding="utf-8") as file:
+model = keras.saving.load_model("OUT/model.keras")  # ids_BT to logits_BTV
+with open("OUT/vocab.json", encoding="utf-8") as file:
     characters = json.load(file)
 ```
 
@@ -76,7 +76,7 @@ def export(trained: Trained, out: epath.Path) -> None:
         path = Path(folder, WEIGHTS)
         model.save(path)
         weights = {WEIGHTS: path.read_bytes()}
-    texts = describe(trained, out.name, _FILES, _LOADING.format(name=out.name))
+    texts = describe(trained, out, _FILES, _LOADING)
     write_folder(texts, weights, out)
 
 

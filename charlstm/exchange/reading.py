@@ -5,6 +5,7 @@ another program with a vocab.json beside it: a JSON list of the characters in th
 ids, which is that of their code points.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from charlstm.errors import DamagedError, UserError, one_line
 from charlstm.exchange import keras, safetensors, torch
 from charlstm.exchange.folder import Trained
 from charlstm.exchange.plain import PlainLSTM, from_plain
-from charlstm.exchange.weights import flatten, unflatten
+from charlstm.exchange.weights import damaged, flatten, unflatten
 from charlstm.files import EXPORTED_WEIGHTS, read_small
 from charlstm.model import model_of_run
 from charlstm.runs.folder import PRNG_IMPLS, Run, TextInfo, parse_run
@@ -55,7 +56,7 @@ def read_exported(path: epath.Path) -> Trained:
         if not torch.is_state_dict(tensors):
             run, about = parse_run(folder, read)
             model, params = safetensors.read_params(weights, tensors, run, about)
-            return Trained(run._replace(workdir=path), model, params, _metrics(about))
+            return Trained(run._replace(workdir=path), model, params, _metrics(weights, about))
         plain = torch.from_state_dict(weights, tensors)
     settings, params = from_plain(plain)
     if has_config:
@@ -68,7 +69,7 @@ def read_exported(path: epath.Path) -> Trained:
     validate(config)
     run = run._replace(workdir=path, config=config)
     model = model_of_run(config, run.vocab)
-    return Trained(run, model, unflatten(weights, model, flatten(params)), _metrics(about))
+    return Trained(run, model, unflatten(weights, model, flatten(params)), _metrics(weights, about))
 
 
 def _check_sizes(path: epath.Path, plain: PlainLSTM, vocab: Vocab) -> None:
@@ -107,7 +108,14 @@ def _unknown_run(folder: epath.Path, read: Read) -> Run:
     return Run(folder, base_config(), vocab, text, [], machine, PRNG_IMPLS[0])
 
 
-def _metrics(about: dict[str, Any]) -> dict[str, Any]:
-    metrics = about.get("metrics")
-    items = metrics.items() if isinstance(metrics, dict) else ()
-    return {name: value for name, value in items if isinstance(value, str | int | float)}
+def _metrics(path: epath.Path, about: dict[str, Any]) -> dict[str, Any]:
+    metrics = about.get("metrics", {})
+    try:
+        has_times = not metrics or {"step", "epoch", "seconds"} <= metrics.keys()
+        texts = {name: metrics.pop(name) for name in ("prompt", "sample") if name in metrics}
+        numbers = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    except (AttributeError, OverflowError, TypeError) as error:
+        raise damaged(path, f"its metrics: {one_line(error)}") from error
+    if not has_times or not all(isinstance(text, str) for text in texts.values()):
+        raise damaged(path, "its metrics are not those of a run")
+    return numbers | texts

@@ -33,7 +33,7 @@ _LOADING = """
 With charlstm, whose launchers take this export in place of a run folder:
 
 ```sh
-python launch/sample.py --workdir={name} --prompt='The '
+python launch/sample.py --workdir=OUT --prompt='The '
 ```
 
 In Python:
@@ -41,7 +41,7 @@ In Python:
 ```python
 from charlstm.runs.checkpoints import load_model
 
-run, model, params = load_model("{name}")
+run, model, params = load_model("OUT")
 ```
 """
 
@@ -52,7 +52,7 @@ def export(trained: Trained, out: epath.Path) -> None:
     Raises:
       UserError: if `out` cannot be written, or if it is a file of something else.
     """
-    texts = describe(trained, out.stem, _FILES, _LOADING.format(name=out.name))
+    texts = describe(trained, out, _FILES, _LOADING)
     tensors = flatten(trained.params)
     if out.suffix != SUFFIX:
         write_folder(texts, {WEIGHTS: save(tensors)}, out)

@@ -44,13 +44,13 @@ class CharLSTM(nn.Module):
 
 
 model = CharLSTM()
-model.load_state_dict(load_file("{name}/model.safetensors"))
-with open("{name}/vocab.json", encoding="utf-8") as file:
+model.load_state_dict(load_file("OUT/model.safetensors"))
+with open("OUT/vocab.json", encoding="utf-8") as file:
     characters = json.load(file)
 ```
 
 charlstm reads this folder in place of a run folder, also after `model.safetensors` was replaced by
-`save_file(model.state_dict(), "{name}/model.safetensors")` of a model that was trained on. A model
+`save_file(model.state_dict(), "OUT/model.safetensors")` of a model that was trained on. A model
 of other characters needs a folder with its own `model.safetensors` and `vocab.json`.
 '''
 
@@ -65,7 +65,6 @@ def export(trained: Trained, out: epath.Path) -> None:
     input_size, vocab_size = plain.layers[0].input_kernel_EG.shape[0], len(plain.bias_V)
     is_embedded = plain.embedding_VE is not None
     loading = _LOADING.format(
-        name=out.name,
         embed=f"        self.embed = nn.Embedding({vocab_size}, {input_size})\n"
         if is_embedded
         else "",
@@ -78,7 +77,7 @@ def export(trained: Trained, out: epath.Path) -> None:
         vocab_size=vocab_size,
     )
     weights = {WEIGHTS: save(to_state_dict(plain))}
-    write_folder(describe(trained, out.name, _FILES, loading), weights, out)
+    write_folder(describe(trained, out, _FILES, loading), weights, out)
 
 
 def to_state_dict(plain: PlainLSTM) -> dict[str, np.ndarray]:

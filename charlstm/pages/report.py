@@ -12,6 +12,8 @@ from etils import epath
 from charlstm.data.batches import split
 from charlstm.errors import DamagedError, RunError, UserError
 from charlstm.evaluation.measure import HeldOut, evaluate, open_held_out
+from charlstm.exchange.reading import read_exported
+from charlstm.files import is_exported
 from charlstm.model import CharLSTM
 from charlstm.pages import sections
 from charlstm.pages.embed import check_out, write_page
@@ -33,8 +35,15 @@ class Sources:
     """
 
     def __init__(self, workdir: epath.Path):
-        """Read the run and its records, which every report needs."""
-        self.run, self.records = load_run(workdir), read_records(workdir / "metrics.jsonl")
+        """Read the run and its records, which every report needs.
+
+        An exported model has the record of its checkpoint, or none.
+        """
+        if is_exported(workdir):
+            exported = read_exported(workdir)
+            self.run, self.records = exported.run, [exported.metrics] if exported.metrics else []
+        else:
+            self.run, self.records = load_run(workdir), read_records(workdir / "metrics.jsonl")
 
     @cached_property
     def model(self) -> tuple[Run, CharLSTM, Any]:
@@ -68,16 +77,17 @@ def write_report(
     Sections that need what the run does not have are left out; the page says why.
 
     Args:
-      workdir: the run folder.
-      compare: run folders whose curves are added.
-      out: the file to write; WORKDIR/report.html if empty.
+      workdir: the run folder, or an exported model.
+      compare: others whose curves are added.
+      out: the file to write; if empty, WORKDIR/report.html, or the name of a file with .html.
 
     Raises:
       UserError: if a folder holds no run, or the file cannot be written or is not a page.
       DamagedError: if a file of a run is damaged.
     """
     folder = epath.Path(workdir)
-    path = check_out(out or folder / "report.html")
+    default = folder.with_suffix(".html") if folder.is_file() else folder / "report.html"
+    path = check_out(out or default)
     write_page("report.html", collect(folder, [epath.Path(other) for other in compare]), path)
     return path
 

@@ -24,6 +24,8 @@ from charlstm.data.cleaning import Cleaning
 from charlstm.data.vocab import END, Vocab
 from charlstm.errors import DamagedError, OccupiedError, UserError, one_line
 from charlstm.files import (
+    EXPORTED_WEIGHTS,
+    is_exported,
     is_link,
     is_lock,
     parse_json,
@@ -208,9 +210,12 @@ def load_run(workdir: epath.Path) -> Run:
     refuse_links(workdir)
     run, about = parse_run(workdir, lambda name: read_small(workdir / name))
     if "model_type" in about:
+        problem = "not a run: it has no checkpoints and no log"
+        if not is_exported(workdir):
+            problem = f"without its weights ({' or '.join(EXPORTED_WEIGHTS)}): export it again"
         raise UserError(
-            f"{workdir}: an exported model, not a run: it has no checkpoints and no log; give the "
-            "run folder that it came from, or another --workdir"
+            f"{workdir}: an exported model, {problem}; give the run folder that it came from, or "
+            "another --workdir"
         )
     return run
 

@@ -1,6 +1,7 @@
 """Exported folders and files: what they hold, how they load, and what is refused."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,9 +16,11 @@ from safetensors.numpy import load_file, save, save_file
 
 from charlstm.cli import folders
 from charlstm.errors import UserError
+from charlstm.exchange import folder as folder_module
 from charlstm.exchange.card import metrics_of, model_card
 from charlstm.exchange.export import export, load_trained
 from charlstm.exchange.weights import flatten
+from charlstm.files import write_file
 from charlstm.runs.checkpoints import load_model
 from charlstm.runs.folder import _checksum, load_run
 from charlstm.runs.metrics import read_records
@@ -137,6 +140,29 @@ def test_only_an_earlier_export_is_replaced(exported, tmp_path):
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+def test_interrupted_export_can_be_repeated(exported, tmp_path, monkeypatch):
+    target, calls = epath.Path(tmp_path / "book"), []
+
+    def write_two(path, content):
+        calls.append(path)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        write_file(path, content)
+
+    monkeypatch.setattr(folder_module, "write_file", write_two)
+    with pytest.raises(KeyboardInterrupt):
+        export(RUN, "safetensors", target)
+    monkeypatch.undo()
+    assert_refused(target, "prompts.json: missing or damaged")
+    export(RUN, "safetensors", target)
+    assert_equal(load_model(target)[2], exported[0][2])
+
+
+def test_name_that_is_not_utf_8_can_be_exported(tmp_path):
+    target = epath.Path(tmp_path) / os.fsdecode(b"caf\xe9")
+    assert_equal(load_model(export(RUN, "safetensors", target))[2], load_model(RUN)[2])
+
+
 def test_export_is_not_a_run(exported, tmp_path, monkeypatch):
     run, folder = exported[0][0], exported[1]
     assert_refused(folder, "an exported model, not a run", lambda path: load_run(epath.Path(path)))
@@ -227,7 +253,7 @@ def test_damaged_folder_is_refused(exported, tmp_path):
         folder = tmp_path / name
         shutil.copytree(exported[1], folder)
         (folder / name).unlink()
-        assert_refused(folder, "missing|without its weights|not a run")
+        assert_refused(folder, "missing or damaged|without its weights|not a run")
         (folder / name).write_text("{}")
         assert_refused(folder, "damaged|restore the file")
 
