@@ -1,5 +1,7 @@
 """Plain LSTMs with random weights, for tests of the exchange with other libraries."""
 
+from functools import partial
+
 import jax
 import numpy as np
 from etils import epath
@@ -24,4 +26,5 @@ def plain_trained(book_path, workdir, **changes):
 
 def logits_of(model, params, ids_BT):
     """Return logits_BTV from a zero carry."""
-    return np.asarray(predict(model, params, np.int32(ids_BT), zero_carry(model, len(ids_BT)))[0])
+    carry = zero_carry(model, len(ids_BT))
+    return np.asarray(jax.jit(partial(predict, model))(params, np.int32(ids_BT), carry)[0])
