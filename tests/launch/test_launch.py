@@ -231,6 +231,20 @@ def test_window_method_writes_a_text(trained):
     assert len(text) == 11
 
 
+def test_export_writes_the_same_text_as_the_run(trained):
+    folder, _ = trained
+    flags = ("--length=40", "--seed=3")
+    words = ("--workdir=runs/tiny-book", "--out=book.safetensors")
+    exported = warm_launcher()("export", *words, cwd=folder)
+    assert (exported.returncode, exported.stdout) == (0, "book.safetensors\n"), exported.stderr
+    found = warm_launcher()("sample", "--workdir=book.safetensors", *flags, cwd=folder)
+    assert found == sample(folder, *flags)
+    refused = warm_launcher()("export", words[0], "--format=torch", cwd=folder)
+    assert refused.returncode == 2
+    assert "config.model.multiplicative=True" in refused.stderr
+    assert not (folder / "runs" / "tiny-book-torch").exists()
+
+
 def test_unknown_characters_of_a_prompt_file(trained):
     folder, _ = trained
     (folder / "prompt.txt").write_text("to € her", encoding="utf-8")
