@@ -49,10 +49,10 @@ def read_exported(path: epath.Path) -> Trained:
     if weights.suffix == keras.SUFFIX:
         plain = keras.read(weights)
     else:
-        tensors, metadata = safetensors.read_tensors(weights)
-        if "config.json" in metadata:
+        tensors, texts = safetensors.read_tensors(weights)
+        if "config.json" in texts:
             folder, has_config = weights, True
-            read = safetensors.metadata_reader(weights, metadata)
+            read = safetensors.reader_of(weights, texts)
         if not torch.is_state_dict(tensors):
             run, about = parse_run(folder, read)
             model, params = safetensors.read_params(weights, tensors, run, about)

@@ -1,9 +1,11 @@
 """Exported models in the format safetensors, as a folder or as one file.
 
 The folder is laid out as on the hub of Hugging Face. One file NAME.safetensors has the text files
-of the folder in its metadata, by name. Neither is executed when it is loaded.
+of the folder in its metadata: the entry `charlstm` is a JSON object with the content of each file
+by name. Neither is executed when it is loaded.
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -18,13 +20,15 @@ from safetensors.numpy import save
 from charlstm.errors import DamagedError, RunError, UserError, one_line
 from charlstm.exchange.folder import Trained, describe, write_folder
 from charlstm.exchange.weights import damaged, flatten, unflatten
-from charlstm.files import is_file, is_local, unreadable, write_file
+from charlstm.files import is_file, is_local, parse_json, unreadable, write_file
 from charlstm.model import CharLSTM, model_of_run
 from charlstm.runs.checksums import checksums
 from charlstm.runs.folder import Run, parse_run
 
 SUFFIX = ".safetensors"
 WEIGHTS = "model.safetensors"
+# A single entry, since the library writes several in random order.
+ENTRY = "charlstm"
 # The limit of the format for its header, which holds the metadata.
 MAX_HEADER_BYTES = 100_000_000
 
@@ -57,12 +61,13 @@ def export(trained: Trained, out: epath.Path) -> None:
     if out.suffix != SUFFIX:
         write_folder(texts, {WEIGHTS: save(tensors)}, out)
         return
-    if sum(len(text.encode()) for text in texts.values()) > MAX_HEADER_BYTES // 2:
+    entry = json.dumps(texts)
+    if len(entry) > MAX_HEADER_BYTES // 2:  # the header has escapes in addition
         raise UserError(f"{out}: the prompts are too long for one file; give a folder in --out")
     _check_replaceable(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(out, save(tensors, texts))
+        write_file(out, save(tensors, {ENTRY: entry}))
     except OSError as error:
         raise UserError(
             f"{out}: cannot be written ({error.strerror or error}); choose another --out"
@@ -70,7 +75,7 @@ def export(trained: Trained, out: epath.Path) -> None:
 
 
 def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return the arrays of a safetensors file, all float32, and its metadata.
+    """Return the arrays of a safetensors file, all float32, and the text files in its metadata.
 
     Raises:
       DamagedError: if it is no such file.
@@ -82,9 +87,14 @@ def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str
         if others := [f"{name} is {kind}" for name, kind in types.items() if kind != "F32"]:
             raise damaged(path, f"the weights must be F32, and {others[0]}")
         try:
-            return {name: file.get_tensor(name) for name in types}, dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in types}
+            entry = (file.metadata() or {}).get(ENTRY, "{}")
         except (OSError, SafetensorError) as error:
             raise damaged(path, one_line(error)) from error
+    texts = parse_json(entry.encode(), path)
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise damaged(path, f"the entry {ENTRY} of its metadata")
+    return tensors, texts
 
 
 def read_params(
@@ -103,13 +113,13 @@ def read_params(
     return model, params
 
 
-def metadata_reader(path: epath.Path, metadata: dict[str, str]) -> Callable[[str], bytes]:
-    """Return a function that returns a text file from the metadata, for parse_run."""
+def reader_of(path: epath.Path, texts: dict[str, str]) -> Callable[[str], bytes]:
+    """Return a function that returns the content of a text file, for parse_run."""
 
     def read(name: str) -> bytes:
-        if name not in metadata:
+        if name not in texts:
             raise damaged(path, f"no {name} in its metadata")
-        return metadata[name].encode()
+        return texts[name].encode("utf-8", "surrogatepass")  # parse_run refuses what is not UTF-8
 
     return read
 
@@ -136,8 +146,8 @@ def _check_replaceable(out: epath.Path) -> None:
     if not out.exists():
         return
     try:
-        _, metadata = read_tensors(out)
-        _, about = parse_run(out, metadata_reader(out, metadata))
+        _, texts = read_tensors(out)
+        _, about = parse_run(out, reader_of(out, texts))
         is_ours = "model_type" in about
     except (DamagedError, RunError):
         is_ours = False

@@ -43,10 +43,11 @@ def exported(tmp_path_factory):
     return load_model(RUN), Path(folder), Path(file)
 
 
-def metadata_of(path):
-    """Return the metadata by the definition of the format: 8 bytes of length, then JSON."""
+def texts_of(path):
+    """Return the text files by the definition of the format: 8 bytes of length, then JSON."""
     raw = path.read_bytes()
-    return json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return json.loads(header["__metadata__"]["charlstm"])
 
 
 def assert_refused(path, pattern, reader=load_model):
@@ -71,12 +72,12 @@ def test_files_are_those_of_the_hub(exported):
     assert {path.name for path in folder.iterdir()} == NAMES
     assert_equal(load_file(folder / "model.safetensors"), flatten(params))
     assert_equal(load_file(file), flatten(params))
-    texts = {name: (folder / name).read_text() for name in NAMES - {"model.safetensors"}}
+    files = {name: (folder / name).read_text() for name in NAMES - {"model.safetensors"}}
     # The cards differ in the title and the path.
-    assert metadata_of(file).keys() == texts.keys()
-    for name in texts.keys() - {"README.md"}:
-        assert metadata_of(file)[name] == texts[name]
-    assert json.loads(texts["config.json"])["model_type"] == "charlstm"
+    assert texts_of(file).keys() == files.keys()
+    for name in files.keys() - {"README.md"}:
+        assert texts_of(file)[name] == files[name]
+    assert json.loads(files["config.json"])["model_type"] == "charlstm"
 
 
 def test_model_card_has_the_metrics_of_the_best_checkpoint(exported):
@@ -115,6 +116,8 @@ def test_text_in_a_model_card_adds_no_markup(exported):
 
 def test_export_of_an_export_is_the_same(exported, tmp_path):
     _, folder, file = exported
+    twice = Path(export(folder, "safetensors", tmp_path / file.name))
+    assert twice.read_bytes() == file.read_bytes()
     again = export(file, "safetensors", tmp_path / "book")
     assert {path.name: path.read_bytes() for path in Path(again).iterdir()} == {
         path.name: path.read_bytes() for path in folder.iterdir()
@@ -177,9 +180,9 @@ def test_export_is_not_a_run(exported, tmp_path, monkeypatch):
 
 def with_tensors(exported, path, change):
     """Write the exported file with changed tensors and metadata to `path`."""
-    tensors, metadata = load_file(exported[2]), metadata_of(exported[2])
+    tensors, metadata = load_file(exported[2]), texts_of(exported[2])
     change(tensors, metadata)
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, {"charlstm": json.dumps(metadata)})
 
 
 def set_config(metadata, **entries):
@@ -205,6 +208,8 @@ CHANGES = {
     r"dense.bias has values that are not finite": lambda t, m: t.update({BIAS: t[BIAS] * np.nan}),
     r"the checksum of a weight differs": lambda t, m: t.update({BIAS: t[BIAS] + 1}),
     r"no vocab.json in its metadata": lambda t, m: m.pop("vocab.json"),
+    r"prompts.json: missing or damaged": lambda t, m: m.update({"prompts.json": "\ud800"}),
+    r"the entry charlstm": lambda t, m: m.update({"vocab.json": 3}),
     r"vocab.json: its checksum differs": lambda t, m: m.update({"vocab.json": '["a", "b"]'}),
     r"schema 2 there and 1 here": lambda t, m: set_config(m, schema=2),
     r"values for 99999999 layers of 8 units": lambda t, m: set_config(
