@@ -1,1 +1,4 @@
-"""Exported models: files for other programs and for the hub of Hugging Face, and back."""
+"""Exported models: files for other programs and for the hub of Hugging Face, and back.
+
+Each format is a module with export(trained, out); `reading` reads all of them. See README.md.
+"""

@@ -13,6 +13,9 @@ from helpers import assert_equal
 from safetensors.numpy import load_file, save_file
 
 from charlstm.errors import UserError
+from charlstm.evaluation import open_held_out
+from charlstm.evaluation.dynamic import make_anchor
+from charlstm.evaluation.writing import generate
 from charlstm.exchange.plain import check_plain
 from charlstm.exchange.torch import export
 from charlstm.lstm import native_library
@@ -123,9 +126,15 @@ def test_state_dict_with_other_names_needs_only_a_vocabulary(exported, tmp_path,
     with pytest.raises(UserError, match=r"vocab.json: missing or damaged; the weights need it"):
         load_model(tmp_path / "own" / "shakespeare.safetensors")
     shutil.copy(folder / "vocab.json", tmp_path / "own")
-    run, _, params = load_model(tmp_path / "own" / "shakespeare.safetensors")
+    run, model, params = load_model(tmp_path / "own" / "shakespeare.safetensors")
     assert_equal(params, jax.device_get(trained.params))
-    assert run.prompts == []
+    # What needs the training text is refused.
+    with pytest.raises(UserError, match=r"shakespeare.* give --prompt"):
+        generate(run, model, params)
+    with pytest.raises(UserError, match=r"shakespeare.*text of this model is unknown; give --text"):
+        open_held_out(run)
+    with pytest.raises(UserError, match="needs passages of the training text"):
+        make_anchor(model, params, [])
     (tmp_path / "own" / "vocab.json").write_text(json.dumps(["a", "b"]))
     with pytest.raises(UserError, match=r"predicts 32 characters, and its vocab.json has 2"):
         load_model(tmp_path / "own" / "shakespeare.safetensors")
