@@ -51,6 +51,7 @@ PLAIN = {
     "model.recurrent_rms_norm": False,
     "optimizer.name": "adam",
     "optimizer.weight_decay": 0.0,
+    "optimizer.clip_norm": 0.0,
     "data.val_fraction": 0.0,
 }
 FIXTURE_MODEL = {
@@ -147,8 +148,10 @@ def test_texts_without_a_common_character_keep_only_the_rest():
 
 
 @pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
+def _no_pictures_and_samples(monkeypatch):
+    """Draw no curves and no samples: they take longer than the steps."""
     monkeypatch.setattr("charlstm.runs.metrics.RunLog.draw", lambda self: None)
+    monkeypatch.setattr("charlstm.training.loop.write_sample", lambda *arguments: {"sample": ""})
 
 
 @pytest.fixture
