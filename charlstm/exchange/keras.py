@@ -84,8 +84,8 @@ def read(path: epath.Path) -> PlainLSTM:
     """Return the weights of a .keras file.
 
     Raises:
-      UserError: if its model is not a plain LSTM.
-      DamagedError: if it is no such file, or names other classes than those of a plain LSTM.
+      UserError: if its model is not a plain LSTM; Keras does not read a file with other classes.
+      DamagedError: if it is no such file.
     """
     keras = _import_keras()
     try:
@@ -168,7 +168,7 @@ def _check_layer(name: str, kind: str, layer: Any) -> None:
 
 
 def _check_file(path: epath.Path, raw: bytes) -> None:
-    """Raise DamagedError unless `raw` is a .keras file with known members and classes only."""
+    """Raise UserError unless `raw` is a .keras file with known members and classes only."""
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             members = archive.infolist()
@@ -186,7 +186,7 @@ def _check_file(path: epath.Path, raw: bytes) -> None:
     for module, kind in _classes(config):
         is_known = kind in _MODELS | _LAYERS | _OTHERS and module in _MODULES
         if not is_known and module not in _HARMLESS_MODULES:
-            raise damaged(path, f"it names {module}.{kind}, which is no part of a plain LSTM")
+            raise _refused(str(path), f"{module}.{kind}")
 
 
 def _classes(value: Any) -> list[tuple[Any, Any]]:

@@ -156,9 +156,11 @@ def test_hostile_file_is_refused_before_keras_reads_it(exported, tmp_path, monke
         for name in ("metadata.json", "config.json", "model.weights.h5"):
             archive.writestr(name, b" " * 10**6)
     wrong = {
-        "names keras.layers.Lambda": rewritten(raw, config=other_class("keras.layers", "Lambda")),
-        "names subprocess.Popen": rewritten(raw, config=other_class("subprocess", "Popen")),
-        "names subprocess.LSTM": rewritten(raw, config=other_class("subprocess", "LSTM")),
+        "because of keras.layers.Lambda": rewritten(
+            raw, config=other_class("keras.layers", "Lambda")
+        ),
+        "because of subprocess.Popen": rewritten(raw, config=other_class("subprocess", "Popen")),
+        "because of subprocess.LSTM": rewritten(raw, config=other_class("subprocess", "LSTM")),
         "not JSON|damaged": rewritten(raw, config=lambda content: content[:-5]),
         "deep|damaged": rewritten(raw, config=lambda content: b"[" * 10**5),
         "not an object": rewritten(raw, config=lambda content: b"[]"),
