@@ -120,7 +120,7 @@ def test_parameters_follow_their_character(kind):
             assert_equal(leaf, trained)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["one_hot", "tied"])
 def test_same_or_reordered_characters_keep_the_logits(kind, cheaply):
     model = make_model(OLD, **KINDS[kind])
     params, fresh = draw_params(model, 0), draw_params(model, 1)
