@@ -15,8 +15,9 @@ from charlstm.evaluation.measure import HeldOut, evaluate, open_held_out
 from charlstm.exchange.reading import read_exported
 from charlstm.files import is_exported
 from charlstm.model import CharLSTM
-from charlstm.pages import sections
+from charlstm.pages import held_out, sections
 from charlstm.pages.embed import check_out, write_page
+from charlstm.pages.held_out import Reading, read_held_out
 from charlstm.runs.checkpoints import load_model
 from charlstm.runs.folder import Run, load_run
 from charlstm.runs.metrics import read_records
@@ -66,7 +67,12 @@ class Sources:
     @cached_property
     def evaluation(self) -> dict[str, Any]:
         """The metrics of the held-out text, with baselines."""
-        return evaluate(*self.model, self.held_out).metrics
+        return evaluate(*self.model, self.held_out, fit_temperature=True).metrics
+
+    @cached_property
+    def reading(self) -> Reading:
+        """The predictions of the held-out text."""
+        return read_held_out(*self.model, self.held_out.ids_M)
 
 
 def write_report(
@@ -88,7 +94,14 @@ def write_report(
     folder = epath.Path(workdir)
     default = folder.with_suffix(".html") if folder.is_file() else folder / "report.html"
     path = check_out(out or default)
-    write_page("report.html", collect(folder, [epath.Path(other) for other in compare]), path)
+    data = collect(folder, [epath.Path(other) for other in compare])
+    reasons: dict[str, list[str]] = {}
+    for name, section in data.items():
+        if isinstance(section, dict) and "missing" in section:
+            reasons.setdefault(section["missing"], []).append(name)
+    for reason, names in reasons.items():
+        logger.warning("left out (%s): %s", ", ".join(names), reason)
+    write_page("report.html", data, path)
     return path
 
 
@@ -97,24 +110,42 @@ def collect(workdir: epath.Path, compare: Sequence[epath.Path] = ()) -> dict[str
     sources = Sources(workdir)
     others = [Sources(other) for other in compare]
     names = labels([workdir, *compare])
-    evaluation = _section("evaluating", lambda: sources.evaluation)
-    params = _section("reading the checkpoint", lambda: {"params": sources.model[2]}).get("params")
-    has_figures = "missing" not in evaluation
-    bits = evaluation["baselines"]["bits_per_char"] if has_figures else {}
-    curves = [
-        sections.curves_of(name, source.records)
-        for name, source in zip(names, [sources, *others], strict=True)
-    ]
-    return {
-        "run": sections.describe_run(sources.run, params, sources.records),
-        "evaluation": evaluation if has_figures else None,
-        "score": {"evaluation": evaluation} if has_figures else evaluation,
-        "curves": {"runs": curves, "baselines": bits},
+    found = {name: _section(name, find) for name, find in finders(sources).items()}
+    evaluation = found["score"].get("evaluation")
+    model = found.pop("model").get("params")
+    return found | {
+        "run": sections.describe_run(sources.run, model, sources.records),
+        "evaluation": evaluation,
         "samples": sections.samples_of(sources.records) or {"missing": "no sample yet"},
-        "memorization": _section(
-            "looking for copies",
-            lambda: sections.memorization_of(*sources.model, sources.train_M, _held_out(sources)),
-        ),
+        "curves": {
+            "runs": [
+                sections.curves_of(name, source.records)
+                for name, source in zip(names, [sources, *others], strict=True)
+            ],
+            "baselines": evaluation["baselines"]["bits_per_char"] if evaluation else {},
+        },
+    }
+
+
+def finders(sources: Sources) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return functions that find the data of sections, which not every run has."""
+
+    def memorization() -> dict[str, Any]:
+        has_held_out = bool(sources.run.config.data.val_fraction)
+        held_out_M = sources.held_out.ids_M if has_held_out else None
+        return sections.memorization_of(*sources.model, sources.train_M, held_out_M)
+
+    def calibration() -> dict[str, Any]:
+        return held_out.calibration_of(sources.reading, sources.evaluation["temperature"])
+
+    return {
+        "model": lambda: {"params": sources.model[2]},
+        "score": lambda: {"evaluation": sources.evaluation},
+        "surprise": lambda: held_out.page_of(sources.reading, len(sources.held_out.ids_M)),
+        "units": lambda: held_out.units_of(sources.reading),
+        "calibration": calibration,
+        "errors": lambda: held_out.errors_of(sources.reading),
+        "memorization": memorization,
     }
 
 
@@ -127,17 +158,12 @@ def labels(folders: Sequence[epath.Path]) -> list[str]:
     ]
 
 
-def _held_out(sources: Sources) -> np.ndarray | None:
-    return sources.held_out.ids_M if sources.run.config.data.val_fraction else None
-
-
-def _section(title: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _section(name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return what `find` returns, or why the run does not have it as 'missing'."""
     try:
-        with status(title):
+        with status(f"report: {name}"):
             return find()
     except (DamagedError, RunError):
         raise
     except UserError as error:
-        logger.warning("%s: left out: %s", title, error)
         return {"missing": str(error)}

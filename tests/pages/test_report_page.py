@@ -1,14 +1,18 @@
 """The report of a run, in a browser."""
 
+import base64
 import json
 import shutil
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
 from helpers import small_config, untrained_run
 
-from charlstm.pages import sections
+from charlstm.lstm.reference import LayerStates
+from charlstm.pages import held_out, sections
 from charlstm.pages.report import labels, write_report
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "run_schema_1"
@@ -113,6 +117,68 @@ def test_slider_shows_the_samples_in_order(tab):
         tab.slide("#samples input", index)
         assert tab.text("#samples output").startswith(f"step {index + 1}, {5 - index}.000")
         assert tab.text("#sample").count("broken") == index + 1
+
+
+def test_pointer_shows_what_the_model_expected(tab):
+    panel = "#surprise .panel"
+    tab.page.locator("#surprise .chars span").nth(40).hover()
+    assert [tab.page.locator(f"{panel} tr").nth(row).text_content()[:4] for row in range(4)] == [
+        "surp",
+        "prob",
+        "rank",
+        "entr",
+    ]
+    assert tab.page.locator(f"{panel} .bars i").count() == 5
+    before = tab.text(panel)
+    tab.page.locator("#surprise .chars").press("ArrowRight")
+    assert tab.page.locator("#surprise .chosen").count() == 1
+    assert tab.text(panel) != before
+
+
+def test_unit_slider_colours_the_page(tab):
+    span = tab.page.locator("#units .chars span").nth(40)
+    seen = set()
+    for unit in range(3):
+        tab.slide("#units input[type=range]", unit)
+        seen.add((tab.text("#units b"), span.get_attribute("style")))
+    assert len(seen) == 3
+    # A gate is between 0 and 1, and the panel shows all values of the unit.
+    tab.page.locator("#units select").last.select_option(label="forget gate")
+    assert "closed: 0" in tab.text("#units .note:has(.scale)")
+    span.hover()
+    rows = tab.page.locator("#units .panel tr")
+    values = [float(rows.nth(row).locator("td").last.text_content()) for row in range(4)]
+    assert all(0 <= value <= 1 for value in values[1:])
+
+
+def test_states_survive_packing():
+    rng = np.random.default_rng(0)
+    shape = 1, 7, 5
+    fields = {name: rng.normal(size=shape[1:]).astype(np.float32) for name in LayerStates._fields}
+    for name in held_out.GATES.values():
+        fields[name] = rng.uniform(size=shape[1:]).astype(np.float32)
+    packed, scale_K = held_out.pack_states((LayerStates(**fields),), 2, np.array([3, 1]))
+    raw = np.frombuffer(zlib.decompress(base64.b64decode(packed)), np.uint8).reshape(4, 2, 5)
+    cells_KM = (raw[0] / held_out.CELL_LEVELS * 2 - 1) * scale_K[:, None]
+    wanted_KM = fields["c_BTH"][2:, [3, 1]].T
+    # Rounding is off by half a level.
+    half = scale_K[:, None] / held_out.CELL_LEVELS
+    assert np.all(np.abs(cells_KM - wanted_KM) <= half * 1.001)
+    for number, name in enumerate(held_out.GATES.values(), start=1):
+        gate_KM = fields[name][2:, [3, 1]].T
+        assert np.abs(raw[number] / held_out.GATE_LEVELS - gate_KM).max() <= 0.501 / 15
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "wanted"),
+    [
+        ("short", 10, slice(0, 5)),
+        ("one\n\ntwo\n\nthree\n\nfour five", 6, slice(17, 23)),
+        ("x" * 20, 6, slice(10, 16)),
+    ],
+)
+def test_page_begins_at_a_paragraph_after_the_middle(text, length, wanted):
+    assert held_out.choose_page(text, length) == wanted
 
 
 def test_run_without_its_text_names_what_is_left_out(tmp_path):
