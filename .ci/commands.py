@@ -19,25 +19,31 @@ SHORTER = {
     "sample": ["--length=20"],
     "evaluate": [],
     "score": [],
+    "report": [],
+    "compress": [],
+    "export": [],
     "plan": ["--minutes=0.5"],
     "sweep": [*TINY, "--config.data.path=FILE"],
     "bench": ["--quick", "--what=step", "--repeats=1", "--peers=none"],
     "scaling": ["--devices=2"],
 }
-TEXTS = "FILE", "FOLDER/one.txt", "FOLDER/two.txt", "books/1901.txt", "stories.txt", "chinese.txt"
+TEXTS = (
+    "FILE other.txt FOLDER/one.txt FOLDER/two.txt books/1901.txt stories.txt chinese.txt"
+).split()
+LINE = "Four men went to mow, went to mow a meadow.<|end|>\n"
 
 
 def main() -> None:
     """Run the commands in README's order; exit with 1 at the first that fails."""
     readme = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
     folder = Path(tempfile.mkdtemp())
-    for number, name in enumerate(TEXTS):
+    for name in TEXTS:
         path = folder / name
         path.parent.mkdir(exist_ok=True)
-        line = f"{number} men went to mow, went to mow a meadow.<|end|>\n"
-        path.write_text(line * 300, encoding="utf-8")
+        path.write_text(LINE * 300, encoding="utf-8")
     for command in re.findall(r"python launch/[^`&#\n]*", readme):
         command = command.replace("KEY=VALUE,VALUE", "model.dropout_rate=0,0.1")
+        command = command.replace("runs/default-pg345", "runs/default-FILE")
         _, script, *flags = shlex.split(command)
         flags += SHORTER[Path(script).stem]
         start = time.monotonic()
