@@ -68,6 +68,7 @@ def hostile_run(tmp_path_factory):
     path.write_text(HOSTILE * 60, encoding="utf-8")
     run = untrained_run(small_config(path, **{"model.num_layers": 2}), folder / NAME)
     write_records(run.workdir)
+    shutil.copytree(run.workdir, folder / "second")
     return folder
 
 
@@ -76,7 +77,7 @@ def report(hostile_run):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sections, "NUM_TEXTS", 2)
         patch.setattr(sections, "TEXT_CHARS", 30)
-        return write_report(hostile_run / NAME)
+        return write_report(hostile_run / NAME, compare=[hostile_run / "second"])
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,16 @@ def test_slider_shows_the_samples_in_order(tab):
         tab.slide("#samples input", index)
         assert tab.text("#samples output").startswith(f"step {index + 1}, {5 - index}.000")
         assert tab.text("#sample").count("broken") == index + 1
+
+
+def test_curves_of_compared_runs_share_a_plot(tab):
+    legend = tab.page.locator("#curves .legend span")
+    assert legend.nth(1).text_content() == "second"
+    # Training and validation of two runs.
+    assert tab.page.locator("#curves svg").first.locator("polyline").count() == 4
+    tab.page.locator("#curves input[value=seconds]").check()
+    assert "seconds" in tab.page.locator("#curves svg").first.get_attribute("aria-label")
+    assert tab.errors == []
 
 
 def test_pointer_shows_what_the_model_expected(tab):
