@@ -55,19 +55,21 @@ def read_held_out(run: Run, model: CharLSTM, params: Any, ids_M: np.ndarray) -> 
 
 
 def choose_page(text: str, length: int = PAGE_CHARS) -> slice:
-    """Return `length` characters from the first paragraph, or line, that begins after the middle.
+    """Return the page: about `length` characters from a paragraph, or line, after the middle.
 
-    The page never depends on what the model does well.
+    It ends with a line if one ends in its last tenth. It never depends on what the model does well.
     """
     if len(text) <= length:
         return slice(0, len(text))
     last = len(text) - length
-    middle = min(len(text) // 2, last)
+    start = min(len(text) // 2, last)
     for border in ("\n\n", "\n"):
-        place = text.find(border, middle, min(middle + length, last))
+        place = text.find(border, start, min(start + length, last))
         if place >= 0:
-            return slice(place + len(border), place + len(border) + length)
-    return slice(middle, middle + length)
+            start = place + len(border)
+            break
+    line_end = text.rfind("\n", start + length - length // 10, start + length)
+    return slice(start, line_end + 1 if line_end >= 0 else start + length)
 
 
 def page_of(reading: Reading, total: int) -> dict[str, Any]:
@@ -150,7 +152,9 @@ def _best_explained(
 
     The excess is relative to the best excess that is possible, since scores of features differ.
     """
-    excess_FH = [(scores[name] - found[name].control) / (1 - found[name].control) for name in found]
+    excess_FH = [
+        (scores[name] - found[name].control) / max(1 - found[name].control, 1e-9) for name in found
+    ]
     best_H = np.max(excess_FH, axis=0) if found else np.zeros(num_units)
     return np.argsort(-best_H, kind="stable")
 

@@ -186,6 +186,7 @@ def test_states_survive_packing():
         ("short", 10, slice(0, 5)),
         ("one\n\ntwo\n\nthree\n\nfour five", 6, slice(17, 23)),
         ("x" * 20, 6, slice(10, 16)),
+        ("x" * 30 + "\n" + "y" * 18 + "\n" + "z" * 10, 20, slice(31, 50)),
     ],
 )
 def test_page_begins_at_a_paragraph_after_the_middle(text, length, wanted):
