@@ -97,9 +97,13 @@ def tiny_config(book_path):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.usefixtures("rank_promotion")
 @pytest.mark.parametrize(
-    ("backend", "seconds", "num_steps"), [("jax", 600, 84), ("keras", 600, 84), ("keras", 0, 1)]
+    ("backend", "seconds", "num_steps"),
+    [
+        ("jax", 600, 84),
+        pytest.param("keras", 600, 84, marks=pytest.mark.slow),
+        ("keras", 0, 1),
+    ],
 )
 @pytest.mark.usefixtures("rank_promotion")
 def test_backend_trains_until_its_end(backend, seconds, num_steps, book_path):

@@ -68,6 +68,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_launcher_writes_results_and_a_picture(tmp_path):
     flags = ["--devices=1", "--chip=v5p", "--config.batch_size=64", "--out=out"]
     python, *command = command_of("scaling", *flags)
