@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes: give --slow"))
+                item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
 
 
 @contextmanager

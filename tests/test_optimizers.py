@@ -64,6 +64,7 @@ def test_optax_optimizer_learns(name, params):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 def test_line_search_evaluates_with_fixed_dropout_masks(params):
     # With other masks at each evaluation the search would compare different functions.
     losses = run(optax.lbfgs(), params, model=CharLSTM(V, H, dropout_rate=0.1))

@@ -145,6 +145,7 @@ def test_backend_learns_and_generates(module):
     assert timing.call(f"{module}.build", "charlstm", case._replace(task="generate"))() == 4 * 6
 
 
+@pytest.mark.slow
 def test_fused_and_flax_cell_have_the_same_loss():
     plain, flax = (timing.call("jax_backend.build", name, CASE)() for name in ("charlstm", "flax"))
     assert plain == pytest.approx(flax, abs=1e-5)

@@ -100,8 +100,7 @@ def tiny_config(book_path):
 @pytest.mark.parametrize(
     ("backend", "seconds", "num_steps"),
     [
-        ("jax", 600, 84),
-        pytest.param("keras", 600, 84, marks=pytest.mark.slow),
+        *(pytest.param(name, 600, 84, marks=pytest.mark.slow) for name in ("jax", "keras")),
         ("keras", 0, 1),
     ],
 )

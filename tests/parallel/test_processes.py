@@ -214,11 +214,14 @@ def test_two_processes_then_one_train_as_one_device(launch, reference):
     assert list(workdir.glob("*tfevents*"))
 
 
-def test_death_of_either_process_ends_the_other(launch, reference):
-    folder, flags = reference.parent, [*FLAGS, *SLOWLY, "--workdir=tried"]
-    workdir = folder / "tried"
-    # Process 1 dies while both train, and process 0 before the first step of the resumed run.
-    for victim, wanted_step in ((1, 2), (0, 0)):
+# Process 1 dies while both train, and process 0 before the first step of the resumed run.
+@pytest.mark.parametrize(
+    "deaths", [[(1, 2)], pytest.param([(1, 2), (0, 0)], marks=pytest.mark.slow)]
+)
+def test_death_of_either_process_ends_the_other(deaths, launch, reference):
+    folder, flags = reference.parent, [*FLAGS, *SLOWLY, f"--workdir=deaths{len(deaths)}"]
+    workdir = folder / f"deaths{len(deaths)}"
+    for victim, wanted_step in deaths:
         saved = latest_step(workdir)
         run = Processes(launch, folder, flags, variables=CHEAPLY)
         run.wait_for_step(workdir, wanted_step)

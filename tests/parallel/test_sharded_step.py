@@ -83,7 +83,7 @@ def test_two_devices_with_unequal_weights_match_one(check_vma, fields):
     assert abs(batch.weights_BT[:2].mean() - batch.weights_BT[2:].mean()) > 0.3
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_each_device_draws_its_own_dropout_masks(micro_batches):
     model = make_model(dropout_rate=0.5, recurrent_dropout=0.3)
     batch, state = unequal_batch(), initial_state(model)

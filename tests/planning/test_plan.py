@@ -60,6 +60,7 @@ def setup(config, tmp_path):
 # --- proposals ---
 
 
+@pytest.mark.slow
 def test_proposal_can_be_trained_and_leaves_no_files(config, book_path, monkeypatch):
     config.update_from_flattened_dict(MANY_EPOCHS)
     temporary = book_path.parent / "temporary"

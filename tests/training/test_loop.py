@@ -149,6 +149,7 @@ def test_seed_changes_the_run(finished, tmp_path):
     assert first["train/loss"] != theirs["train/loss"]
 
 
+@pytest.mark.slow
 def test_resume_keeps_prng_impl_of_the_run(cheaply, book_path, tmp_path):
     changes = {"num_steps": 8, "eval_every_steps": 4, "model.dropout_rate": 0.25}
     config = small_config(book_path, **PLAIN | changes)
