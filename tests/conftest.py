@@ -173,7 +173,8 @@ def browser():
     if program is None:
         pytest.skip("no chromium in PATH: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
-        # Chromium's sandbox refuses to run for root, as in a container.
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        # In a container its sandbox refuses to run for root, and /dev/shm is small.
+        flags = ["--no-sandbox", "--disable-dev-shm-usage"]
+        browser = playwright.chromium.launch(executable_path=program, args=flags)
         yield browser
         browser.close()
