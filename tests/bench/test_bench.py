@@ -151,6 +151,7 @@ def test_fused_and_flax_cell_have_the_same_loss():
     assert plain == pytest.approx(flax, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_missing_baseline_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module named torch')")
     monkeypatch.syspath_prepend(tmp_path)  # a spawned process inherits it

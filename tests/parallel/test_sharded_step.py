@@ -64,9 +64,9 @@ def on_two_devices(step, check_vma=True):
 @pytest.mark.parametrize(
     ("check_vma", "fields"),
     [
-        (True, {}),
+        pytest.param(True, {}, marks=pytest.mark.slow),
         (False, {}),
-        (True, {"recurrence": "flax"}),
+        pytest.param(True, {"recurrence": "flax"}, marks=pytest.mark.slow),
         (True, ALL_PARTS),
     ],
     ids=["fused", "fused without check_vma", "flax", "two layers with all parts"],

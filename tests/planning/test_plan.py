@@ -199,6 +199,7 @@ def test_command_times_count_each_stage_as_often_as_train(setup):
 # --- memory ---
 
 
+@pytest.mark.slow
 def test_largest_batch_just_fits_when_compiled(setup):
     usable = 200 * 2**20
     by_formula = memory.rows_by_formula(setup, usable)

@@ -76,6 +76,7 @@ def test_stopped_run_has_no_results(book_path):
 # --- the launcher ---
 
 
+@pytest.mark.slow
 def test_sweep_trains_and_prints_the_best_command(book_path):
     folder = book_path.parent
     result = run_command(
