@@ -55,7 +55,7 @@ def penalties(repeats: Repeats, vocab_size: int, penalty: Any, length: Any) -> j
     Args:
       repeats: of the text so far.
       vocab_size: V.
-      penalty: of a repetition of `length` characters that goes on; a number or one per row.
+      penalty: for continuing a repetition of `length` characters; a number or one per row.
       length: characters that may be repeated without a penalty; a number or one per row.
     """
     num_rows = repeats.recent_BN.shape[0]

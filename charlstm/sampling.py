@@ -140,7 +140,8 @@ class Draw(NamedTuple):
 
     key: jax.Array
     settings: Settings
-    forbidden_BV: Any = None  # booleans: characters that may not come first; drawn anew if any
+    # Booleans: characters that may not come first. A row with any uses another random number.
+    forbidden_BV: Any = None
 
 
 def initial_state(

@@ -23,6 +23,16 @@ from charlstm.training.progress import Counters
 from charlstm.training.setup import prepare
 
 NUM_STEPS = 30
+# Settings of small_config that compile in half the time, where the model does not matter.
+QUICK = {
+    "model.recurrence": "flax",
+    "model.dropout_rate": 0.0,
+    "model.multiplicative": False,
+    "model.recurrent_rms_norm": False,
+    "optimizer.name": "adam",
+    "optimizer.weight_decay": 0.0,
+    "optimizer.clip_norm": 0.0,
+}
 
 # Tolerances of assert_close. What a guarantee calls equal is compared bit for bit, without one.
 SUM_ORDER = 1e-6  # float32, the same operations with sums in another order

@@ -11,6 +11,7 @@ from conftest import ROOT, little_optimization
 from etils import epath
 from helpers import (
     NUM_STEPS,
+    QUICK,
     abstract_state_of,
     assert_equal,
     records_of,
@@ -42,17 +43,7 @@ SCHEDULED = {
     "optimizer.schedule": "linear",
     "optimizer.warmup_steps": 4,
 }
-# A program that compiles in half the time, for tests in which the model does not matter.
-PLAIN = SCHEDULED | {
-    "model.recurrence": "flax",
-    "model.dropout_rate": 0.0,
-    "model.multiplicative": False,
-    "model.recurrent_rms_norm": False,
-    "optimizer.name": "adam",
-    "optimizer.weight_decay": 0.0,
-    "optimizer.clip_norm": 0.0,
-    "optimizer.average_window": 0.0,
-}
+PLAIN = SCHEDULED | QUICK | {"optimizer.average_window": 0.0}
 
 
 def latest_leaves(workdir):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from etils import epath
-from helpers import assert_close, assert_equal, flip, records_of, small_config, stop_after
+from helpers import QUICK, assert_close, assert_equal, flip, records_of, small_config, stop_after
 from helpers import untrained_run as saved_run
 
 from charlstm.config import flatten
@@ -43,17 +43,7 @@ KINDS = {
 }
 # The run of the fixtures, whose settings differ from the defaults of small_config.
 FIXTURE = ROOT / "tests" / "fixtures" / "run_schema_1"
-# A model and an optimizer that compile quickly.
-PLAIN = {
-    "model.recurrence": "flax",
-    "model.dropout_rate": 0.0,
-    "model.multiplicative": False,
-    "model.recurrent_rms_norm": False,
-    "optimizer.name": "adam",
-    "optimizer.weight_decay": 0.0,
-    "optimizer.clip_norm": 0.0,
-    "data.val_fraction": 0.0,
-}
+PLAIN = QUICK | {"data.val_fraction": 0.0}
 FIXTURE_MODEL = {
     f"model.{name}": value
     for name, value in flatten(load_run(epath.Path(FIXTURE)).config.model).items()
