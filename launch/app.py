@@ -29,9 +29,9 @@ def run(main: Callable[..., int | None], example: str = "", takes_files: bool = 
     """Parse the flags, call `main` and exit with its code, or with 2 and one line for a UserError.
 
     Args:
-      main: takes no argument, or the list of the words that are no flags if `takes_files`.
+      main: takes no argument, or the list of words that are not flags if `takes_files`.
       example: the flags of the example that --help prints.
-      takes_files: such words are allowed, before, between and after the flags.
+      takes_files: allow such words before, between and after the flags.
     """
 
     def guarded(argv: list[str]) -> int | None:
