@@ -6,11 +6,12 @@ safetensors  a folder as on the hub of Hugging Face, with a model card; one file
              --out=NAME.safetensors; for every model
 keras        the same folder with model.keras; for a plain LSTM
 torch        the same folder with a state_dict of nn.LSTM and nn.Linear; for a plain LSTM
+html         a page that writes, with the model inside; for every model
 
-Every launcher takes an export as --workdir in place of a run folder: the folder, its file of
-weights, or a file from Keras or torch beside a vocab.json, a JSON list of the characters in the
-order of their ids. This launcher thus converts between the formats. A plain LSTM has neither
-config.model.multiplicative nor recurrent_rms_norm.
+Every launcher takes an export, except a page, as --workdir in place of a run folder: the folder,
+its file of weights, or a file from Keras or torch beside a vocab.json, a JSON list of the
+characters in the order of their ids. This launcher thus converts between the formats. A plain LSTM
+has neither config.model.multiplicative nor recurrent_rms_norm.
 """
 
 import os
@@ -23,6 +24,7 @@ import app  # first, since it handles signals
 from absl import flags
 
 from charlstm.cli import folders, options
+from charlstm.errors import UserError
 from charlstm.exchange.formats import FORMATS
 
 WORKDIR = flags.DEFINE(
@@ -30,15 +32,26 @@ WORKDIR = flags.DEFINE(
 )
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which weights")
 FORMAT = flags.DEFINE_enum("format", "safetensors", list(FORMATS), "the format")
-OUT = flags.DEFINE(options.ANY_PATH, "out", "", "what to write; WORKDIR-FORMAT if none")
+OUT = flags.DEFINE(
+    options.ANY_PATH, "out", "", "what to write; WORKDIR-FORMAT, or WORKDIR.html, if none"
+)
+WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    None,
+    ["float32", "int16", "int8"],
+    "the type of the weights in a page (--format=html); int16 if none",
+)
 
 
 def main() -> None:
     """Export as the flags say, and print the path."""
+    if WEIGHTS.value and FORMAT.value != "html":
+        raise UserError(f"--weights={WEIGHTS.value}: needs --format=html")
     workdir = folders.trained_workdir(WORKDIR.value)
     from charlstm.exchange.export import export  # it imports JAX
 
-    print(export(workdir, FORMAT.value, OUT.value, CHECKPOINT.value))
+    settings = {"weights": WEIGHTS.value} if WEIGHTS.value else {}
+    print(export(workdir, FORMAT.value, OUT.value, CHECKPOINT.value, **settings))
 
 
 if __name__ == "__main__":

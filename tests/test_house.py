@@ -52,7 +52,7 @@ ORDER = """
     bench.cases bench.entropy bench.jax_backend bench.torch_backend bench.keras_backend
     bench.timing bench.report bench.measure
     bench.scaling_picture bench.scaling
-    pages.embed pages.score pages.sections pages.held_out pages.report
+    pages.embed exchange.html pages.score pages.sections pages.held_out pages.report
 """.split()
 # Sections of a config that are passed on as **config.SECTION.to_dict().
 SPREAD = {"model": CharLSTM, "sample": stream}

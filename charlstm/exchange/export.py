@@ -1,6 +1,7 @@
 """Export a trained model in one of the formats."""
 
 from importlib import import_module
+from typing import Any
 
 from etils import epath
 
@@ -17,28 +18,35 @@ from charlstm.runs.metrics import read_records
 
 
 def export(
-    workdir: epath.PathLike, form: str, out: epath.PathLike = "", which: str = "best"
+    workdir: epath.PathLike,
+    form: str,
+    out: epath.PathLike = "",
+    which: str = "best",
+    **options: Any,
 ) -> epath.Path:
     """Write the model of a run in a format, and return the path.
 
     Args:
       workdir: the run folder, or an exported model.
       form: a name in FORMATS.
-      out: the folder to write, or for safetensors a file NAME.safetensors; WORKDIR-FORMAT if empty.
-        An earlier export is replaced.
+      out: the folder to write, for safetensors also a file NAME.safetensors, for html a file; if
+        empty, WORKDIR-FORMAT, or WORKDIR.html. An earlier export is replaced.
       which: the 'best' or the 'latest' checkpoint.
+      options: arguments of the format's own export.
 
     Raises:
       UserError: if the model cannot be read, the format cannot express it, or `out` has other
         files or cannot be written.
     """
     trained = load_trained(epath.Path(workdir), which)
-    if form != "safetensors":
+    if form in ("keras", "torch"):
         check_plain(trained.run)
-    path = epath.Path(out or f"{str(workdir).rstrip('/')}-{form}")
-    if form != "safetensors" or path.suffix != safetensors.SUFFIX:
+    ending = ".html" if form == "html" else f"-{form}"
+    path = epath.Path(out or str(workdir).rstrip("/") + ending)
+    is_file = form == "html" or (form == "safetensors" and path.suffix == safetensors.SUFFIX)
+    if not is_file:
         make_out(str(path), "config.json", {"model_type"})
-    import_module(FORMATS[form]).export(trained, path)
+    import_module(FORMATS[form]).export(trained, path, **options)
     return path
 
 

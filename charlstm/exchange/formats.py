@@ -5,4 +5,5 @@ FORMATS = {
     "safetensors": "charlstm.exchange.safetensors",
     "keras": "charlstm.exchange.keras",
     "torch": "charlstm.exchange.torch",
+    "html": "charlstm.exchange.html",
 }
