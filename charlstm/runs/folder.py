@@ -171,6 +171,10 @@ def check_free(workdir: epath.Path) -> None:
     """
     if not workdir.exists():
         return
+    if is_exported(workdir):
+        raise _exported(workdir)
+    if workdir.is_file():
+        raise UserError(f"{workdir}: a file, and a run is a folder; choose another --workdir")
     try:
         entries = list(workdir.iterdir())
     except OSError as error:
@@ -206,18 +210,30 @@ def load_run(workdir: epath.Path) -> Run:
       DamagedError: if a file has changed since it was written.
     """
     if not has_run(workdir):
+        if workdir.is_file():
+            raise _unknown_format(workdir)
         raise UserError(f"{workdir}: no run there (no config.json); train one with launch/train.py")
     refuse_links(workdir)
     run, about = parse_run(workdir, lambda name: read_small(workdir / name))
     if "model_type" in about:
-        problem = "not a run: it has no checkpoints and no log"
         if not is_exported(workdir):
-            problem = f"without its weights ({' or '.join(EXPORTED_WEIGHTS)}): export it again"
-        raise UserError(
-            f"{workdir}: an exported model, {problem}; give the run folder that it came from, or "
-            "another --workdir"
-        )
+            raise _unknown_format(workdir)
+        raise _exported(workdir)
     return run
+
+
+def _unknown_format(path: epath.Path) -> UserError:
+    return UserError(
+        f"{path}: in a format that charlstm does not read, or without its weights (it reads "
+        f"{' and '.join(EXPORTED_WEIGHTS)}); give the run folder, or an export of it as safetensors"
+    )
+
+
+def _exported(path: epath.Path) -> UserError:
+    return UserError(
+        f"{path}: an exported model, not a run with checkpoints and a log; to train it further, "
+        f"give a new --workdir and --config.init_from={path}"
+    )
 
 
 def parse_run(workdir: epath.Path, read: Callable[[str], bytes]) -> tuple[Run, dict[str, Any]]:

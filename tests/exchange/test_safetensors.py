@@ -167,9 +167,13 @@ def test_name_that_is_not_utf_8_can_be_exported(tmp_path):
 
 
 def test_export_is_not_a_run(exported, tmp_path, monkeypatch):
-    run, folder = exported[0][0], exported[1]
+    run, folder, file = exported[0][0], *exported[1:]
     assert_refused(folder, "an exported model, not a run", lambda path: load_run(epath.Path(path)))
-    assert_refused(folder, "an exported model, not a run", lambda path: train(run.config, path))
+    for path in (folder, file):
+        remedy = f"an exported model, not a run.*--config.init_from={re.escape(str(path))}"
+        assert_refused(path, remedy, lambda path: train(run.config, path))
+    (tmp_path / "book.txt").write_text("text")
+    assert_refused(tmp_path / "book.txt", "a file", lambda path: train(run.config, path))
     assert_refused(folder, "leave out --checkpoint=latest", lambda path: load_model(path, "latest"))
     shutil.copytree(folder, tmp_path / "runs" / "exported")
     monkeypatch.chdir(tmp_path)
@@ -250,7 +254,7 @@ def test_file_of_another_kind_is_refused(exported, tmp_path):
     with pytest.raises(UserError, match=r"config\.json: missing or damaged \(no such file\)"):
         load_model(tmp_path / "foreign.safetensors")
     (tmp_path / "book.txt").write_text("text")
-    assert_refused(tmp_path / "book.txt", "no run there")
+    assert_refused(tmp_path / "book.txt", "a format that charlstm does not read")
 
 
 def test_damaged_folder_is_refused(exported, tmp_path):
