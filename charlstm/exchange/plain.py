@@ -1,8 +1,8 @@
 """The weights of a plain LSTM, which other libraries can express.
 
-A plain LSTM has one-hot or embedded inputs, layers of the equations of charlstm.lstm.reference
-without `scale` and `norm`, and a dense layer. The gates stand side by side in the order i, f, g, o,
-which is that of Keras (i, f, c, o) and of torch.
+A plain LSTM has any inputs, layers of the equations of charlstm.lstm.reference without `scale` and
+`norm`, and a dense layer. The gates stand side by side in the order i, f, g, o, which is that of
+Keras (i, f, c, o) and of torch.
 """
 
 from typing import Any, NamedTuple
@@ -40,7 +40,6 @@ def check_plain(run: Run) -> None:
         f"model.multiplicative={model.multiplicative}": model.multiplicative,
         f"model.recurrent_rms_norm={model.recurrent_rms_norm}": model.recurrent_rms_norm,
         f"model.tie_embeddings={model.tie_embeddings}": model.tie_embeddings,
-        f"model.input={model.input}": model.input == "scaled",
         f"data.document_separator={has_documents!r}": has_documents and END in run.vocab,
     }
     if settings := [f"config.{setting}" for setting, is_on in refused.items() if is_on]:
@@ -58,15 +57,24 @@ def to_plain(run: Run, params: Any) -> PlainLSTM:
     """
     check_plain(run)
     params = jax.device_get(params)
-    embedding_VE = params["embed"]["embedding"] if "embed" in params else None
     layers = (params[f"lstm_{index}"] for index in range(run.config.model.num_layers))
     dense = params["dense"]
     return PlainLSTM(
-        embedding_VE,
-        tuple(map(_to_layer, layers)),
+        embedding_of(params, run.config.model.input, len(run.vocab)),
+        tuple(map(to_layer, layers)),
         dense["kernel"],
         dense["bias"],
     )
+
+
+def embedding_of(params: Any, kind: str, vocab_size: int) -> np.ndarray | None:
+    """Return embedding_VE of a model with `model.input` = `kind`, or None for one-hot inputs.
+
+    Scaled inputs are a table of one column.
+    """
+    if kind == "scaled":
+        return (np.arange(vocab_size, dtype=np.float32) / np.float32(vocab_size))[:, None]
+    return params["embed"]["embedding"] if kind == "embed" else None
 
 
 def from_plain(plain: PlainLSTM) -> tuple[dict[str, Any], Any]:
@@ -87,7 +95,8 @@ def from_plain(plain: PlainLSTM) -> tuple[dict[str, Any], Any]:
     return settings, params
 
 
-def _to_layer(params: Any) -> PlainLayer:
+def to_layer(params: Any) -> PlainLayer:
+    """Return the weights of a layer, without `scale` and `norm`."""
     kernels = {
         side: np.concatenate([params[f"{side}{gate}"]["kernel"] for gate in GATES], axis=1)
         for side in "ih"

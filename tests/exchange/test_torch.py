@@ -16,7 +16,7 @@ from charlstm.errors import UserError
 from charlstm.evaluation import open_held_out
 from charlstm.evaluation.dynamic import make_anchor
 from charlstm.evaluation.writing import generate
-from charlstm.exchange.plain import check_plain
+from charlstm.exchange.plain import check_plain, from_plain, to_plain
 from charlstm.exchange.torch import export
 from charlstm.lstm import native_library
 from charlstm.runs.checkpoints import load_model
@@ -168,12 +168,22 @@ def test_other_state_dicts_are_refused(book_path, tmp_path):
                 load_model(tmp_path / "torch")
 
 
+def test_scaled_inputs_are_a_table_of_one_column(book_path, tmp_path):
+    trained = plain_trained(book_path, tmp_path / "run", **{"model.input": "scaled"})
+    plain = to_plain(trained.run, trained.params)
+    size = len(trained.run.vocab)
+    np.testing.assert_allclose(plain.embedding_VE, [[i / size] for i in range(size)], rtol=1e-7)
+    settings, params = from_plain(plain)
+    assert (settings["input"], settings["embed_size"]) == ("embed", 1)
+    assert_equal(params.pop("embed")["embedding"], plain.embedding_VE)
+    assert_equal(params, jax.device_get(trained.params))
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("model.multiplicative", True),
         ("model.recurrent_rms_norm", True),
-        ("model.input", "scaled"),
         ("model.tie_embeddings", True),
         ("data.document_separator", "\n"),
     ],
