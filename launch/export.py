@@ -6,10 +6,11 @@ safetensors  a folder as on the hub of Hugging Face, with a model card; one file
              --out=NAME.safetensors; for every model
 keras        the same folder with model.keras; for a plain LSTM
 torch        the same folder with a state_dict of nn.LSTM and nn.Linear; for a plain LSTM
+onnx         the same folder with model.onnx, a graph for onnxruntime; for every model
 html         a page that writes, with the model inside; for every model
 
-Every launcher takes an export, except a page, as --workdir in place of a run folder: the folder,
-its file of weights, or a file from Keras or torch beside a vocab.json, a JSON list of the
+Every launcher takes an export, except a page and ONNX, as --workdir in place of a run folder: the
+folder, its file of weights, or a file from Keras or torch beside a vocab.json, a JSON list of the
 characters in the order of their ids. This launcher thus converts between the formats. A plain LSTM
 has neither config.model.multiplicative nor recurrent_rms_norm.
 """

@@ -9,7 +9,7 @@ from charlstm.cli.folders import make_out
 from charlstm.exchange import safetensors
 from charlstm.exchange.card import metrics_of
 from charlstm.exchange.folder import Trained
-from charlstm.exchange.formats import FORMATS
+from charlstm.exchange.formats import FORMATS, PLAIN
 from charlstm.exchange.plain import check_plain
 from charlstm.exchange.reading import read_exported
 from charlstm.files import is_exported
@@ -39,7 +39,7 @@ def export(
         files or cannot be written.
     """
     trained = load_trained(epath.Path(workdir), which)
-    if form in ("keras", "torch"):
+    if form in PLAIN:
         check_plain(trained.run)
     ending = ".html" if form == "html" else f"-{form}"
     path = epath.Path(out or str(workdir).rstrip("/") + ending)

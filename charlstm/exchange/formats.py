@@ -6,4 +6,7 @@ FORMATS = {
     "keras": "charlstm.exchange.keras",
     "torch": "charlstm.exchange.torch",
     "html": "charlstm.exchange.html",
+    "onnx": "charlstm.exchange.onnx",
 }
+# Those of a plain LSTM only.
+PLAIN = ("keras", "torch")
