@@ -40,7 +40,8 @@ def base_config() -> ConfigDict:
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    # A file, a folder (.txt, .gz, .zst, .bz2, .xz in it) or a pattern; empty: Dracula.
+    # A file, a folder (.txt, .gz, .zst, .bz2, .xz in it), a pattern, or pydoc_data.topics, the
+    # manual that Python carries; empty: Dracula.
     data.path = ""
     # Convert to lower case.
     data.lowercase = False

@@ -83,8 +83,8 @@ def find_source(path: str, source: str = "", remedy: str = "give another one") -
     """Find the files of a text.
 
     Args:
-      path: a file, a folder or a pattern: see find_files. Empty: Dracula, downloaded once, or else
-        Python's manual.
+      path: a file, a folder or a pattern: see find_files. PYTHON_MANUAL: that manual. Empty:
+        Dracula, downloaded once, or else Python's manual.
       source: PYTHON_MANUAL if the run was started with it, to read it again in place of Dracula.
       remedy: what to do about a missing or unreadable file, for errors.
 
@@ -93,7 +93,7 @@ def find_source(path: str, source: str = "", remedy: str = "give another one") -
     """
     if not path and source != PYTHON_MANUAL:
         path = fetch_dracula()
-    if not path:
+    if path in ("", PYTHON_MANUAL):
         return Source(PYTHON_MANUAL, [_python_manual()])
     found = find_files(path, remedy)
     files = [_file(file, name, remedy) for name, file in found.files.items()]

@@ -300,6 +300,12 @@ def test_manual_replaces_dracula_without_a_network(cache, caplog, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_manual_can_be_named(cache, caplog):
+    assert read(PYTHON_MANUAL) == python_manual()
+    assert find_source(PYTHON_MANUAL).path == PYTHON_MANUAL
+    assert warnings_in(caplog) == []
+
+
 def test_dracula_is_downloaded_once(cache, caplog, serve, monkeypatch):
     page = b"Dracula by Bram Stoker\r\n3 May. Bistritz.\r\n"
     serve(page)
