@@ -26,7 +26,7 @@ from absl import flags
 
 from charlstm.cli import folders, options
 from charlstm.errors import UserError
-from charlstm.exchange.formats import FORMATS
+from charlstm.exchange.formats import FORMATS, WEIGHTS
 
 WORKDIR = flags.DEFINE(
     options.ANY_PATH, "workdir", "", "the run folder; the last trained in runs/ if none"
@@ -36,22 +36,24 @@ FORMAT = flags.DEFINE_enum("format", "safetensors", list(FORMATS), "the format")
 OUT = flags.DEFINE(
     options.ANY_PATH, "out", "", "what to write; WORKDIR-FORMAT, or WORKDIR.html, if none"
 )
-WEIGHTS = flags.DEFINE_enum(
+TYPE = flags.DEFINE_enum(
     "weights",
     None,
-    ["float32", "int16", "int8"],
-    "the type of the weights in a page (--format=html); int16 if none",
+    sorted({kind for kinds in WEIGHTS.values() for kind in kinds}),
+    "the type of stored weights, for safetensors (float32 if none) and html (int16 if none)",
 )
 
 
 def main() -> None:
     """Export as the flags say, and print the path."""
-    if WEIGHTS.value and FORMAT.value != "html":
-        raise UserError(f"--weights={WEIGHTS.value}: needs --format=html")
+    kinds = WEIGHTS.get(FORMAT.value, ())
+    if TYPE.value and TYPE.value not in kinds:
+        known = f"has {', '.join(kinds)}" if kinds else "has no choice of types"
+        raise UserError(f"--weights={TYPE.value}: --format={FORMAT.value} {known}")
     workdir = folders.trained_workdir(WORKDIR.value)
     from charlstm.exchange.export import export  # it imports JAX
 
-    settings = {"weights": WEIGHTS.value} if WEIGHTS.value else {}
+    settings = {"weights": TYPE.value} if TYPE.value else {}
     print(export(workdir, FORMAT.value, OUT.value, CHECKPOINT.value, **settings))
 
 

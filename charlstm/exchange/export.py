@@ -15,6 +15,7 @@ from charlstm.exchange.reading import read_exported
 from charlstm.files import is_exported
 from charlstm.runs.checkpoints import load_model
 from charlstm.runs.metrics import read_records
+from charlstm.system.paths import model_path
 
 
 def export(
@@ -27,7 +28,7 @@ def export(
     """Write the model of a run in a format, and return the path.
 
     Args:
-      workdir: the run folder, or an exported model.
+      workdir: the run folder, an exported model, or 'builtin'.
       form: a name in FORMATS.
       out: the folder to write, for safetensors also a file NAME.safetensors, for html a file; if
         empty, WORKDIR-FORMAT, or WORKDIR.html. An earlier export is replaced.
@@ -38,7 +39,7 @@ def export(
       UserError: if the model cannot be read, the format cannot express it, or `out` has other
         files or cannot be written.
     """
-    trained = load_trained(epath.Path(workdir), which)
+    trained = load_trained(workdir, which)
     if form in PLAIN:
         check_plain(trained.run)
     ending = ".html" if form == "html" else f"-{form}"
@@ -50,9 +51,10 @@ def export(
     return path
 
 
-def load_trained(workdir: epath.Path, which: str = "best") -> Trained:
-    """Return the model of a run or an export, with its metrics."""
-    if is_exported(workdir) and which == "best":
-        return read_exported(workdir)
+def load_trained(workdir: epath.PathLike, which: str = "best") -> Trained:
+    """Return the model of a run or an export, with its metrics; `workdir` is as for load_model."""
+    path = model_path(workdir)
+    if is_exported(path) and which == "best":
+        return read_exported(path)
     run, model, params = load_model(workdir, which)
-    return Trained(run, model, params, metrics_of(read_records(workdir / "metrics.jsonl"), which))
+    return Trained(run, model, params, metrics_of(read_records(path / "metrics.jsonl"), which))

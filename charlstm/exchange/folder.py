@@ -9,7 +9,7 @@ model.safetensors  the weights, or model.keras
 
 from typing import Any, NamedTuple
 
-import jax
+import numpy as np
 from etils import epath
 
 from charlstm.errors import UserError, printable
@@ -29,7 +29,7 @@ class Trained(NamedTuple):
 
     run: Run
     model: CharLSTM
-    params: Any
+    params: Any  # float32, or float16 for safetensors
     metrics: dict[str, Any]  # the record of metrics.jsonl of the checkpoint, {} if unknown
 
 
@@ -43,11 +43,13 @@ def describe(trained: Trained, out: epath.Path, files: str, loading: str) -> dic
       loading: Markdown for the card that says how to load them, with OUT for the name of `out`.
     """
     loading = loading.replace("OUT", printable(out.name))
-    crc32 = checksums(flatten(trained.params))
+    weights = flatten(trained.params)
+    # Of what a reader has, which converts float16.
+    crc32 = checksums({name: np.float32(array) for name, array in weights.items()})
     texts = texts_of(
         trained.run, model_type=MODEL_TYPE, metrics=trained.metrics, params_crc32=crc32
     )
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(trained.params))
+    num_params = sum(array.size for array in weights.values())
     card = model_card(trained.run, trained.metrics, num_params, out.stem, files, loading)
     return {"config.json": texts.pop("config.json")} | texts | {"README.md": card}
 

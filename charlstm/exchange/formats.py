@@ -10,3 +10,5 @@ FORMATS = {
 }
 # Those of a plain LSTM only.
 PLAIN = ("keras", "torch")
+# The types of stored weights, the default first, where there is a choice.
+WEIGHTS = {"safetensors": ("float32", "float16"), "html": ("int16", "float32", "int8")}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
@@ -27,12 +28,13 @@ from charlstm.runs.folder import Run, parse_run
 
 SUFFIX = ".safetensors"
 WEIGHTS = "model.safetensors"
+READ = ("F32", "F16")  # types of weights, by the format's names; all are computed with in float32
 # A single entry, since the library writes several in random order.
 ENTRY = "charlstm"
 # The limit of the format for its header, which holds the metadata.
 MAX_HEADER_BYTES = 100_000_000
 
-_FILES = "- `model.safetensors`: the weights, in float32."
+_FILES = "- `model.safetensors`: the weights, in {weights}."
 _LOADING = """
 With charlstm, whose launchers take this export in place of a run folder:
 
@@ -50,14 +52,22 @@ run, model, params = load_model("OUT")
 """
 
 
-def export(trained: Trained, out: epath.Path) -> None:
+def export(trained: Trained, out: epath.Path, weights: str = "float32") -> None:
     """Write `trained` to the folder `out`, or to the file `out` if it ends in .safetensors.
 
+    Args:
+      trained: what is exported, any model.
+      out: the folder or the file.
+      weights: the type of the stored weights, 'float32' or 'float16'; they are read as float32.
+
     Raises:
-      UserError: if `out` cannot be written, or if it is a file of something else.
+      UserError: if `out` cannot be written, if it is a file of something else, or if a weight is
+        too large for float16.
     """
-    texts = describe(trained, out, _FILES, _LOADING)
+    if weights == "float16":
+        trained = _in_float16(trained)
     tensors = flatten(trained.params)
+    texts = describe(trained, out, _FILES.format(weights=weights), _LOADING)
     if out.suffix != SUFFIX:
         write_folder(texts, {WEIGHTS: save(tensors)}, out)
         return
@@ -75,7 +85,7 @@ def export(trained: Trained, out: epath.Path) -> None:
 
 
 def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return the arrays of a safetensors file, all float32, and the text files in its metadata.
+    """Return the arrays of a safetensors file in float32, and the text files in its metadata.
 
     Raises:
       DamagedError: if it is no such file.
@@ -84,10 +94,10 @@ def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str
     with ExitStack() as stack:
         file = _open(path, stack)
         types = {name: file.get_slice(name).get_dtype() for name in file.keys()}
-        if others := [f"{name} is {kind}" for name, kind in types.items() if kind != "F32"]:
-            raise damaged(path, f"the weights must be F32, and {others[0]}")
+        if others := [f"{name} is {kind}" for name, kind in types.items() if kind not in READ]:
+            raise damaged(path, f"the weights must be {' or '.join(READ)}, and {others[0]}")
         try:
-            tensors = {name: file.get_tensor(name) for name in types}
+            tensors = {name: file.get_tensor(name).astype(np.float32) for name in types}
             entry = (file.metadata() or {}).get(ENTRY, "{}")
         except (OSError, SafetensorError) as error:
             raise damaged(path, one_line(error)) from error
@@ -139,6 +149,13 @@ def _open(path: epath.Path, stack: ExitStack) -> Any:
         raise unreadable(path, error) from error
     except SafetensorError as error:
         raise damaged(path, one_line(error)) from error
+
+
+def _in_float16(trained: Trained) -> Trained:
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(trained.params))
+    if largest > float(np.finfo(np.float16).max):
+        raise UserError(f"a weight is {largest:.3g}, too large for float16; store float32")
+    return trained._replace(params=jax.tree.map(np.float16, trained.params))
 
 
 def _check_replaceable(out: epath.Path) -> None:

@@ -5,10 +5,14 @@ import os
 import re
 from pathlib import Path
 
+from etils import epath
+
 from charlstm.errors import UserError
 
 # Schemes that etils.epath opens: packages of which it needs one, and our extra that installs one.
 BUCKETS = {"gs": (("gcsfs", "tensorflow"), "gcs"), "s3": (("s3fs", "tensorflow"), "s3")}
+# In place of the path of a run: the small trained model in the package, charlstm/builtin/.
+BUILTIN = "builtin"
 
 
 def given_path(path: str) -> str:
@@ -38,6 +42,19 @@ def given_path(path: str) -> str:
             f"pip install -e '.[{extra}]'"
         )
     return path
+
+
+def model_path(path: epath.PathLike) -> epath.Path:
+    """Return the path of a run or exported model; the string 'builtin' is the one in the package.
+
+    A folder of that name is './builtin', or a Path object.
+
+    Raises:
+      UserError: as given_path.
+    """
+    if path == BUILTIN:
+        return epath.Path(__file__).parents[1] / BUILTIN
+    return epath.Path(given_path(os.fspath(path)))
 
 
 def local_path(path: str) -> str:

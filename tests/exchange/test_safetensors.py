@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save, save_file
 from charlstm.cli import folders
 from charlstm.errors import UserError
 from charlstm.exchange import folder as folder_module
+from charlstm.exchange import safetensors
 from charlstm.exchange.card import metrics_of, model_card
 from charlstm.exchange.export import export, load_trained
 from charlstm.exchange.weights import flatten
@@ -114,6 +115,22 @@ def test_text_in_a_model_card_adds_no_markup(exported):
     assert "`a'/b # <script>`" in card
 
 
+def test_float16_halves_the_file_and_rounds_the_weights(exported, tmp_path):
+    (_, _, params), _, file = exported
+    path = Path(export(RUN, "safetensors", tmp_path / file.name, weights="float16"))
+    found = load_model(path)[2]
+    assert_equal(found, jax.tree.map(lambda leaf: np.float32(np.float16(leaf)), params))
+    num_values = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert file.stat().st_size - path.stat().st_size == pytest.approx(2 * num_values, abs=200)
+    # An export in float32 has the rounded weights.
+    assert_equal(load_model(export(path, "safetensors", tmp_path / "whole"))[2], found)
+    trained = load_trained(RUN)
+    large = trained._replace(params=jax.tree.map(lambda leaf: leaf + 1e5, trained.params))
+    with pytest.raises(UserError, match="too large for float16"):
+        safetensors.export(large, epath.Path(tmp_path / "large"), weights="float16")
+    assert not (tmp_path / "large").exists()
+
+
 def test_export_of_an_export_is_the_same(exported, tmp_path):
     _, folder, file = exported
     twice = Path(export(folder, "safetensors", tmp_path / file.name))
@@ -208,7 +225,9 @@ CHANGES = {
         extra=np.zeros(2, np.float32)
     ),
     r"dense.bias is float32\(3,\) there": lambda t, m: t.update({BIAS: t[BIAS][:3]}),
-    r"must be F32, and dense.bias is F64": lambda t, m: t.update({BIAS: np.float64(t[BIAS])}),
+    r"must be F32 or F16, and dense.bias is F64": lambda t, m: t.update(
+        {BIAS: np.float64(t[BIAS])}
+    ),
     r"dense.bias has values that are not finite": lambda t, m: t.update({BIAS: t[BIAS] * np.nan}),
     r"the checksum of a weight differs": lambda t, m: t.update({BIAS: t[BIAS] + 1}),
     r"no vocab.json in its metadata": lambda t, m: m.pop("vocab.json"),
