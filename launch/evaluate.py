@@ -69,8 +69,8 @@ def check_flags() -> None:
         raise UserError(f"--dynamic_rate={rate}: must be a number above 0, in float32 too")
     if rate is not None and not DYNAMIC.value:
         raise UserError(f"--dynamic_rate={rate}: is for --dynamic, which is not given")
-    for flag in (DYNAMIC, TEMPERATURE, AUDIT):
-        if COMPARE.value and flag.value:
+    for flag in (WINDOW, DYNAMIC, TEMPERATURE, BASELINES, AUDIT):
+        if COMPARE.value and flag.present:
             raise UserError(f"--{flag.name}: is not for --compare; give one of them")
 
 

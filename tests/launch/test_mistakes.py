@@ -116,6 +116,7 @@ COMMAND_LINE = [
     ("evaluate", "--dynamic_rate=1", "--dynamic_rate=1.0 --dynamic"),
     ("evaluate", "--window=99999", "window 99999"),
     ("evaluate", "--compare=runs/a --dynamic", "--dynamic --compare"),
+    ("evaluate", "--compare=runs/a --window=64", "--window --compare"),
     ("compress", "", "0 FILE --help"),
     ("compress", "latin1.txt empty.txt", "2 FILE --help"),
     ("compress", "none.txt", "none.txt"),
