@@ -27,6 +27,7 @@ from absl import flags
 
 from charlstm.cli import folders, options
 from charlstm.errors import OccupiedError, UserError
+from charlstm.system.paths import BUILTIN
 
 CONFIG = options.define_config()
 WORKDIR = flags.DEFINE(
@@ -67,6 +68,11 @@ def main() -> int:
     config = options.checked_config(CONFIG)
     cluster = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
     check_cluster_flags(*cluster)
+    if WORKDIR.value == BUILTIN:
+        raise UserError(
+            f"--workdir={BUILTIN}: is the model in the package; choose another --workdir, and "
+            f"--config.init_from={BUILTIN} to start from its weights"
+        )
     from charlstm.parallel import processes  # late, because JAX is slow to import
     from charlstm.system.console import launcher_command, show_logs
 

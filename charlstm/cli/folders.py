@@ -14,6 +14,7 @@ from charlstm.cli import streams
 from charlstm.data.find import ending_of
 from charlstm.errors import DamagedError, UserError
 from charlstm.files import is_exported, is_local, read_json, temporary_name
+from charlstm.system.paths import BUILTIN
 
 logger = logging.getLogger("charlstm.folders")
 
@@ -98,11 +99,15 @@ def existing_runs(parent: Path = RUNS) -> list[Path]:
 def trained_workdir(given: str) -> str:
     """Return the run folder or exported model `given`, or the most recently trained run in runs/.
 
-    The latter is logged.
+    The latter is logged. 'builtin' is the model in the package.
 
     Raises:
       UserError: if there is no run.
     """
+    if given == BUILTIN:
+        if os.path.exists(given):
+            logger.info("%s: the model in the package; the folder here is ./%s", given, given)
+        return given
     if given:
         path = epath.Path(given)
         is_there = not is_local(path) or is_run(Path(given)) or is_exported(path)
@@ -112,7 +117,9 @@ def trained_workdir(given: str) -> str:
     runs = existing_runs()
     if not runs:
         there = _nearby("")
-        hint = f"; found runs: {there}" if there else ", or train one with launch/train.py"
+        hint = f", or --workdir={BUILTIN} for a small model, or train one with launch/train.py"
+        if there:
+            hint = f"; found runs: {there}"
         raise UserError(f"no run in {RUNS.absolute()}; give --workdir=DIR{hint}")
     others = f" (the most recent of {len(runs)} in {RUNS}/)" if len(runs) > 1 else ""
     logger.info("run folder: %s%s", runs[0], others)

@@ -22,6 +22,7 @@ from charlstm.runs.checkpoints import load_model
 from charlstm.runs.folder import Run, load_run
 from charlstm.runs.metrics import read_records
 from charlstm.system.console import status
+from charlstm.system.paths import BUILTIN, model_path
 from charlstm.training.setup import open_run_text
 
 logger = logging.getLogger(__name__)
@@ -35,16 +36,17 @@ class Sources:
     Each property raises UserError if the run does not have it.
     """
 
-    def __init__(self, workdir: epath.Path):
+    def __init__(self, workdir: epath.PathLike):
         """Read the run and its records, which every report needs.
 
         An exported model has the record of its checkpoint, or none.
         """
-        if is_exported(workdir):
-            exported = read_exported(workdir)
+        path = model_path(workdir)
+        if is_exported(path):
+            exported = read_exported(path)
             self.run, self.records = exported.run, [exported.metrics] if exported.metrics else []
         else:
-            self.run, self.records = load_run(workdir), read_records(workdir / "metrics.jsonl")
+            self.run, self.records = load_run(path), read_records(path / "metrics.jsonl")
 
     @cached_property
     def model(self) -> tuple[Run, CharLSTM, Any]:
@@ -83,18 +85,20 @@ def write_report(
     Sections that need what the run does not have are left out; the page says why.
 
     Args:
-      workdir: the run folder, or an exported model.
+      workdir: the run folder, an exported model, or 'builtin'.
       compare: others whose curves are added.
-      out: the file to write; if empty, WORKDIR/report.html, or the name of a file with .html.
+      out: the file to write; if empty, WORKDIR/report.html, or the name of a file, or 'builtin',
+        with .html.
 
     Raises:
       UserError: if a folder holds no run, or the file cannot be written or is not a page.
       DamagedError: if a file of a run is damaged.
     """
     folder = epath.Path(workdir)
-    default = folder.with_suffix(".html") if folder.is_file() else folder / "report.html"
+    is_folder = workdir != BUILTIN and not folder.is_file()
+    default = folder / "report.html" if is_folder else folder.with_suffix(".html")
     path = check_out(out or default)
-    data = collect(folder, [epath.Path(other) for other in compare])
+    data = collect(workdir, compare)
     reasons: dict[str, list[str]] = {}
     for name, section in data.items():
         if isinstance(section, dict) and "missing" in section:
@@ -105,11 +109,11 @@ def write_report(
     return path
 
 
-def collect(workdir: epath.Path, compare: Sequence[epath.Path] = ()) -> dict[str, Any]:
+def collect(workdir: epath.PathLike, compare: Sequence[epath.PathLike] = ()) -> dict[str, Any]:
     """Return the data of a report, by section; a section that is left out has 'missing'."""
     sources = Sources(workdir)
     others = [Sources(other) for other in compare]
-    names = labels([workdir, *compare])
+    names = labels([source.run.workdir for source in (sources, *others)])
     found = {name: _section(name, find) for name, find in finders(sources).items()}
     evaluation = found["score"].get("evaluation")
     model = found.pop("model").get("params")

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import re
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -32,7 +31,7 @@ from charlstm.runs.checksums import (
 from charlstm.runs.folder import Run, load_run
 from charlstm.runs.orbax_calls import OrbaxError, call_orbax, without_warning
 from charlstm.steps import TrainState, init_state
-from charlstm.system.paths import given_path
+from charlstm.system.paths import model_path
 
 logger = logging.getLogger(__name__)
 
@@ -235,14 +234,15 @@ def load_model(workdir: epath.PathLike, which: str = "best") -> tuple[Run, CharL
     The run may be in training.
 
     Args:
-      workdir: the run folder, or an exported model: see charlstm.exchange.reading.
+      workdir: the run folder, an exported model (see charlstm.exchange.reading), or the string
+        'builtin' for the small model in the package.
       which: 'best' or 'latest'; an exported model has one set of weights, which is the best.
 
     Raises:
       UserError: if there is no run, no checkpoint yet, or no exported model that can be read.
       DamagedError: if a file is missing or has changed since it was written.
     """
-    path = epath.Path(given_path(os.fspath(workdir)))
+    path = model_path(workdir)
     if is_exported(path):
         if which != "best":
             raise UserError(

@@ -21,7 +21,7 @@ from charlstm.model import CharLSTM, zero_carry
 from charlstm.runs.checkpoints import load_model
 from charlstm.runs.checksums import by_name, type_of
 from charlstm.runs.folder import InitialWeights, Run
-from charlstm.system.paths import given_path
+from charlstm.system.paths import model_path
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
 def check_other(init_from: str, workdir: epath.Path) -> None:
     """Raise UserError if `init_from` is the run folder `workdir` itself."""
-    if epath.Path(given_path(init_from)).resolve() == workdir.resolve():
+    if model_path(init_from).resolve() == workdir.resolve():
         raise UserError(
             f"config.init_from={init_from}: is the run folder itself; leave it out to resume the "
             "run, or choose another --workdir"
@@ -67,7 +67,7 @@ def load_source(init_from: str) -> Source:
     params = jax.tree.map(np.asarray, params)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
         raise UserError(f"config.init_from={init_from}: has weights that are not finite")
-    path = epath.Path(given_path(init_from)).resolve()
+    path = model_path(init_from).resolve()
     weights = InitialWeights(os.fspath(path), hash_params(params))
     return Source(init_from, run.config, run.vocab, params, weights)
 

@@ -84,6 +84,7 @@ COMMAND_LINE = [
     ("train", "tiny", "tiny --help"),
     ("train", "--config.data.path=https://x/y.txt", "https://x/y.txt https:// curl"),
     ("train", "--workdir=file:///x", "file:///x file:// /x"),
+    ("train", "--workdir=builtin", "--workdir=builtin --config.init_from=builtin"),
     ("train", "--workdir=~nobody-here/x", "~nobody-here/x ~nobody-here ./~nobody-here/x"),
     ("evaluate", "--text=https://x/y.txt", "https://x/y.txt https:// curl"),
     ("sample", "--adapt_to=az://x/y.txt", "az://x/y.txt az:// curl"),
