@@ -12,6 +12,8 @@ import pytest
 from etils import epath
 from helpers import random_params, small_config
 
+from charlstm import Vocab
+from charlstm.data.vocab import END
 from charlstm.exchange import html
 from charlstm.exchange.folder import Trained
 from charlstm.model import model_from_config, predict, zero_carry
@@ -117,3 +119,146 @@ def test_engine_computes_the_model(kind, weights, place, book_path, tmp_path, re
     if weights == "float32":
         greedy = trained.run.vocab.decode(wanted_MV[len(text) - 1 : -1].argmax(axis=1))
         assert "".join(characters) == greedy
+
+
+# --- the page ---
+
+HOSTILE = (
+    "</script><script>document.title = 'broken'</script> <img src=x onerror=alert(1)> <!-- "
+    "\u202eturned\u202c \u05e9\u05c1\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 "
+    "\U0001f469\u200d\U0001f467 e\u0301 nul \0 bell \x07 \u2028 &lt;\n"
+)
+NAME = '<b>run "it\'s" \u202e\U0001f600'
+
+
+@pytest.fixture(scope="module")
+def tab(browser, tmp_path_factory):
+    """Return the page of a run with a hostile name and text, and with documents, in lower case.
+
+    `events` has what it reports, requests and asks.
+    """
+    folder = tmp_path_factory.mktemp("page")
+    path = folder / "text <i>.txt"
+    path.write_text((HOSTILE.replace("\0", "") + "END.") * 60, encoding="utf-8")
+    changes = {"model.recurrence": "fused", "model.hidden_size": 8, "data.lowercase": True}
+    config = small_config(path, **changes | {"data.document_separator": "END."})
+    run = prepare(config, folder / NAME).run
+    run = run._replace(vocab=Vocab(sorted({*run.vocab, "\0", END})))
+    model = model_from_config(run.config, run.vocab)
+    html.export(Trained(run, model, random_params(model), {}), folder / "page.html")
+    tab = browser.new_context(permissions=["clipboard-read", "clipboard-write"]).new_page()
+    tab.events = []
+    tab.on("console", lambda message: tab.events.append(message.text))
+    tab.on("pageerror", lambda error: tab.events.append(str(error)))
+    tab.on("request", lambda request: tab.events.append(request.url))
+    tab.on("dialog", lambda dialog: (tab.events.append("dialog"), dialog.dismiss()))
+    tab.url_of_page = (folder / "page.html").as_uri()
+    tab.goto(tab.url_of_page)
+    tab.wait_for_selector("body[data-ready]")
+    yield tab
+    tab.context.close()
+
+
+def fill(tab, text):
+    """Replace the text, and wait until it has been read."""
+    tab.fill("#text", "")
+    tab.fill("#text", text)
+    tab.evaluate("read()")
+
+
+def write(tab, length):
+    """Write, wait until the page is done, and return what it says."""
+    tab.fill("#length", str(length))
+    tab.click("#write")
+    tab.wait_for_selector("#write:not(:text('Stop'))")
+    tab.wait_for_selector("#status:text('a second')")
+    return tab.text_content("#status")
+
+
+def parts_of(tab, style):
+    """Return the parts of the text with a style of ::highlight()."""
+    return tab.evaluate(
+        "style => [...(CSS.highlights.get(style) ?? [])]"
+        ".map(part => text.slice(part.startOffset, part.endOffset))",
+        style,
+    )
+
+
+def test_hostile_names_and_texts_appear_as_text(tab):
+    assert tab.text_content("h1") == NAME.replace("\u202e", "[U+202E]")
+    assert "text <i>.txt" in tab.text_content("#summary")
+    fill(tab, HOSTILE)
+    write(tab, 200)
+    text = tab.input_value("#text")
+    # A browser replaces carriage returns only, which no text of a run has.
+    assert text.startswith(HOSTILE)
+    assert tab.text_content("#mirror") == text
+    assert tab.locator("img, main script, h1 b").count() == 0
+    assert tab.title().startswith("Write: <b>run")
+    assert "U+202E" in tab.text_content("#counts")
+    assert tab.events == [tab.url_of_page]
+
+
+def test_typed_text_is_coloured_by_its_surprise(tab):
+    places = [*HOSTILE[HOSTILE.index("\u05e9") : HOSTILE.index(" nul")], "END.", *"NUL"]
+    text = "".join(places)
+    fill(tab, text)
+    bits = tab.evaluate(
+        "async text => (await engine.read(clean(text).characters.join(''))).surprise", text
+    )
+    # The first is the mark of the document, which precedes the text.
+    assert bits[0] is None
+    assert len(bits) == len(places) + 1
+    for level in range(1, 9):
+        pairs = zip(places, bits[1:], strict=True)
+        wanted = "".join(place for place, bit in pairs if min(int(bit), 8) == level)
+        assert "".join(parts_of(tab, f"bits{level}")) == wanted
+    assert parts_of(tab, "written") == []
+
+
+def test_cursor_shows_what_was_expected_there(tab):
+    fill(tab, "turned")
+    tab.focus("#text")
+    tab.keyboard.press("ArrowLeft")
+    tab.evaluate("read()")
+    before = tab.evaluate("engine.read('\\x03turne')")["next"]
+    rows = tab.locator("#next li")
+    assert rows.count() == 10
+    assert f"{100 * before[0][1]:.1f}" in rows.first.text_content()
+    assert [row.get_attribute("class") for row in rows.all()].count("own") == ("d" in dict(before))
+    tab.click("#next li:nth-child(2) button")
+    [second, _] = before[1]
+    assert tab.input_value("#text") == f"turne{second}d"
+
+
+def test_unknown_characters_are_named_and_skipped(tab):
+    # `fill` would replace a lone surrogate.
+    tab.evaluate(r"box.value = 'tu\u00e9rn\ud83d', edit(), read()")
+    status = tab.text_content("#notice")
+    assert "\u00e9 (U+00E9), [U+D83D] (U+D83D)" in status
+    assert "skips" in status
+    assert parts_of(tab, "unknown") == ["\u00e9", "\ud83d"]
+    assert tab.evaluate("clean(text).characters.join('')") == "\x03turn"
+
+
+def test_page_stops_continues_and_copies(tab):
+    fill(tab, "a turned ")
+    tab.check("#slowly")
+    tab.fill("#length", "1000")
+    tab.click("#write")
+    tab.wait_for_selector("#write:text('Stop')")
+    tab.keyboard.press("Escape")
+    tab.wait_for_selector("#status:text('Stopped')")
+    tab.uncheck("#slowly")
+    before = tab.input_value("#text")
+    assert tab.text_content("#write") == "Continue"
+    write(tab, 20)
+    after = tab.input_value("#text")
+    assert after.startswith(before)
+    assert parts_of(tab, "written") == [after.removeprefix("a turned ")]
+    tab.click("#copy")
+    tab.wait_for_selector("#status:text('Copied')")
+    assert tab.evaluate("navigator.clipboard.readText()") == after
+    # A change of the text is typed, and ends what is being written.
+    fill(tab, after + "!")
+    assert parts_of(tab, "written") == []
