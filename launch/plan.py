@@ -10,6 +10,12 @@ of a step on accelerators, by the formulas of charlstm/planning/cost.py. --secon
 nothing:
 
   python launch/plan.py --config=tpu --chips=v5e:16 --seconds=0
+
+--compile compiles the training step, the evaluation step and the sampler for a TPU topology, and
+prints what the compiler reports of each. It needs no TPU, but `pip install -e '.[tpu]'` on Linux on
+x86-64, and takes minutes for wide models:
+
+  python launch/plan.py --config=tpu --compile=v5e:4x4
 """
 
 import os
@@ -24,7 +30,7 @@ import re
 
 from absl import flags
 
-from charlstm.cli import options
+from charlstm.cli import options, runtime
 from charlstm.errors import UserError
 from charlstm.planning import cost
 
@@ -35,6 +41,9 @@ CHIPS = flags.DEFINE_string(
 )
 SECONDS = flags.DEFINE_float(
     "seconds", 6.0, "how long to time training steps; 0 measures nothing", 0.0, 3600.0
+)
+COMPILE = flags.DEFINE_string(
+    "compile", "", "compile for a TPU topology, such as v5e:4x4, v4:2x2x1, v5p:4x4x4 or v6e:1x1"
 )
 JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
 
@@ -65,8 +74,16 @@ def main() -> None:
         )
     if minutes and not seconds:
         raise UserError("--seconds=0: --minutes has to time steps; leave --seconds out")
+    if topology := COMPILE.value:
+        if minutes or chips:
+            raise UserError(f"--compile={topology}: leave out --minutes and --chips")
+        runtime.prepare_libtpu()
     from charlstm import planning  # its functions import JAX
 
+    if topology:
+        compiled = planning.compile_for(config, topology)
+        print(json.dumps(compiled.costs, allow_nan=False) if JSON.value else compiled)
+        return
     if minutes:
         result = planning.plan(config, minutes, timing_seconds=seconds, chips=chips)
         command = options.train_command(CONFIG, result.settings)

@@ -47,7 +47,8 @@ ORDER = """
     evaluation.coding evaluation.compression
     cli.streams cli.signals cli.notebook cli.runtime cli.folders cli.options cli.usage
     exchange.export
-    planning.rules planning.timing planning.memory planning.report planning.planner
+    planning.rules planning.timing planning.memory planning.report planning.hlo planning.compile
+    planning.planner
     sweep.texts sweep.trials sweep.grid sweep.table sweep.search
     bench.cases bench.entropy bench.jax_backend bench.torch_backend bench.keras_backend
     bench.timing bench.report bench.measure

@@ -39,6 +39,24 @@ def prepare() -> None:
     keep_memory()
 
 
+def prepare_libtpu() -> None:
+    """Set the environment in which libtpu compiles for chips that this machine may not have.
+
+    Call it before JAX is imported.
+    """
+    # JAX leaves the chips of this machine, if it has any, to other processes.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Programs for other machines cannot be read back from the cache.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    # Otherwise one process at a time can use libtpu, because of its lock file.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    # Otherwise libtpu asks the metadata server of a TPU VM, and prints that none answers.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_LOG_DIR", "disabled")  # no log files
+
+
 def problem_of_jax(error: Exception) -> str:
     """Return how JAX's environment or devices cause `error`, or '' if they do not."""
     for name, value in os.environ.items():

@@ -4,7 +4,7 @@ Parameters and optimizer state are replicated; batches and carry are split by ro
 is the pure function of one device: given such inputs, XLA inserts an all-reduce for the gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,13 +22,18 @@ from charlstm.steps import TrainState, init_state
 AXIS = "data"
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return the mesh of `config.mesh.data` devices; the devices of a process are adjacent.
+
+    Args:
+      config: the settings.
+      devices: where to take them from; None means jax.devices().
 
     Raises:
       UserError: if there are fewer devices, or if they do not divide the batch size.
     """
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    given = jax.devices() if devices is None else devices
+    devices = sorted(given, key=lambda device: (device.process_index, device.id))
     size = len(devices) if config.mesh.data == -1 else config.mesh.data
     if size > len(devices):
         raise UserError(

@@ -42,6 +42,7 @@ from charlstm.errors import UserError
 
 FLOAT = 4  # bytes; parameters, gradients, Adam's moments and the carry are float32
 HOP_SECONDS = 1e-6
+GIB = 2**30
 
 
 class Chip(NamedTuple):
@@ -49,7 +50,7 @@ class Chip(NamedTuple):
 
     name: str
     flops: float  # of bfloat16 products
-    memory: float  # bytes
+    memory: float  # bytes that a program may use; of TPUs as the compiler of libtpu 0.0.52 says
     memory_bandwidth: float
     link_bandwidth: float  # sent over all links, half of the 'bidirectional' bandwidth
     axes: int  # of the torus; 1 for a switch
@@ -64,10 +65,12 @@ _LINKS = "https://jax-ml.github.io/scaling-book/tpus"
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, 32e9, 1.2e12, 2.7e11, 3, 4096, 6.25e9, 5e-6, f"{_TPU}v4, {_LINKS}"),
-        Chip("v5e", 197e12, 16e9, 819e9, 2e11, 2, 256, 3.1e9, 5e-6, f"{_TPU}v5e"),
-        Chip("v5p", 459e12, 95e9, 2.765e12, 6e11, 3, 8960, 6.25e9, 5e-6, f"{_TPU}v5p"),
-        Chip("v6e", 918e12, 32e9, 1.638e12, 4e11, 2, 256, 12.5e9, 5e-6, f"{_TPU}v6e"),
+        Chip(
+            "v4", 275e12, 30.75 * GIB, 1.2e12, 2.7e11, 3, 4096, 6.25e9, 5e-6, f"{_TPU}v4, {_LINKS}"
+        ),
+        Chip("v5e", 197e12, 15.75 * GIB, 819e9, 2e11, 2, 256, 3.1e9, 5e-6, f"{_TPU}v5e"),
+        Chip("v5p", 459e12, 95.73 * GIB, 2.765e12, 6e11, 3, 8960, 6.25e9, 5e-6, f"{_TPU}v5p"),
+        Chip("v6e", 918e12, 31.24 * GIB, 1.638e12, 4e11, 2, 256, 12.5e9, 5e-6, f"{_TPU}v6e"),
         Chip(
             *("h100", 989e12, 80e9, 3.35e12, 4.5e11, 1, 8, 5e10, 20e-6),
             source="https://jax-ml.github.io/scaling-book/gpus (SXM; 8 a node)",

@@ -17,6 +17,7 @@ from charlstm.config_check import validate
 from charlstm.errors import UserError
 from charlstm.parallel import sharding
 from charlstm.planning import cost, memory, report, rules, timing
+from charlstm.planning.compile import compile_costs, for_topology, topology_devices
 from charlstm.planning.timing import StageTimes
 from charlstm.training.setup import Setup, prepare, set_up
 
@@ -41,6 +42,16 @@ class Plan:
         return report.cost_table(self.costs)
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """The programs of a run as they are compiled for TPUs. `str` gives a table."""
+
+    costs: dict[str, Any]  # as `launch/plan.py --compile=... --json` prints them
+
+    def __str__(self) -> str:
+        return report.compiled_table(self.costs)
+
+
 def estimate(
     config: ConfigDict, *, timing_seconds: float = TIMING_SECONDS, chips: Chips | None = None
 ) -> Plan:
@@ -63,6 +74,31 @@ def estimate(
         loading = time.perf_counter() - begin + timing.process_seconds()
         costs = _all_costs(setup, _measure_stages(setup, timing_seconds), loading)
     return Plan(config, {}, costs | _accelerator(setup, chips))
+
+
+def compile_for(config: ConfigDict, topology: str) -> Compiled:
+    """Compile the programs of a run for TPUs, without one; return what the compiler reports.
+
+    The process needs the environment of charlstm.cli.runtime.prepare_libtpu. The text only has to
+    be long enough to evaluate.
+
+    Args:
+      config: the settings of the run.
+      topology: the chips that share the batch, such as 'v5e:4x4'.
+
+    Raises:
+      UserError: if the config is invalid or cannot run on these chips, if libtpu is missing, or if
+        it does not know the topology.
+      RunError: if the compiler fails.
+    """
+    validate(config)
+    config = config.copy_and_resolve_references()
+    if config.model.recurrence == "cudnn":
+        raise UserError("config.model.recurrence=cudnn: needs an NVIDIA GPU; use fused")
+    config.model.recurrence = "fused"  # 'native' and 'auto' also run as 'fused' on a TPU
+    devices = topology_devices(topology)
+    setup = for_topology(_read_setup(_smallest(config)), config, devices)
+    return Compiled(compile_costs(setup, topology))
 
 
 def plan(
@@ -125,6 +161,13 @@ def _read_setup(
         return read(config, epath.Path(folder) / "run")
 
 
+def _smallest(config: ConfigDict) -> ConfigDict:
+    """Return a copy of `config` for which any text is long enough and any machine has devices."""
+    smallest = config.copy_and_resolve_references()
+    smallest.batch_size, smallest.seq_len, smallest.mesh.data = 1, 1, 1
+    return smallest
+
+
 def _seconds_left(seconds: float, fixed: float) -> float:
     """Return the seconds left for steps; raise UserError if there are none."""
     left = seconds * (1 - MARGIN) - fixed
@@ -139,9 +182,7 @@ def _seconds_left(seconds: float, fixed: float) -> float:
 def _choose_shape(config: ConfigDict, seconds: float) -> Setup:
     """Return a setup with batch_size and seq_len for the text."""
     config = rules.with_streams(config)
-    smallest = config.copy_and_resolve_references()
-    smallest.batch_size, smallest.seq_len, smallest.mesh.data = 1, 1, 1
-    text = _read_setup(smallest).run.text
+    text = _read_setup(_smallest(config)).run.text
     is_cpu = jax.default_backend() == "cpu"
     shape = rules.choose_shape(seconds, text.training_characters, is_cpu)
     config.batch_size, config.seq_len = shape

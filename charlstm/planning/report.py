@@ -1,4 +1,4 @@
-"""A table of the costs of a run."""
+"""Tables of the costs of a run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +21,61 @@ def cost_table(costs: Mapping[str, Any]) -> str:
     for name, value in rows.items():
         table.add_row(name, value)
     return plain_text(table)
+
+
+def compiled_table(costs: Mapping[str, Any]) -> str:
+    """Return a table with a row per cost of each program that was compiled for a TPU."""
+    hosts = f"{costs['hosts']:,} host{'s' if costs['hosts'] > 1 else ''}"
+    table = Table.grid(padding=(0, 2))
+    rows = {
+        "topology": costs["topology"],
+        "devices": f"{costs['devices']:,} x {costs['device_kind']} on {hosts}",
+        "text": costs["text"],
+        "vocabulary": f"{costs['vocabulary']:,}",
+        "model": f"{costs['layers']} x {costs['hidden_size']} LSTM, {costs['dtype']}",
+        "parameters": f"{costs['parameters']:,}",
+        "batch": f"{costs['batch_size']:,} x {costs['seq_len']:,}",
+        "rows per device": f"{costs['rows_per_device']:,}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    for program, found in costs["programs"].items():
+        table.add_row(f"{program}, per device")
+        for name, value in _compiled(found).items():
+            table.add_row(f"- {name}", value)
+    return plain_text(table)
+
+
+def _compiled(found: Mapping[str, Any]) -> dict[str, str]:
+    size = f" of {_size(found['hbm_bytes'])}" if found["hbm_bytes"] else ""
+    fits = f"{size}, {'fits' if found['fits'] else 'does not fit'}"
+    if "needed_bytes" not in found:
+        return {"temporaries": f"{_size(found['temporary_bytes'])}{fits}"}
+    kernels, collectives = found["kernels_in_loops"], found["collectives"]
+    return {
+        "memory": f"{_size(found['needed_bytes'])}{fits}",
+        "arguments": _size(found["argument_bytes"]),
+        "outputs": f"{_size(found['output_bytes'])}, of which {_size(found['aliased_bytes'])} "
+        "replace arguments",
+        "temporaries": _size(found["temporary_bytes"]),
+        "program": _size(found["code_bytes"]),
+        "peak, by the compiler": _size(found["peak_bytes"]),
+        "operations, each loop body once": f"{found['flops']:,.0f}",
+        "bytes read and written, likewise": f"{found['bytes_accessed']:,.0f}",
+        "collectives": "; ".join(map(_collective, collectives)) or "none",
+        "kernels [H, 4H] in loops": "; ".join(map(_kernel, kernels)) or "none found",
+        "compile time": _duration(found["compile_seconds"]),
+    }
+
+
+def _collective(one: Mapping[str, Any]) -> str:
+    where = "in a loop over time" if one["in_loop"] else "outside loops over time"
+    arrays = f"{one['arrays']} array{'s' if one['arrays'] > 1 else ''}"
+    return f"{one['kind']} of {arrays}, {_size(one['bytes'])} {'+'.join(one['dtypes'])}, {where}"
+
+
+def _kernel(kernel: Mapping[str, Any]) -> str:
+    return f"{kernel['pass']} {_size(kernel['bytes'])} {kernel['dtype']} in {kernel['memory']}"
 
 
 def _counted(costs: Mapping[str, Any]) -> dict[str, str]:
@@ -76,6 +131,8 @@ def _accelerator(costs: Mapping[str, Any]) -> dict[str, str]:
 def _size(num_bytes: float) -> str:
     if num_bytes >= 2**30:
         return f"{num_bytes / 2**30:,.1f} GiB"
+    if num_bytes < 2**17:
+        return f"{num_bytes:,.0f} bytes"
     return f"{num_bytes / 2**20:,.1f} MiB"
 
 

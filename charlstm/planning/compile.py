@@ -1,0 +1,245 @@
+"""Compile the programs of a run for TPUs on a machine without one.
+
+libtpu contains the compiler, and jax.experimental.topologies describes the chips to it. What is
+returned is the compiler's own account of the programs; nothing runs.
+"""
+
+import logging
+import re
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict
+
+from charlstm.data.batches import Batch, evaluation_batches
+from charlstm.errors import RunError, UserError, one_line
+from charlstm.filters import Settings
+from charlstm.model import zero_carry
+from charlstm.optim import make_optimizer, make_schedule
+from charlstm.parallel.sharding import by_rows, init_sharded, make_mesh, replicated
+from charlstm.planning import cost, hlo
+from charlstm.sampling import READERS, Draw, initial_state
+from charlstm.streaming import CHUNK_LEN, compiled_generate_chunk, with_rows
+from charlstm.system.extras import import_extra
+from charlstm.training.loop import compile_train_steps, max_steps_per_call
+from charlstm.training.setup import Setup
+from charlstm.training.validation import compile_eval_step
+
+logger = logging.getLogger(__name__)
+
+# An axis without chips crashes libtpu.
+TOPOLOGY = re.compile(r"[a-zA-Z0-9]+:[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}")
+# JAX joins the two cores of a v4 to one device, but libtpu does not by default.
+OPTIONS = {"v4": {"chip_config_name": "megacore"}}
+OUT_OF_MEMORY = re.compile(r"\(?([\d.]+)([KMGT])\)? exceeds available HBM \(([\d.]+)([KMGT])\)")
+UNITS = {unit: 2 ** (10 * power) for power, unit in enumerate("KMGT", 1)}
+
+
+class Lowered(NamedTuple):
+    """A program of a run, not yet compiled."""
+
+    program: Any  # jax.stages.Lowered
+    outer_loops: int  # the number of loops around all steps, such as that over training steps
+
+
+def topology_devices(word: str) -> list[Any]:
+    """Return the devices of a topology such as 'v5e:4x4', which JAX can compile for.
+
+    charlstm.cli.runtime.prepare_libtpu lists the environment variables that libtpu needs.
+
+    Raises:
+      UserError: if libtpu is missing or does not know the topology.
+    """
+    if not TOPOLOGY.fullmatch(word):
+        raise UserError(f"--compile={word}: must be NAME:AxB or NAME:AxBxC, such as v5e:4x4")
+    import_extra("libtpu", "tpu", f"--compile={word} works on Linux on x86-64 only and")
+    options = OPTIONS.get(word.partition(":")[0], {})
+    try:
+        return topologies.get_topology_desc(word, "tpu", **options).devices
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        raise UserError(f"--compile={word}: libtpu refuses it ({one_line(error)})") from error
+
+
+def for_topology(setup: Setup, config: ConfigDict, devices: list[Any]) -> Setup:
+    """Return `setup` with `config` in place of its own, on a mesh of `devices`.
+
+    Raises:
+      UserError: if the devices cannot share the batch, or the text is too short to evaluate.
+    """
+    mesh = make_mesh(config, devices)
+    fields = config.model.to_dict() | {"num_shards": mesh.size}
+    val_batches = setup.val_batches and evaluation_batches(setup.val_batches.ids_M, config)
+    return setup._replace(
+        run=setup.run._replace(config=config),
+        mesh=mesh,
+        model=setup.model.clone(**fields),
+        val_batches=val_batches,
+        num_steps=config.num_steps or setup.num_steps,
+    )
+
+
+def programs(setup: Setup) -> dict[str, Lowered]:
+    """Return the programs that training calls, on the devices of `setup.mesh`."""
+    config, mesh = setup.run.config, setup.mesh
+    optimizer = make_optimizer(config, make_schedule(config, setup.num_steps))
+    key = setup.run.key(config.seed)
+    state, _ = init_sharded(setup.model, optimizer, key, config.batch_size, mesh)
+    batches = abstract_batch(setup, config.batch_size, max_steps_per_call(setup))
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    train_steps: Any = compile_train_steps(setup, optimizer, state)
+    found = {"training step": Lowered(train_steps.lower(state, batches, count), 1)}
+    if setup.val_batches:
+        rows = setup.val_batches.batch_size
+        sharding = by_rows(mesh, rows)
+        carry = jax.tree.map(
+            lambda leaf: leaf.update(sharding=sharding),
+            jax.eval_shape(partial(zero_carry, setup.model, rows)),
+        )
+        eval_step: Any = compile_eval_step(setup)
+        lowered = eval_step.lower(state.params, carry, abstract_batch(setup, rows))
+        found["evaluation step"] = Lowered(lowered, 0)
+    return found | {"sampler": Lowered(lower_sampler(setup, state.params), 1)}
+
+
+def abstract_batch(setup: Setup, batch_size: int, num_steps: int | None = None) -> Batch:
+    """Return the shapes of a batch of B = `batch_size` rows, or of S = `num_steps` batches."""
+    steps = () if num_steps is None else (num_steps,)
+    sharding = by_rows(setup.mesh, batch_size, axis=len(steps))
+    shape = batch_size, setup.run.config.seq_len
+    ids, weights, reset = (
+        jax.ShapeDtypeStruct((*steps, *shape[:rank]), dtype, sharding=sharding)
+        for rank, dtype in ((2, "int32"), (2, "float32"), (1, "bool"))
+    )
+    return Batch(ids, ids, weights, reset)
+
+
+def lower_sampler(setup: Setup, params: Any) -> Any:
+    """Return the program that continues one prompt by at most CHUNK_LEN characters."""
+    config = setup.run.config
+    chosen = config.sample.to_dict()
+    method, _ = chosen.pop("method"), chosen.pop("length")
+    settings = with_rows(Settings(**chosen), 1)
+    prompt_BP = np.zeros((1, config.seq_len), np.int32)
+    penalizes = Settings(**chosen).penalizes
+    state, _ = initial_state(setup.model, method, config.seq_len, prompt_BP, penalizes)
+    given_BT = np.zeros((1, CHUNK_LEN), np.int32)
+    number, draw = np.int32(0), Draw(setup.run.key(config.seed), settings)
+    sharding = SingleDeviceSharding(setup.mesh.devices.flat[0])
+    arguments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=sharding),
+        (params, state, given_BT, number, number, draw),
+    )
+    return compiled_generate_chunk.lower(setup.model, READERS[method], *arguments)
+
+
+def compile_costs(setup: Setup, topology: str) -> dict[str, Any]:
+    """Compile the programs of a run for the devices of `setup.mesh`; return their costs."""
+    config = setup.run.config
+    chip = cost.CHIPS.get(topology.partition(":")[0])
+    hbm_bytes = chip.memory if chip else None
+    costs = {}
+    for name, lowered in programs(setup).items():
+        logger.info("compiling the %s", name)
+        costs[name] = program_costs(lowered, config.model.hidden_size, hbm_bytes)
+    return {
+        "topology": topology,
+        "device_kind": setup.mesh.devices.flat[0].device_kind,
+        "devices": setup.mesh.size,
+        "hosts": len({device.process_index for device in setup.mesh.devices.flat}),
+        "rows_per_device": config.batch_size // setup.mesh.size,
+        "text": setup.run.text.source,
+        "vocabulary": setup.model.vocab_size,
+        "layers": config.model.num_layers,
+        "hidden_size": config.model.hidden_size,
+        "dtype": config.model.dtype,
+        "batch_size": config.batch_size,
+        "seq_len": config.seq_len,
+        "parameters": cost.count_params(config, setup.model.vocab_size),
+        "programs": costs,
+    }
+
+
+def program_costs(lowered: Lowered, hidden_size: int, hbm_bytes: float | None) -> dict[str, Any]:
+    """Compile a program; return its costs on each device as the compiler reports them.
+
+    'needed_bytes' is the sum of arguments, outputs that replace none, temporaries and code. For a
+    program that the compiler refuses because its temporaries do not fit, only these are known.
+
+    Raises:
+      RunError: if the compiler fails for another reason.
+    """
+    begin = time.perf_counter()
+    try:
+        compiled = lowered.program.compile()
+        seconds = time.perf_counter() - begin
+        memory, counts = compiled.memory_analysis(), compiled.cost_analysis()
+        program = hlo.parse(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        if not (found := OUT_OF_MEMORY.search(str(error))):
+            raise RunError(f"the compiler of libtpu fails: {one_line(error)}") from error
+        needed, available = (float(found[place]) * UNITS[found[place + 1]] for place in (1, 3))
+        return {"fits": False, "temporary_bytes": needed, "hbm_bytes": available}
+    new_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    held_bytes = memory.argument_size_in_bytes + memory.generated_code_size_in_bytes
+    needed_bytes = held_bytes + new_bytes + memory.temp_size_in_bytes
+    return {
+        "fits": hbm_bytes is None or needed_bytes <= hbm_bytes,
+        "hbm_bytes": hbm_bytes,
+        "needed_bytes": needed_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "flops": counts["flops"],
+        "bytes_accessed": counts["bytes accessed"],
+        "compile_seconds": seconds,
+    } | described(program, lowered.outer_loops, hidden_size)
+
+
+def described(program: hlo.Program, outer_loops: int, hidden_size: int) -> dict[str, Any]:
+    """Return the collectives of a program, and the memory of the kernels that its loops read."""
+    return {
+        "collectives": [
+            {
+                "kind": one.opcode,
+                "bytes": one.num_bytes,
+                "arrays": len(one.arrays),
+                "dtypes": sorted({array.dtype for array in one.arrays}),
+                "in_loop": one.loops > outer_loops,
+            }
+            for one in hlo.collectives(program)
+        ],
+        "kernels_in_loops": [
+            {
+                "pass": "backward" if "transpose(" in loop.op_name else "forward",
+                "dtype": kernel.dtype,
+                "bytes": kernel.num_bytes,
+                "memory": kernel.memory,
+                "on_chip": kernel.memory in hlo.ON_CHIP,
+            }
+            for loop in hlo.loops(program)
+            if loop.is_innermost
+            for kernel in wide_kernels(loop, hidden_size)
+        ],
+    }
+
+
+def wide_kernels(loop: hlo.Loop, hidden_size: int) -> list[hlo.Array]:
+    """Return the arrays [H, 4H] and [4H, H] that all iterations of a loop read.
+
+    They are the recurrent kernels, and in the sampler also the input kernels of upper layers.
+    """
+    shapes = (hidden_size, 4 * hidden_size), (4 * hidden_size, hidden_size)
+    return [
+        array
+        for array in loop.constants
+        if tuple(size for size in array.shape if size > 1) in shapes
+    ]

@@ -1,0 +1,83 @@
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from launching import command_of
+
+from charlstm import planning
+from charlstm.config import base_config
+from charlstm.errors import UserError
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'"
+)
+# Fewer operations than the default ones, which halves the time to compile.
+PLAIN = {"optimizer.name": "adam", "optimizer.weight_decay": 0.0, "optimizer.average_window": 0.0}
+PLAIN |= {"optimizer.schedule": "constant", "optimizer.warmup_steps": 0, "seq_len": 16}
+SMALL = PLAIN | {"batch_size": 16, "model.hidden_size": 128}
+WIDE = PLAIN | {"batch_size": 64, "model.hidden_size": 1024, "model.dtype": "bfloat16"}
+
+
+def compiled(topology, book_path, settings):
+    """Return what `launch/plan.py --compile` prints as JSON."""
+    given = {"data.path": book_path, **settings}
+    flags = [f"--config.{key}={value}" for key, value in given.items()]
+    command = command_of("plan", f"--compile={topology}", "--json", *flags)
+    result = subprocess.run(
+        command, cwd=book_path.parent, capture_output=True, text=True, timeout=500
+    )
+    assert result.returncode == 0, result.stderr
+    assert [line for line in result.stderr.splitlines() if "compiling" not in line] == []
+    return json.loads(result.stdout)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [SMALL, WIDE], ids=["small", "wide"])
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5e:2x2"])
+def test_tpu_program_sums_once_and_keeps_kernels_on_chip(topology, settings, book_path):
+    costs = compiled(topology, book_path, settings)
+    num_chips = {"v5e:1x1": 1, "v5e:2x2": 4}[topology]
+    assert costs["devices"] == num_chips
+    step, evaluation, sampler = costs["programs"].values()
+    assert step["fits"]
+    # The compiler stores all kernels of the loops over time as bfloat16.
+    kernel_bytes = 2 * 4 * settings["model.hidden_size"] ** 2
+    kernels = {(one["pass"], one["bytes"]) for one in step["kernels_in_loops"]}
+    assert kernels == {("forward", kernel_bytes), ("backward", kernel_bytes)}
+    for program in (step, evaluation, sampler):
+        assert program["kernels_in_loops"]
+        assert all(kernel["memory"] == "VMEM" for kernel in program["kernels_in_loops"])
+        assert not any(one["in_loop"] for one in program["collectives"])
+    assert not sampler["collectives"]
+    sums = [one for one in step["collectives"] if one["kind"] == "all-reduce"]
+    assert sums == step["collectives"]
+    if num_chips == 1:
+        assert not sums
+        return
+    # One for the arrays of each type, and one for the number of characters.
+    assert [one["arrays"] for one in sums if one["bytes"] == 4] == [1]
+    assert len(sums) == 1 + len({dtype for one in sums for dtype in one["dtypes"]})
+    width = 2 if "model.dtype" in settings else 4
+    gradient_bytes = width * costs["parameters"]
+    assert sum(one["bytes"] for one in sums) == pytest.approx(gradient_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v5e", r"--compile=v5e: must be NAME:AxB"),
+        ("v5e:0x1", r"--compile=v5e:0x1: must be NAME:AxB"),  # crashes libtpu
+    ],
+)
+def test_topology_of_another_form_is_an_error(topology, message):
+    with pytest.raises(UserError, match=message):
+        planning.compile_for(base_config(), topology)
+
+
+def test_missing_libtpu_is_an_error_that_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(UserError, match=r"--compile=v5e:2x2 .*x86-64.*'\.\[tpu\]'"):
+        planning.compile_for(base_config(), "v5e:2x2")
