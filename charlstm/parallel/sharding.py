@@ -120,7 +120,10 @@ def to_host(tree: Any) -> Any:
     def gather(leaf: Any) -> np.ndarray:
         if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        # Each process holds a replicated array whole.
+        if isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):
             return process_allgather(leaf, tiled=True)
         return np.asarray(leaf)
 
