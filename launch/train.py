@@ -66,18 +66,18 @@ def check_cluster_flags(coordinator: str | None, size: int | None, index: int | 
 def main() -> int:
     """Train the run that the flags describe; return the exit code."""
     config = options.checked_config(CONFIG)
-    cluster = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
-    check_cluster_flags(*cluster)
+    members = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    check_cluster_flags(*members)
     if WORKDIR.value == BUILTIN:
         raise UserError(
             f"--workdir={BUILTIN}: is the model in the package; choose another --workdir, and "
             f"--config.init_from={BUILTIN} to start from its weights"
         )
-    from charlstm.parallel import processes  # late, because JAX is slow to import
+    from charlstm.parallel import cluster, processes  # late, because JAX is slow to import
     from charlstm.system.console import launcher_command, show_logs
 
     show_logs(progress_on_stdout=True)
-    with processes.joined(*cluster, JOIN_TIMEOUT.value), app.StopSignal() as stop:
+    with cluster.joined(*members, JOIN_TIMEOUT.value), app.StopSignal() as stop:
         from charlstm.training.loop import train
 
         if not processes.is_first():

@@ -31,7 +31,7 @@ ORDER = """
     data.corpus data.batches
     lstm.reference lstm.fused lstm.native_library lstm.native lstm.cudnn model optim steps
     filters repetition sampling copy_limit streaming
-    parallel.sharding parallel.native_output parallel.processes
+    parallel.sharding parallel.native_output parallel.processes parallel.cluster
     runs.plots runs.metrics runs.folder runs.checksums
     exchange.card exchange.weights exchange.folder exchange.safetensors exchange.plain
     exchange.torch exchange.keras exchange.onnx exchange.reading exchange.formats

@@ -18,7 +18,7 @@ from charlstm.runs.checkpoints import Checkpoints
 from charlstm.runs.folder import write_run
 from charlstm.runs.metrics import RunLog
 from charlstm.steps import TrainState, TrainSteps
-from charlstm.training.loop import compile_train_steps, read_batches, steps_of_call
+from charlstm.training.loop import compile_train_steps, read_batches, steps_in_time, steps_of_call
 from charlstm.training.progress import Counters
 from charlstm.training.setup import Setup
 from charlstm.training.validation import compile_eval_step, validate, write_sample
@@ -160,7 +160,8 @@ def time_steps(
             before = now
         pending = metrics, count
         if calls:
-            count = steps_of_call(setup, step, calls[-1][0] / calls[-1][1])
+            in_time = steps_in_time(setup, calls[-1][0] / calls[-1][1])
+            count = steps_of_call(setup, step, in_time)
     # Without the first call, which also waits for threads to wake.
     total, num_steps = (sum(column) for column in zip(*calls[1:], strict=True))
     return jax.block_until_ready(state), total / num_steps

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 class OrbaxError(RuntimeError):
     """An error of any type within Orbax, as one line.
 
-    It is a RuntimeError, since the death of another process may be its reason: processes.joined
+    It is a RuntimeError, since the death of another process may be its reason: cluster.joined
     then waits for the report of that death.
     """
 

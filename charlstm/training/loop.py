@@ -58,10 +58,6 @@ MAX_CALL_CHARS = 2**22
 ShouldStop = Callable[[], bool]
 
 
-class StoppedError(Exception):
-    """A stop was requested."""
-
-
 @jax.transfer_guard("allow")  # batches and settings come from the host at every step
 def train(
     config: ConfigDict,
@@ -87,7 +83,6 @@ def train(
         cannot start from config.init_from.
       RunError: if the run cannot be saved or its loss stays nonfinite.
     """
-    should_stop = processes.any_process(should_stop)
     workdir = epath.Path(given_path(os.fspath(workdir)))
     setup = processes.run_on_all_processes(partial(set_up, config, workdir, unset))
     processes.check_same(shared_settings(setup))
@@ -154,10 +149,7 @@ def resume(
     if profile:
         train_steps = traced_once(train_steps, setup.run.workdir / "profile")
     eval_step = compile_eval_step(setup) if setup.val_batches else None
-
-    def poll() -> None:
-        if should_stop():
-            raise StoppedError
+    agreement = processes.Agreement(should_stop)
 
     def save(loss: float | None = None) -> None:
         checkpoints.save(state, progress.checkpoint_metadata(), loss)
@@ -167,10 +159,10 @@ def resume(
             params = averaged_params(state.params, state.opt_state)
             metrics: dict[str, Any] = {}
             if eval_step:
-                metrics |= validate(setup, eval_step, params, poll)
+                metrics |= validate(setup, eval_step, params, agreement.poll)
             if processes.is_first():
                 # Only process 0 samples, so it cannot agree with the others on stopping.
-                poll_alone = (lambda: None) if processes.is_shared() else poll
+                poll_alone = (lambda: None) if processes.is_shared() else agreement.poll
                 metrics |= write_sample(setup, on_one_device(params), step, poll_alone)
             # The record comes first: after a crash between the two, a resume repeats both.
             save(progress.log_evaluation(step, metrics))
@@ -186,8 +178,8 @@ def resume(
             while step < setup.num_steps and (
                 not progress.has_stalled or counters.needs_evaluation
             ):
-                poll()
-                count = steps_of_call(setup, step, progress.seconds_per_step)
+                in_time = agreement.smallest(steps_in_time(setup, progress.seconds_per_step))
+                count = steps_of_call(setup, step, in_time)
                 state, metrics = train_steps(state, read_batches(setup, step, count), count)
                 step += count
                 progress.push(step, count, metrics)
@@ -199,7 +191,7 @@ def resume(
                     save()
             is_finished = True
             progress.log_end(step)
-        except StoppedError:
+        except processes.StoppedError:
             is_finished = False
             if step > first_step:
                 save()
@@ -246,18 +238,20 @@ def max_steps_per_call(setup: Setup) -> int:
     return max(1, min(MAX_CALL_STEPS, in_memory, setup.log_every, setup.num_steps))
 
 
-def steps_of_call(setup: Setup, step: int, seconds_per_step: float) -> int:
-    """Return the number of steps of the compiled call after `step` steps.
+def steps_in_time(setup: Setup, seconds_per_step: float) -> int:
+    """Return the number of steps that a compiled call takes in CALL_SECONDS, at least 1."""
+    most = max_steps_per_call(setup)
+    # The clock may stand still between two calls.
+    return max(1, int(min(most, CALL_SECONDS / seconds_per_step))) if seconds_per_step else most
 
-    It ends at the latest where a record, an evaluation or a checkpoint is due, and takes about
-    CALL_SECONDS. All processes return the same number.
+
+def steps_of_call(setup: Setup, step: int, in_time: int) -> int:
+    """Return the number of steps of the compiled call after `step` steps, at most `in_time`.
+
+    The call ends at the latest where a record, an evaluation or a checkpoint is due.
     """
     intervals = (setup.log_every, setup.eval_every, setup.save_every, setup.num_steps)
-    num_due = min(interval - step % interval for interval in intervals)
-    most = min(max_steps_per_call(setup), num_due)
-    # The clock may stand still between two calls.
-    in_time = most if seconds_per_step == 0 else int(min(most, CALL_SECONDS / seconds_per_step))
-    return processes.min_over_processes(max(1, in_time))
+    return min(in_time, *(interval - step % interval for interval in intervals))
 
 
 def compile_train_steps(

@@ -3,6 +3,7 @@
 import logging
 import signal
 import socket
+import sys
 import tempfile
 import time
 from contextlib import closing
@@ -13,7 +14,7 @@ from etils import epath
 from helpers import assert_runs_close, assert_stopped
 from launching import WarmLauncher
 
-from charlstm.parallel import processes
+from charlstm.parallel import cluster, processes
 from charlstm.runs.checkpoints import steps_in
 
 FLAGS = [
@@ -148,25 +149,27 @@ INDEXED_JOB = POD | {"JOB_COMPLETION_INDEX": "0"}
 def test_find_cluster_reads_the_environment(variables, packages, found, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("charlstm"), "propagate", True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name in packages or None)
-    assert processes.find_cluster(variables) == found
+    assert cluster.find_cluster(variables) == found
     is_missed = variables == INDEXED_JOB and not packages
     assert ("pip install kubernetes" in caplog.text) == is_missed
 
 
 def test_kubernetes_pod_trains_alone_without_a_warning(monkeypatch, recwarn, caplog):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # libtpu may be installed
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    with processes.joined(None, None, None, 3):
+    with cluster.joined(None, None, None, 3):
         assert not processes.is_shared()
     assert not recwarn.list
     assert caplog.text == ""
 
 
-def test_watch_warns_if_jax_has_no_client(monkeypatch, caplog):
+def test_jax_without_its_private_client_costs_a_warning(monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("charlstm"), "propagate", True)
-    monkeypatch.delattr("jax._src.distributed.global_state")
-    assert processes.client() is None
-    processes.Watch().start()
+    monkeypatch.setitem(sys.modules, "jax._src", None)  # an import raises ImportError
+    watch = cluster.Watch()
+    watch.start()
     assert "dead process" in caplog.text
+    watch.shutdown(0.0)
 
 
 @pytest.fixture(scope="module")

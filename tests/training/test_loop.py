@@ -32,7 +32,7 @@ from charlstm.runs.checksums import read_metadata
 from charlstm.runs.folder import SCHEMA, load_run, write_run
 from charlstm.runs.metrics import read_records
 from charlstm.training import loop
-from charlstm.training.loop import steps_of_call, train
+from charlstm.training.loop import steps_in_time, steps_of_call, train
 from charlstm.training.setup import log_setup, prepare
 from charlstm.training.validation import compile_eval_step, validate
 
@@ -194,13 +194,17 @@ def test_compiled_call_ends_in_time_and_where_something_is_due(book_path, tmp_pa
     changes = {"num_steps": 100, "log_every_steps": 8, "checkpoint_every_steps": 10}
     changes |= {"eval_every_steps": 50}
     setup = prepare(small_config(book_path, **changes), epath.Path(tmp_path / "run"))
+
+    def steps_of(step, seconds_per_step):
+        return steps_of_call(setup, step, steps_in_time(setup, seconds_per_step))
+
     # The first call takes one step, because the time of a step is unknown.
-    assert steps_of_call(setup, 0, math.inf) == 1
-    assert steps_of_call(setup, 0, loop.CALL_SECONDS / 3) == 3
-    assert steps_of_call(setup, 0, 10 * loop.CALL_SECONDS) == 1
+    assert steps_of(0, math.inf) == 1
+    assert steps_of(0, loop.CALL_SECONDS / 3) == 3
+    assert steps_of(0, 10 * loop.CALL_SECONDS) == 1
     # With fast steps, and with a clock that stands still.
     for seconds in (1e-9, 0.0):
-        calls = [(step, steps_of_call(setup, step, seconds)) for step in (0, 8, 10, 48, 96)]
+        calls = [(step, steps_of(step, seconds)) for step in (0, 8, 10, 48, 96)]
         assert calls == [(0, 8), (8, 2), (10, 6), (48, 2), (96, 4)]
 
 
