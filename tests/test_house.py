@@ -54,6 +54,8 @@ ORDER = """
     bench.timing bench.report bench.measure
     bench.scaling_picture bench.scaling
     pages.embed exchange.html pages.score pages.sections pages.held_out pages.report
+    serving.requests serving.batch serving.batcher serving.worker
+    serving.guard serving.protocol serving.app serving.server
 """.split()
 # Sections of a config that are passed on as **config.SECTION.to_dict().
 SPREAD = {"model": CharLSTM, "sample": stream}

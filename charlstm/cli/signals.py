@@ -70,8 +70,12 @@ watch = SignalWatch()
 class StopSignal:
     """Is true after SIGINT, SIGTERM or SIGHUP within its block; a second signal exits at once."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, message: str = "stopping after the state is saved; a second signal exits at once"
+    ) -> None:
+        """Print `message` at the first signal."""
         self.number = 0
+        self._message = message
 
     def __enter__(self) -> StopSignal:
         self._handlers = watch.handle()
@@ -91,8 +95,7 @@ class StopSignal:
         # Erase a progress bar and the ^C of the terminal.
         erase = "\r\x1b[2K" if os.isatty(2) else ""
         with suppress(OSError):
-            line = f"{erase}stopping after the state is saved; a second signal exits at once\n"
-            os.write(2, line.encode())
+            os.write(2, f"{erase}{self._message}\n".encode())
 
     def __call__(self) -> bool:
         """Return whether a signal has arrived."""

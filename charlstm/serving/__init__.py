@@ -1,0 +1,1 @@
+"""A web server for people who write with a model."""
