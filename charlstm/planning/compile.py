@@ -201,6 +201,7 @@ def program_costs(lowered: Lowered, hidden_size: int, hbm_bytes: float | None) -
         "flops": counts["flops"],
         "bytes_accessed": counts["bytes accessed"],
         "compile_seconds": seconds,
+        "estimated_cycles": hlo.estimated_cycles(program),
     } | described(program, lowered.outer_loops, hidden_size)
 
 

@@ -23,6 +23,7 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)")
 _CALLED = re.compile(r"\b(body|condition|calls|to_apply)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 _ELEMENT = re.compile(r"get-tuple-element\(.*?%([\w.-]+)\), index=(\d+)")
 
@@ -195,6 +196,45 @@ def loops(program: Program) -> list[Loop]:
         is_innermost = not any(other.opcode == "while" for other, _ in inside)
         found.append(Loop(op_name[1] if op_name else "", constants, depth, is_innermost))
     return found
+
+
+def estimated_cycles(program: Program) -> int:
+    """Return the compiler's estimate of the clock cycles of a program on a TPU.
+
+    The body of a loop counts as often as it runs, or once if this is known at run time only.
+    Collectives have no estimate and count 0. What is estimated is each operation alone.
+    """
+    return _cycles(program, program.entry)
+
+
+def _cycles(program: Program, name: str) -> int:
+    total = 0
+    for instruction in program.computations.get(name, ()):
+        if found := _CYCLES.search(instruction.rest):
+            total += int(found[1])
+        called = dict(_CALLED.findall(instruction.rest))
+        if instruction.opcode == "while":
+            runs = _iterations(program.computations[called["condition"]]) or 1
+            total += runs * _cycles(program, called["body"])
+        elif instruction.opcode == "call":
+            total += _cycles(program, called["to_apply"])
+        elif instruction.opcode == "conditional":
+            total += max(_cycles(program, branch) for branch in called_by(instruction))
+    return total
+
+
+def _iterations(condition: tuple[Instruction, ...]) -> int | None:
+    """Return n for the condition `index < n`, whose index begins at 0; None for any other."""
+    constants = {
+        line.name: int(number[1])
+        for line in condition
+        if line.opcode == "constant" and (number := re.match(r"\((\d+)\)", line.rest))
+    }
+    (root,) = (line for line in condition if line.is_root)
+    operands = re.findall(r"%([\w.-]+)", root.rest.split("), ")[0])
+    if root.opcode != "compare" or "direction=LT" not in root.rest:
+        return None
+    return constants.get(operands[1])
 
 
 def _unchanged(body: tuple[Instruction, ...]) -> list[int]:

@@ -62,6 +62,7 @@ def _compiled(found: Mapping[str, Any]) -> dict[str, str]:
         "peak, by the compiler": _size(found["peak_bytes"]),
         "operations, each loop body once": f"{found['flops']:,.0f}",
         "bytes read and written, likewise": f"{found['bytes_accessed']:,.0f}",
+        "cycles of one step, estimated": f"{found['estimated_cycles']:,}",
         "collectives": "; ".join(map(_collective, collectives)) or "none",
         "kernels [H, 4H] in loops": "; ".join(map(_kernel, kernels)) or "none found",
         "compile time": _duration(found["compile_seconds"]),

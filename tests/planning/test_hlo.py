@@ -84,6 +84,19 @@ def test_two_halves_of_a_collective_count_once():
     assert kinds == [("all-gather", 32), ("all-reduce", 24), ("all-reduce", 4)]
 
 
+def test_cycles_of_a_loop_count_as_often_as_it_runs():
+    def text_with(outer, inner, entry):
+        cost = 'fusion(%x), backend_config={{"estimated_cycles":"{}"}}'
+        text = with_line(f"%a = f32[] {cost.format(inner)}")
+        for line, number in (("  %tuple.33 = ", outer), ("  %copy-done = ", entry)):
+            text = text.replace(line, f"  %b = f32[] {cost.format(number)}\n{line}")
+        return text
+
+    # The outer loop runs n times, which only the run knows; the inner one 7 times.
+    found = hlo.estimated_cycles(hlo.parse(text_with(outer=100, inner=3, entry=1000)))
+    assert found == 1000 + 1 * (100 + 7 * 3)
+
+
 def test_arrays_of_a_tuple_have_type_shape_and_memory():
     text = "(pred[], /*index=1*/f8e4m3fn[3]{0:S(3)}, s4[2,5]{1,0:T(8,128)(2,1)S(6)}, f32[0]{0})"
     assert hlo.arrays_of(text) == (

@@ -93,7 +93,7 @@ def test_proposal_can_be_trained_and_leaves_no_files(config, book_path, monkeypa
 
 def test_time_too_short_to_train_is_an_error(config, monkeypatch):
     monkeypatch.setattr(timing, "process_seconds", lambda: 5.0)
-    with pytest.raises(UserError, match=r"--minutes=0\.001: .* 5\.\d s .* at least 0\.2"):
+    with pytest.raises(UserError, match=r"--minutes=0\.001: .* \d+\.\d s .* at least 0\.\d"):
         planning.plan(config, 0.001, timing_seconds=0.1)
 
 
