@@ -9,9 +9,13 @@ import tempfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from charlstm.cli import runtime
+
 # As in the launchers: the result of LAPACK depends on the number of its threads.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["KERAS_BACKEND"] = "jax"
+if runtime.has_only_libtpu():
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # All processes of a session, workers and launchers included, share the caches of compiled programs.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="charlstm-tests-")

@@ -10,6 +10,7 @@ import time
 import warnings
 import zlib
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,21 @@ def prepare() -> None:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     # tensorboardX sets it otherwise, later, when XLA's threads may call getenv and then crash.
     os.environ.setdefault("CRC32C_SW_MODE", "auto")
+    if has_only_libtpu():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else the start of libtpu prints errors
     keep_compilations()
     keep_memory()
+
+
+def has_only_libtpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Return whether libtpu is installed on a machine without a TPU, and no plugin for GPUs.
+
+    `devices` is Linux's list of PCI devices.
+    """
+    if not find_spec("libtpu") or find_spec("jax_plugins"):
+        return False
+    google = "0x1ae0"
+    return google not in {path.read_text().strip() for path in devices.glob("*/vendor")}
 
 
 def prepare_libtpu() -> None:

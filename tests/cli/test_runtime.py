@@ -24,6 +24,22 @@ def test_compilation_cache_is_in_the_users_cache_by_default(monkeypatch, tmp_pat
     assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).is_relative_to(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("packages", "vendor", "wanted"),
+    [
+        ({"libtpu"}, "0x8086", True),
+        ({"libtpu"}, "0x1ae0", False),  # Google, as of a TPU
+        ({"libtpu", "jax_plugins"}, "0x8086", False),  # as of a GPU
+        ((), "0x8086", False),
+    ],
+)
+def test_libtpu_without_a_tpu_is_recognized(packages, vendor, wanted, monkeypatch, tmp_path):
+    monkeypatch.setattr(runtime, "find_spec", lambda name: name in packages or None)
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "vendor").write_text(f"{vendor}\n")
+    assert runtime.has_only_libtpu(tmp_path) == wanted
+
+
 # Compile, truncate the cache entry, compile again, and print the sizes before and after.
 CUT_OFF = """
 import os, sys, time, warnings
