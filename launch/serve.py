@@ -22,6 +22,7 @@ import logging
 from absl import flags
 
 from charlstm.cli import folders, options
+from charlstm.serving import address
 from charlstm.system.extras import import_extra
 
 logger = logging.getLogger("charlstm.serve")
@@ -39,6 +40,7 @@ def main() -> int:
     """Serve until a signal; return the exit code."""
     for package in ("starlette", "uvicorn"):
         import_extra(package, "serve", "launch/serve.py")
+    socket = address.bind(HOST.value, PORT.value)
     workdir = folders.trained_workdir(WORKDIR.value)
     from charlstm.runs.checkpoints import load_model  # it imports JAX
     from charlstm.serving import server
@@ -46,8 +48,7 @@ def main() -> int:
     from charlstm.serving.requests import Limits
     from charlstm.serving.worker import Worker
 
-    socket = server.bind(HOST.value, PORT.value)
-    if not server.is_local(socket):
+    if not address.is_local(socket):
         logger.warning("--host=%s: there is no authentication and no encryption", HOST.value)
     run, model, params = load_model(workdir, CHECKPOINT.value)
     if run.config.sample.method == "window":
@@ -57,7 +58,7 @@ def main() -> int:
     application = make_app(run, worker, HOST.value, limits)
 
     def show_address() -> None:
-        print(f"{run.workdir.name} writes at {server.url_of(socket)}", flush=True)
+        print(f"{run.workdir.name} writes at {address.url_of(socket)}", flush=True)
 
     with app.StopSignal("stopping; a second signal exits at once") as stop:
         server.serve(application, socket, worker, limits, stop, show_address)

@@ -54,7 +54,7 @@ ORDER = """
     bench.timing bench.report bench.measure
     bench.scaling_picture bench.scaling
     pages.embed exchange.html pages.score pages.sections pages.held_out pages.report
-    serving.requests serving.batch serving.batcher serving.worker
+    serving.address serving.requests serving.batch serving.batcher serving.worker
     serving.guard serving.protocol serving.app serving.server
 """.split()
 # Sections of a config that are passed on as **config.SECTION.to_dict().

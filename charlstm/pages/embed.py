@@ -31,16 +31,22 @@ def write_page(template_name: str, data: Any, out_path: epath.PathLike) -> None:
       UserError: as check_out, and if the file cannot be written.
     """
     path = check_out(out_path)
-    template = Path(__file__).with_name(template_name).read_text(encoding="utf-8")
-    before, begin, after = template.partition(_BEGIN + _END)
-    if not begin:
-        raise ValueError(f"{template_name}: has no empty script element 'data'")
+    page = fill_page(template_name, data)
     try:
-        write_file(path, f"{before}{_BEGIN}{to_json(data)}{_END}{after}")
+        write_file(path, page)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); choose another --out"
         ) from None
+
+
+def fill_page(template_name: str, data: Any) -> str:
+    """Return the page that write_page writes."""
+    template = Path(__file__).with_name(template_name).read_text(encoding="utf-8")
+    before, begin, after = template.partition(_BEGIN + _END)
+    if not begin:
+        raise ValueError(f"{template_name}: has no empty script element 'data'")
+    return f"{before}{_BEGIN}{to_json(data)}{_END}{after}"
 
 
 def check_out(out_path: epath.PathLike) -> epath.Path:

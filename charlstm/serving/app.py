@@ -1,9 +1,12 @@
 """The ASGI application: the page, and an API in JSON and server-sent events."""
 
 import asyncio
+import base64
+import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,10 +14,13 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from charlstm.errors import one_line
+from charlstm.exchange.html import TEMPLATE
+from charlstm.exchange.html import describe as describe_run
+from charlstm.pages.embed import fill_page
 from charlstm.runs.folder import Run
 from charlstm.serving.batcher import End, Piece, Surprise
 from charlstm.serving.guard import Guard, error_answer
@@ -37,6 +43,12 @@ MAX_DISCARDED = 2**26  # bytes of a body that is too large, read so that the cli
 def make_app(run: Run, worker: Worker, host: str, limits: Limits) -> Any:
     """Return the application for a run whose model `worker` runs."""
 
+    page = fill_page(TEMPLATE, describe_run(run) | {"engine": "server"})
+    policy = content_policy(page)
+
+    async def show_page(request: Request) -> HTMLResponse:
+        return HTMLResponse(page, headers={"content-security-policy": policy})
+
     async def about(request: Request) -> JSONResponse:
         return JSONResponse(describe(run, limits))
 
@@ -44,26 +56,44 @@ def make_app(run: Run, worker: Worker, host: str, limits: Limits) -> Any:
         wanted = parse_write(await read_body(request, limits), run, limits)
         return EventStream(run, worker, wanted)
 
-    async def read(request: Request) -> JSONResponse:
+    async def read(request: Request) -> Response:
         wanted = parse_read(await read_body(request, limits), run, limits)
         answer = Answer(worker, wanted)
+        waiting = asyncio.ensure_future(answer.whole()), asyncio.ensure_future(request.receive())
         try:
-            found = [item async for items in answer.items() for item in items]
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         finally:
             answer.leave()
-        if not isinstance(found[0], Surprise):
+            for future in waiting:
+                future.cancel()
+        if waiting[0] not in done:
+            return Response()  # the client has left
+        found = waiting[0].result()[0]
+        if not isinstance(found, Surprise):
             raise RequestError(503, "the server is stopping")
-        surprise = rounded(found[0].bits_M)
-        top = next_characters(run, found[0].top_ids_K, found[0].top_probs_K)
+        surprise = rounded(found.bits_M)
+        top = next_characters(run, found.top_ids_K, found.top_probs_K)
         return JSONResponse({"text": wanted.text, "surprise": surprise, "next": top})
 
     routes = [
+        Route("/", show_page),
         Route("/api/model", about),
         Route("/api/write", write, methods=["POST"]),
         Route("/api/read", read, methods=["POST"]),
     ]
     handlers = {RequestError: _refuse, HTTPException: _refuse_http, Exception: _fail}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), host, limits)
+
+
+def content_policy(page: str) -> str:
+    """Return the Content-Security-Policy of a page: only its own scripts run."""
+    scripts = re.findall("<script[^>]*>(.*?)</script>", page, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 def describe(run: Run, limits: Limits) -> dict[str, Any]:
@@ -132,6 +162,10 @@ class Answer:
                 yield items
                 if isinstance(items[-1], End):
                     return
+
+    async def whole(self) -> list[Any]:
+        """Return all items."""
+        return [item async for items in self.items() for item in items]
 
     def leave(self) -> None:
         """Drop the rest."""

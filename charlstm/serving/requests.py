@@ -17,14 +17,14 @@ from charlstm.runs.folder import Run
 class Limits(NamedTuple):
     """Limits of a server. Those of requests are in the answer of GET /api/model."""
 
-    prompt_characters: int = 10_000  # of the text of a request
-    length: int = 10_000  # characters that one request writes
+    prompt_characters: int = 20_000  # of the text of a request
+    length: int = 100_000  # characters that one request writes
     body_bytes: int = 2**18  # more than prompt_characters escaped in JSON
     requests_per_second: float = 50.0  # of one address
     burst: int = 100  # requests of one address at once
     waiting: int = 64  # requests that wait for a row of the batch, or to be read
     connections: int = 150
-    seconds: float = 20.0  # for a client to send a request, or to take what was written
+    seconds: float = 60.0  # for a client to send a request, or to take what was written
 
 
 class RequestError(Exception):

@@ -1,7 +1,6 @@
 """Serve an ASGI application at a socket until a signal."""
 
 import contextlib
-import errno
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,49 +8,13 @@ from typing import Any
 import uvicorn
 
 from charlstm.errors import RunError, UserError
+from charlstm.serving.address import url_of
 from charlstm.serving.protocol import make_protocol
 from charlstm.serving.requests import Limits
 from charlstm.serving.worker import Worker
 
 BACKLOG = 256  # connections that the kernel holds until they are accepted
 STOP_SECONDS = 3  # for connections to end
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a socket at a host and port, at which clients cannot connect before it listens.
-
-    Raises:
-      UserError: if it is not possible, for example because the port is in use.
-    """
-    place = f"--host={host} --port={port}"
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        server = socket.socket(family, kind)
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"--host={host}: no such address ({error}); give another one") from None
-    try:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Without the option of above, a port at which another process listens is in use.
-        server.bind(address)
-    except OSError as error:
-        server.close()
-        remedy = "stop what uses it, or " if error.errno == errno.EADDRINUSE else ""
-        raise UserError(f"{place}: {error.strerror}; {remedy}give another --port") from None
-    return server
-
-
-def url_of(server: socket.socket) -> str:
-    """Return the address of the page."""
-    host, port = server.getsockname()[:2]
-    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
-
-
-def is_local(server: socket.socket) -> bool:
-    """Return whether only processes of this machine can connect."""
-    host = server.getsockname()[0]
-    return host.startswith("127.") or host == "::1"
 
 
 class Server(uvicorn.Server):

@@ -148,6 +148,8 @@ COMMAND_LINE = [
     ("train", "--config=empty.py", "empty.py AttributeError get_config()"),
     ("train", "--config=unknown.py", "config.hiden_size model.hidden_size"),
     ("train", "--config=wrong.py", "config.batch_size=None int"),
+    ("serve", "--port=70000", "--port=70000 65535"),
+    ("serve", "--host=", "--host= address"),
 ]
 CONFIG_FILES = {
     "flags.txt": "--config=tiny\n# One flag a line.\n--config.batch_size=0\n",

@@ -13,7 +13,7 @@ from serving_models import small_model
 
 from charlstm.errors import UserError
 from charlstm.evaluation.surprise import predict_text
-from charlstm.serving import server
+from charlstm.serving import address, server
 from charlstm.serving.app import make_app
 from charlstm.serving.requests import Limits
 from charlstm.serving.worker import Worker
@@ -33,13 +33,13 @@ def served(trained, limits):
     """Yield the address of a server in a thread, and the server's worker."""
     run, *_ = trained
     worker = Worker(*trained, NUM_ROWS, limits.waiting)
-    listener, is_over, is_ready = server.bind("127.0.0.1", 0), threading.Event(), threading.Event()
+    listener, is_over, is_ready = address.bind("127.0.0.1", 0), threading.Event(), threading.Event()
     app = make_app(run, worker, "127.0.0.1", limits)
     arguments = app, listener, worker, limits, is_over.is_set, is_ready.set
     thread = threading.Thread(target=server.serve, args=arguments)
     thread.start()
     assert is_ready.wait(60)
-    yield server.url_of(listener), worker
+    yield address.url_of(listener), worker
     is_over.set()
     thread.join(20)
     assert not thread.is_alive()
@@ -215,11 +215,42 @@ def test_a_server_that_stops_ends_its_texts(trained, open_stream):
     assert (name, data["reason"]) == ("end", "stop")
 
 
+def test_the_page_reads_and_writes_by_the_server(site, browser, client):
+    url, worker = site
+    tab, problems = browser.new_page(), []
+    tab.on("console", lambda message: problems.append(message.text))
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.goto(url)
+    tab.fill("#text", "The count ")
+    answer = client.post("/api/read", json={"text": "The count "}).json()
+    shown = {"\n": "line end", " ": "space"}
+    names = [shown.get(character, character) for character, _ in answer["next"]]
+    tab.wait_for_selector(f"#next li:first-child bdi:text-is('{names[0]}')")
+    assert tab.locator("#next bdi").all_text_contents() == names
+    tab.fill("#length", "200")
+    tab.click("#write")
+    tab.wait_for_selector("#status:has-text('Done: 200 characters')")
+    text = tab.input_value("#text")
+    assert text.startswith("The count ")
+    assert len(text) == 210
+    # Stop ends the text on the server too, and a refusal is shown.
+    tab.fill("#length", "1000000")
+    tab.click("#write")
+    tab.wait_for_selector("#write:text-is('Stop')")
+    tab.click("#write")
+    tab.wait_for_selector("#status:has-text('Stopped')")
+    wait_until(lambda: worker.num_tasks == 0)
+    assert problems == []
+    tab.fill("#text", "The count " * 2001)
+    tab.wait_for_selector("#notice:has-text('20,010 characters')")
+    tab.close()
+
+
 def test_an_address_that_cannot_be_bound_is_one_line(site):
     port = int(site[0].removesuffix("/").rpartition(":")[2])
     with pytest.raises(UserError, match=rf"--port={port}: Address already in use"):
-        server.bind("127.0.0.1", port)
+        address.bind("127.0.0.1", port)
     with pytest.raises(UserError, match="--host=no such host: no such address"):
-        server.bind("no such host", 0)
+        address.bind("no such host", 0)
     with pytest.raises(UserError, match=r"--host=203\.0\.113\.1"):
-        server.bind("203.0.113.1", 0)
+        address.bind("203.0.113.1", 0)
