@@ -1,5 +1,6 @@
 """The page that writes: its engine against the model, in node and in a browser, and its text."""
 
+import base64
 import json
 import re
 import shutil
@@ -13,7 +14,9 @@ from etils import epath
 from helpers import random_params, small_config
 
 from charlstm import Vocab
+from charlstm.data.cleaning import Cleaning
 from charlstm.data.vocab import END
+from charlstm.errors import UserError
 from charlstm.exchange import html
 from charlstm.exchange.folder import Trained
 from charlstm.model import model_from_config, predict, zero_carry
@@ -121,6 +124,25 @@ def test_engine_computes_the_model(kind, weights, place, book_path, tmp_path, re
         assert "".join(characters) == greedy
 
 
+@pytest.mark.parametrize(("weights", "bits"), [("int16", 16), ("int8", 8)])
+def test_integers_differ_by_half_a_level_at_most(weights, bits):
+    matrix_RC = np.float32(np.random.default_rng(0).normal(size=(5, 7)) * [[1], [9], [0], [1], [1]])
+    packed = html._pack(matrix_RC, weights)
+    integers = np.frombuffer(base64.b64decode(packed["values"]), weights).reshape(5, 7)
+    scales = np.frombuffer(base64.b64decode(packed["scales"]["values"]), np.float32)[:, None]
+    level_R = np.abs(matrix_RC).max(axis=1) / (2 ** (bits - 1) - 1)
+    errors_R = np.abs(integers * scales - matrix_RC).max(axis=1)
+    assert np.all(errors_R <= 0.501 * level_R)
+
+
+def test_weights_that_are_not_finite_are_refused(book_path, tmp_path):
+    trained = make_trained("plain", book_path, tmp_path / "run")
+    trained.params["dense"]["bias"][0] = np.inf
+    with pytest.raises(UserError, match="not finite"):
+        html.export(trained, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
 # --- the page ---
 
 HOSTILE = (
@@ -128,22 +150,20 @@ HOSTILE = (
     "\u202eturned\u202c \u05e9\u05c1\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 "
     "\U0001f469\u200d\U0001f467 e\u0301 nul \0 bell \x07 \u2028 &lt;\n"
 )
+SEPARATOR = "END."
 NAME = '<b>run "it\'s" \u202e\U0001f600'
 
 
 @pytest.fixture(scope="module")
 def tab(browser, tmp_path_factory):
-    """Return the page of a run with a hostile name and text, and with documents, in lower case.
-
-    `events` has what it reports, requests and asks.
-    """
+    """Return the page of a hostile run on documents; `events` has what it reports and requests."""
     folder = tmp_path_factory.mktemp("page")
     path = folder / "text <i>.txt"
-    path.write_text((HOSTILE.replace("\0", "") + "END.") * 60, encoding="utf-8")
-    changes = {"model.recurrence": "fused", "model.hidden_size": 8, "data.lowercase": True}
-    config = small_config(path, **changes | {"data.document_separator": "END."})
+    path.write_text((HOSTILE.replace("\0", "") + SEPARATOR) * 60, encoding="utf-8")
+    changes = {"model.hidden_size": 8, "data.lowercase": True}
+    config = small_config(path, **changes | {"data.document_separator": SEPARATOR})
     run = prepare(config, folder / NAME).run
-    run = run._replace(vocab=Vocab(sorted({*run.vocab, "\0", END})))
+    run = run._replace(vocab=Vocab(sorted({*HOSTILE.lower(), *CLEANED, END})))
     model = model_from_config(run.config, run.vocab)
     html.export(Trained(run, model, random_params(model), {}), folder / "page.html")
     tab = browser.new_context(permissions=["clipboard-read", "clipboard-write"]).new_page()
@@ -157,6 +177,11 @@ def tab(browser, tmp_path_factory):
     tab.wait_for_selector("body[data-ready]")
     yield tab
     tab.context.close()
+
+
+# A text and what is left of it: the form of a sigma and the length of a dotted I depend on Unicode.
+UNCLEANED = "\u039f\u03a3 \u03a3. \u0130x! END.\u00ab\u039f\u03a3\u00bb--END.A\u20145 \u20ac\tend."
+CLEANED = "\u03bf\u03c2 \u03c3 i\u0307x \x03\u03bf\u03c2\x03a5 \tend"
 
 
 def fill(tab, text):
@@ -199,8 +224,18 @@ def test_hostile_names_and_texts_appear_as_text(tab):
     assert tab.events == [tab.url_of_page]
 
 
+def test_text_is_cleaned_as_prompts_are(tab):
+    cleaning = Cleaning(lowercase=True, strip_punctuation=True, separator=SEPARATOR)
+    assert cleaning.apply_to(UNCLEANED) == CLEANED
+    found = tab.evaluate("([text, by]) => clean(text, by)", [UNCLEANED, cleaning._asdict()])
+    assert "".join(found["characters"]) == END + CLEANED
+    places = [UNCLEANED[start:end] for start, end in found["places"]]
+    assert places[:10] == ["", *"\u039f\u03a3 \u03a3 ", "\u0130", "\u0130", "x", " "]
+    assert places[10:] == [SEPARATOR, *"\u039f\u03a3", SEPARATOR, *"A5 \tend"]
+
+
 def test_typed_text_is_coloured_by_its_surprise(tab):
-    places = [*HOSTILE[HOSTILE.index("\u05e9") : HOSTILE.index(" nul")], "END.", *"NUL"]
+    places = [*HOSTILE[HOSTILE.index("\u05e9") : HOSTILE.index(" nul")], SEPARATOR, *"NUL"]
     text = "".join(places)
     fill(tab, text)
     bits = tab.evaluate(
