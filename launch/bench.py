@@ -7,6 +7,7 @@ growth    a training step over batch, window and hidden size, layers and vocabul
 generate  generation of text
 evaluate  evaluation of a held-out text
 loop      launch/train.py as a whole, against its start-up and the training steps alone
+serve     launch/serve.py over HTTP: time to the first character, characters per second, memory
 entropy   bits per character on texts whose entropy rate is known exactly
 quality   seconds to a number of held-out bits per character: the default recipe, the tutorial, and
           the tutorial in Keras, each for at most --minutes (quality.png)
@@ -15,8 +16,7 @@ Without --what all but quality. Each backend has a process of its own, and round
 backends. 'charlstm', 'fused' and 'flax' are plain LSTMs with the default and two other recurrences,
 'default' is the default recipe, 'products' a large matrix product with as many operations as those
 of 'charlstm', which limits its speed. Tables go to stdout, all results to DIR/bench.json. --quick
-takes small sizes and few rounds, and leaves out growth and entropy. torch and keras come with
-pip install -e '.[peers]'.
+takes small sizes and leaves out growth, serve and entropy. pip install -e '.[peers]' for the peers.
 """
 
 import os
@@ -42,7 +42,7 @@ from charlstm.files import write_file
 
 logger = logging.getLogger("charlstm.bench")
 
-SECTIONS = ("step", "growth", "generate", "evaluate", "loop", "entropy", "quality")
+SECTIONS = ("step", "growth", "generate", "evaluate", "loop", "serve", "entropy", "quality")
 BASELINES = ("torch", "keras")
 
 WHAT = flags.DEFINE_list("what", None, f"sections: {', '.join(SECTIONS)}; none: all but quality")
@@ -65,7 +65,7 @@ def check_names(flag: flags.FlagHolder, allowed: tuple[str, ...]) -> None:
 def parse_sections() -> list[str]:
     """Return the sections to measure."""
     check_names(WHAT, SECTIONS)
-    left_out = ("growth", "entropy", "quality") if QUICK.value else ("quality",)
+    left_out = ("growth", "serve", "entropy", "quality") if QUICK.value else ("quality",)
     default = [name for name in SECTIONS if name not in left_out]
     sections = [name for name in SECTIONS if name in WHAT.value] if WHAT.value else default
     for flag in (MINUTES, TEXT):

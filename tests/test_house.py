@@ -51,7 +51,7 @@ ORDER = """
     planning.planner
     sweep.texts sweep.trials sweep.grid sweep.table sweep.search
     bench.cases bench.entropy bench.jax_backend bench.torch_backend bench.keras_backend
-    bench.timing bench.report bench.measure
+    bench.timing bench.report bench.serving bench.measure
     bench.scaling_picture bench.scaling
     pages.embed exchange.html pages.score pages.sections pages.held_out pages.report
     serving.address serving.requests serving.batch serving.batcher serving.worker

@@ -27,13 +27,14 @@ from charlstm.bench import timing
 from charlstm.bench.cases import Case, Checkpoints
 from charlstm.bench.entropy import known_sources
 from charlstm.bench.report import quality_picture, size_picture, table
+from charlstm.bench.serving import measure_serving
 from charlstm.cli import signals, streams
 from charlstm.config import base_config
 from charlstm.errors import RunError
 
 logger = logging.getLogger("charlstm.bench")
 
-SECTIONS = ("step", "growth", "generate", "evaluate", "loop", "entropy", "quality")
+SECTIONS = ("step", "growth", "generate", "evaluate", "loop", "serve", "entropy", "quality")
 TARGETS = (2.5, 2.3, 2.2, 2.1, 2.0)  # bits per character
 SPACING = 1.1  # least ratio of the elapsed seconds of two checkpoints
 OURS = ("charlstm", "flax", "default")
@@ -65,6 +66,9 @@ class Settings:
     commands: int = 3  # rounds of loop
     loop_steps: int = 1000
     factors: Sequence[float] = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # of each size, for growth
+    readers: tuple[int, ...] = (1, 8, 32)  # for serve
+    serve_seconds: float = 20.0
+    serve_requests: int = 1000
     small_sources: bool = False  # for entropy
     minutes: float = 30.0  # for quality: limit of each training
     text: str = ""  # for quality: a path; '' is Dracula
@@ -79,6 +83,9 @@ QUICK = Settings(
     commands=1,
     loop_steps=100,
     factors=(1 / 4, 1),
+    readers=(1, 8),
+    serve_seconds=1.0,
+    serve_requests=16,
     small_sources=True,
     minutes=1.0,
 )
@@ -109,11 +116,13 @@ def measure(
       baselines: 'torch', 'keras' or both. If one is not installed or fails, its result is an error.
 
     Raises:
-      RunError: if launch/train.py fails.
+      RunError: if launch/train.py or launch/serve.py fails.
       UserError: if settings.text cannot be read.
     """
     if what == "loop":
         return measure_loop(settings)
+    if what == "serve":
+        return measure_serve(settings)
     if what == "entropy":
         return measure_entropy(settings)
     if what == "quality":
@@ -192,6 +201,17 @@ def measure_loop(settings: Settings) -> Measurement:
             )
     medians = {key: statistics.median(each[key] for each in rounds) for key in [*rounds[0]][1:]}
     return Measurement([*rounds, {"round": "median"} | medians])
+
+
+def measure_serve(settings: Settings) -> Measurement:
+    """Measure launch/serve.py with a run of one step, of the default recipe's sizes."""
+    case = Case("train", *settings.shapes[0])
+    with temporary_folder() as folder, timing.open_processes(["command"]) as commands:
+        text = write_random_text(folder / "text.txt", case)
+        commands["command"].submit(run_training, case, text, 1).result()
+        [config] = folder.glob("*/config.json")
+        pace = settings.readers, settings.serve_seconds, settings.serve_requests
+        return Measurement(measure_serving(config.parent, *pace))
 
 
 def run_training(case: Case, text: Path, num_steps: int) -> tuple[float, float]:
