@@ -140,7 +140,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         check_batch(batch, model.vocab_size)
-        check_carry(state.carry, len(batch.reset_B), model.hidden_size, model.num_layers)
+        check_carry(state.carry, batch.reset_B.shape[0], model.hidden_size, model.num_layers)
         params, key = state.params, jax.random.fold_in(state.key, state.step)
         count = jnp.sum(batch.weights_BT, dtype=jnp.float32)
         if axis_name is not None:

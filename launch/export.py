@@ -6,6 +6,8 @@ safetensors  a folder as on the hub of Hugging Face, with a model card; one file
              --out=NAME.safetensors; for every model
 keras        the same folder with model.keras; for a plain LSTM
 torch        the same folder with a state_dict of nn.LSTM and nn.Linear; for a plain LSTM
+stablehlo    the same folder, and programs of jax.export: training step, evaluation step, sampler;
+             for every model
 onnx         the same folder with model.onnx, a graph for onnxruntime; for every model
 html         a page that writes, with the model inside; for every model
 

@@ -34,7 +34,7 @@ ORDER = """
     parallel.sharding parallel.native_output parallel.processes parallel.cluster
     runs.plots runs.metrics runs.folder runs.checksums
     exchange.card exchange.weights exchange.folder exchange.safetensors exchange.plain
-    exchange.torch exchange.keras exchange.onnx exchange.reading exchange.formats
+    exchange.torch exchange.keras exchange.onnx exchange.stablehlo exchange.reading exchange.formats
     runs.orbax_calls runs.checkpoints
     planning.cost runs.machine
     training.transfer training.setup training.progress training.validation training.loop

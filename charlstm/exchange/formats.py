@@ -7,6 +7,7 @@ FORMATS = {
     "torch": "charlstm.exchange.torch",
     "html": "charlstm.exchange.html",
     "onnx": "charlstm.exchange.onnx",
+    "stablehlo": "charlstm.exchange.stablehlo",
 }
 # Those of a plain LSTM only.
 PLAIN = ("keras", "torch")

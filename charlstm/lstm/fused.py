@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from charlstm.lstm.reference import (
     GATES,
@@ -341,7 +342,12 @@ def add_by_product(rows_EF: jax.Array, ids_TB: jax.Array, values_TBF: jax.Array)
 
 
 def _chunk_length(num_steps: int, batch_size: int) -> int:
-    """Return the smallest divisor of T that gives the kernel gradient's product 1,024 rows."""
+    """Return the smallest divisor of T that gives the kernel gradient's product 1,024 rows.
+
+    It is T where jax.export is to serve any T or B.
+    """
+    if is_symbolic_dim(num_steps) or is_symbolic_dim(batch_size):
+        return num_steps
     divisors = (n for n in range(1, num_steps) if num_steps % n == 0 and n * batch_size >= 1024)
     return next(divisors, num_steps)
 
