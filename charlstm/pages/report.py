@@ -87,16 +87,17 @@ def write_report(
     Args:
       workdir: the run folder, an exported model, or 'builtin'.
       compare: others whose curves are added.
-      out: the file to write; if empty, WORKDIR/report.html, or the name of a file, or 'builtin',
-        with .html.
+      out: the file to write; if empty, WORKDIR/report.html, the name of a file with .html, or
+        builtin-report.html.
 
     Raises:
       UserError: if a folder holds no run, or the file cannot be written or is not a page.
       DamagedError: if a file of a run is damaged.
     """
     folder = epath.Path(workdir)
-    is_folder = workdir != BUILTIN and not folder.is_file()
-    default = folder / "report.html" if is_folder else folder.with_suffix(".html")
+    default = folder.with_suffix(".html") if folder.is_file() else folder / "report.html"
+    if workdir == BUILTIN:
+        default = epath.Path(f"{BUILTIN}-report.html")
     path = check_out(out or default)
     data = collect(workdir, compare)
     reasons: dict[str, list[str]] = {}

@@ -74,7 +74,7 @@ def test_what_is_made_of_builtin_is_written_here(builtin, here, monkeypatch):
     assert_equal(load_model(export("builtin", "safetensors"))[2], builtin[2])
     monkeypatch.setattr(report, "collect", lambda workdir, compare: {"run": {"name": "builtin"}})
     report.write_report("builtin")
-    assert {path.name for path in here.iterdir()} == {"builtin-safetensors", "builtin.html"}
+    assert {path.name for path in here.iterdir()} == {"builtin-safetensors", "builtin-report.html"}
 
 
 def test_builtin_is_a_source_of_initial_weights(builtin, here):
