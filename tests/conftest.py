@@ -53,7 +53,7 @@ CHEAP = {
     "cost documents dynamic faults folder folders fuzz html inside keys launch metrics "
     "mistakes model optim optimizers paths plan progress quality repetition "
     "report_page runtime sampling scaling score scoring sharded_step sharding steps "
-    "surprise surroundings sweep switches writing".split()
+    "surprise surroundings sweep switches tour writing".split()
 }
 
 

@@ -11,14 +11,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
+from charlstm.checks import check_params
+from charlstm.config_check import validate
+from charlstm.data.vocab import Vocab
 from charlstm.errors import UserError, printable
 from charlstm.exchange.card import model_card
-from charlstm.exchange.weights import flatten
+from charlstm.exchange.weights import flatten, shapes_of
 from charlstm.files import write_file
-from charlstm.model import CharLSTM
+from charlstm.model import CharLSTM, model_from_config
 from charlstm.runs.checksums import checksums
-from charlstm.runs.folder import Run, texts_of
+from charlstm.runs.folder import PRNG_IMPLS, Run, TextInfo, texts_of
 
 # In config.json, as on the hub of Hugging Face; a run has no such entry.
 MODEL_TYPE = "charlstm"
@@ -31,6 +35,31 @@ class Trained(NamedTuple):
     model: CharLSTM
     params: Any  # float32, or float16 for safetensors
     metrics: dict[str, Any]  # the record of metrics.jsonl of the checkpoint, {} if unknown
+
+
+def as_trained(config: ConfigDict, vocab: Vocab, params: Any) -> Trained:
+    """Return weights of a training loop of your own, for the export functions of this package.
+
+    Args:
+      config: of whose settings the model's matter most, as for model_from_config.
+      vocab: the characters.
+      params: the parameters of model_from_config(config, vocab).
+
+    Raises:
+      UserError: if a setting is invalid.
+      ValueError: if `params` are not those of the model.
+    """
+    validate(config)
+    run, model = unknown_run(epath.Path("model"), config, vocab), model_from_config(config, vocab)
+    check_params(params, shapes_of(model))
+    return Trained(run, model, params, {})
+
+
+def unknown_run(folder: epath.Path, config: ConfigDict, vocab: Vocab) -> Run:
+    """Return a run in `folder` whose text is unknown."""
+    text = TextInfo("", "", 0, 0, 0, 0, 0, len(vocab))
+    machine: dict[str, Any] = {"versions": {}, "devices": []}
+    return Run(folder, config, vocab, text, [], machine, PRNG_IMPLS[0])
 
 
 def describe(trained: Trained, out: epath.Path, files: str, loading: str) -> dict[str, str]:

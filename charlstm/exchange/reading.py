@@ -17,12 +17,12 @@ from charlstm.config_check import validate
 from charlstm.data.vocab import Vocab
 from charlstm.errors import DamagedError, UserError, one_line
 from charlstm.exchange import keras, safetensors, torch
-from charlstm.exchange.folder import Trained
+from charlstm.exchange.folder import Trained, unknown_run
 from charlstm.exchange.plain import PlainLSTM, from_plain
 from charlstm.exchange.weights import damaged, flatten, unflatten
 from charlstm.files import EXPORTED_WEIGHTS, read_small
 from charlstm.model import model_of_run
-from charlstm.runs.folder import PRNG_IMPLS, Run, TextInfo, parse_run
+from charlstm.runs.folder import Run, parse_run
 
 Read = Callable[[str], bytes]
 
@@ -103,9 +103,7 @@ def _unknown_run(folder: epath.Path, read: Read) -> Run:
             f"{path}: not a vocabulary ({one_line(error)}); write a JSON list of the characters in "
             "the order of their ids"
         ) from error
-    text = TextInfo("", "", 0, 0, 0, 0, 0, len(vocab))
-    machine: dict[str, Any] = {"versions": {}, "devices": []}
-    return Run(folder, base_config(), vocab, text, [], machine, PRNG_IMPLS[0])
+    return unknown_run(folder, base_config(), vocab)
 
 
 def _metrics(path: epath.Path, about: dict[str, Any]) -> dict[str, Any]:
