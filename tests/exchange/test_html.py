@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from etils import epath
 from helpers import random_params, small_config
 
@@ -18,6 +19,7 @@ from charlstm.data.cleaning import Cleaning
 from charlstm.data.vocab import END
 from charlstm.errors import UserError
 from charlstm.exchange import html
+from charlstm.exchange.export import export
 from charlstm.exchange.folder import Trained
 from charlstm.model import model_from_config, predict, zero_carry
 from charlstm.training.setup import prepare
@@ -133,6 +135,13 @@ def test_integers_differ_by_half_a_level_at_most(weights, bits):
     level_R = np.abs(matrix_RC).max(axis=1) / (2 ** (bits - 1) - 1)
     errors_R = np.abs(integers * scales - matrix_RC).max(axis=1)
     assert np.all(errors_R <= 0.501 * level_R)
+
+
+def test_page_of_a_run_stands_beside_its_folder(tmp_path):
+    run = shutil.copytree(ROOT / "tests" / "fixtures" / "run_schema_1", tmp_path / "book")
+    assert export(f"{run}/", "html", weights="int8") == tmp_path / "book.html"
+    with pytest.raises(UserError, match="not a page"):
+        export(run, "html", run / "config.json")
 
 
 def test_weights_that_are_not_finite_are_refused(book_path, tmp_path):
