@@ -38,6 +38,8 @@ import onnxruntime
 
 session = onnxruntime.InferenceSession("OUT/model.onnx")
 characters = json.loads(session.get_modelmeta().custom_metadata_map["vocab.json"])
+with open("OUT/prompts.json", encoding="utf-8") as file:
+    prompts = json.load(file) or characters
 
 
 def read(text, carry):
@@ -48,7 +50,7 @@ def read(text, carry):
 
 
 rng = np.random.default_rng(0)
-text, carry = {prompt}, np.zeros((2, {num_layers}, 1, {hidden_size}), np.float32)
+text, carry = prompts[0], np.zeros((2, {num_layers}, 1, {hidden_size}), np.float32)
 logits_BTV, carry = read(text, carry)
 for _ in range(200):
     scaled_V = logits_BTV[0, -1] / 0.8  # the temperature
@@ -126,9 +128,8 @@ def export(trained: Trained, out: epath.Path) -> None:
     Raises:
       UserError: if the package onnx is not installed, or if `out` cannot be written.
     """
-    model, run = trained.model, trained.run
+    model = trained.model
     loading = _LOADING.format(
-        prompt=repr(run.prompts[0][:20] if run.prompts else run.vocab.characters[0]),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,

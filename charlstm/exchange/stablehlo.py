@@ -56,10 +56,12 @@ def load(name):
 params = load_file("OUT/model.safetensors")
 with open("OUT/vocab.json", encoding="utf-8") as file:
     characters = json.load(file)
+with open("OUT/prompts.json", encoding="utf-8") as file:
+    prompts = json.load(file) or characters
 key = jax.random.key_data(jax.random.key(0, impl="{impl}"))
 
 # Continue B prompts of at most P characters.
-prompt_BP = np.array([[characters.index(char) for char in {prompt}]], np.int32)
+prompt_BP = np.array([[characters.index(char) for char in prompts[0]]], np.int32)
 lengths_B = np.array([len(row) for row in prompt_BP], np.int32)
 settings = {{"temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0}}
 ids_BL = np.array(load("sample")(params, prompt_BP, lengths_B, key, settings))
@@ -122,7 +124,6 @@ def export(trained: Trained, out: epath.Path) -> None:
     average = _average_prefix(_abstract_state(model, run))
     loading = _LOADING.format(
         impl=run.prng_impl,
-        prompt=repr(run.prompts[0] if run.prompts else run.vocab.characters[0]),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         params=f'{{name: state["opt_state"]["{average}" + name] for name in params}}'
@@ -145,7 +146,7 @@ def programs(model: CharLSTM, run: Run) -> dict[str, jax_export.Exported]:
 
     Each is for all PLATFORMS. The model card describes their arguments and results.
     """
-    # jax.export guarantees nothing of custom calls, as other recurrences have them.
+    # The other recurrences can be custom calls, for which jax.export guarantees nothing.
     model = model.clone(recurrence="fused", num_shards=1)
     # A lower bound of P, since programs without P refuse a constraint on it.
     before = run.config.seq_len - 1 if run.config.sample.method == "window" else 0
