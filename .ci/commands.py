@@ -5,10 +5,12 @@ usage: python .ci/commands.py
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +24,7 @@ SHORTER = {
     "report": [],
     "compress": [],
     "export": [],
+    "serve": ["--port=0"],
     "plan": ["--minutes=0.5"],
     "sweep": [*TINY, "--config.data.path=FILE"],
     "bench": ["--quick", "--what=step", "--repeats=1", "--peers=none"],
@@ -47,10 +50,20 @@ def main() -> None:
         _, script, *flags = shlex.split(command)
         flags += SHORTER[Path(script).stem]
         start = time.monotonic()
-        code = subprocess.call([sys.executable, str(ROOT / script), *flags], cwd=folder)
+        call = serve if Path(script).stem == "serve" else subprocess.call
+        code = call([sys.executable, str(ROOT / script), *flags], cwd=folder)
         print(f"{code}: {command.strip()} ({time.monotonic() - start:.0f} s)", flush=True)
         if code:
             sys.exit(1)
+
+
+def serve(words: list[str], cwd: Path) -> int:
+    """Start a server, get its page, and stop it as Ctrl-C does; return 0 if all went well."""
+    server = subprocess.Popen(words, cwd=cwd, stdout=subprocess.PIPE, text=True)
+    url = server.stdout.readline().split()[-1]
+    page = urllib.request.urlopen(url, timeout=60).read()
+    server.send_signal(signal.SIGINT)
+    return 0 if b"<html" in page and server.wait(60) == 128 + signal.SIGINT else 1
 
 
 main()
