@@ -72,10 +72,7 @@ def open_held_out(
     if not path and not data.val_fraction:
         raise UserError(f"{run.workdir}: this run has no validation part; give --text=FILE")
     if not path:
-        own = open_run_text(run, remedy)
-        train_M, ids_M = split(own.ids_M, data)
-        name = f"the last {len(ids_M):,} characters of {own.source}"
-        return HeldOut(ids_M, name, _bytes_of(run, own), train_M, own)
+        return validation_part(run, open_run_text(run, remedy))
     text = open_corpus(data, path, vocab=run.vocab, unknown=unknown, remedy=remedy)
     held_out = HeldOut(text.ids_M, path, _bytes_of(run, text), None, text)
     try:
@@ -88,6 +85,13 @@ def open_held_out(
     held_out = held_out._replace(train_M=split(own.ids_M, data)[0])
     _warn_of_known_text(held_out)
     return held_out
+
+
+def validation_part(run: Run, own: Corpus) -> HeldOut:
+    """Return the validation part of `own`, the run's text as open_run_text returns it."""
+    train_M, ids_M = split(own.ids_M, run.config.data)
+    name = f"the last {len(ids_M):,} characters of {own.source}"
+    return HeldOut(ids_M, name, _bytes_of(run, own), train_M, own)
 
 
 def evaluate(

@@ -10,8 +10,9 @@ import numpy as np
 from etils import epath
 
 from charlstm.data.batches import split
+from charlstm.data.corpus import Corpus
 from charlstm.errors import DamagedError, RunError, UserError
-from charlstm.evaluation.measure import HeldOut, evaluate, open_held_out
+from charlstm.evaluation.measure import HeldOut, evaluate, validation_part
 from charlstm.exchange.reading import read_exported
 from charlstm.files import is_exported
 from charlstm.model import CharLSTM
@@ -54,17 +55,21 @@ class Sources:
         return load_model(self.run.workdir)
 
     @cached_property
+    def text(self) -> Corpus:
+        """The run's text."""
+        return open_run_text(self.run, REMEDY)
+
+    @cached_property
     def train_M(self) -> np.ndarray:
         """The training part of the run's text."""
-        return split(open_run_text(self.run, REMEDY).ids_M, self.run.config.data)[0]
+        return split(self.text.ids_M, self.run.config.data)[0]
 
     @cached_property
     def held_out(self) -> HeldOut:
         """The validation part of the run's text."""
         if not self.run.config.data.val_fraction:
             raise UserError("this run has no validation part")
-        _ = self.train_M  # names what to do if the text is missing
-        return open_held_out(self.run)
+        return validation_part(self.run, self.text)
 
     @cached_property
     def evaluation(self) -> dict[str, Any]:
