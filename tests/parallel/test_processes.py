@@ -11,11 +11,17 @@ from pathlib import Path
 
 import pytest
 from etils import epath
-from helpers import assert_runs_close, assert_stopped
+from helpers import assert_runs_close, assert_stopped, random_params
 from launching import WarmLauncher
 
+from charlstm.data.vocab import Vocab
+from charlstm.exchange import safetensors
+from charlstm.exchange.folder import as_trained
+from charlstm.model import model_from_config
 from charlstm.parallel import cluster, processes
 from charlstm.runs.checkpoints import steps_in
+from charlstm.runs.folder import load_run
+from configs.tiny import get_config
 
 FLAGS = [
     "--config=tiny",
@@ -31,6 +37,8 @@ FLAGS = [
     "--config.model.recurrent_rms_norm=false",
     "--config.model.multiplicative=false",
     "--config.data.path=book.txt",
+    # Its text has other characters, so that some weights are initial ones.
+    "--config.init_from=trained.safetensors",
 ]
 
 
@@ -179,11 +187,20 @@ def launch():
         yield launch
 
 
+def write_trained(path, text):
+    """Write an exported model with the settings of FLAGS, small weights and the vocabulary."""
+    config, vocab = get_config(), Vocab.from_text(text)
+    config.model.update({"recurrent_rms_norm": False, "multiplicative": False})
+    params = random_params(model_from_config(config, vocab), scale=0.1)
+    safetensors.export(as_trained(config, vocab, params), epath.Path(path))
+
+
 @pytest.fixture(scope="module")
 def reference(launch, tmp_path_factory, book):
     """Return the folder of a run of one process; its text lies beside it."""
     folder = tmp_path_factory.mktemp("cluster")
     (folder / "book.txt").write_text(book, encoding="utf-8")
+    write_trained(folder / "trained.safetensors", book.lower().replace("y", "z"))
     answer = launch("train", *FLAGS, "--workdir=reference", cwd=folder)
     assert answer.returncode == 0, answer.stderr
     return folder / "reference"
@@ -211,6 +228,7 @@ def test_two_processes_then_one_train_as_one_device(launch, reference):
     answer = launch("train", *FLAGS, "--workdir=two", cwd=folder)
     assert answer.returncode == 0, answer.stderr
     assert_runs_close(workdir, reference)
+    assert load_run(epath.Path(workdir)).initial_weights
     names = [{p.name for p in where.iterdir()} for where in (workdir, reference)]
     ours, theirs = ({name for name in found if "tfevents" not in name} for found in names)
     assert ours == theirs
