@@ -279,7 +279,7 @@ def test_unknown_characters_are_named_and_skipped(tab):
     # `fill` would replace a lone surrogate.
     tab.evaluate(r"box.value = 'tu\u00e9rn\ud83d', edit(), read()")
     status = tab.text_content("#notice")
-    assert "\u00e9 (U+00E9), [U+D83D] (U+D83D)" in status
+    assert "\u00e9 (U+00E9), U+D83D" in status
     assert "skips" in status
     assert parts_of(tab, "unknown") == ["\u00e9", "\ud83d"]
     assert tab.evaluate("clean(text).characters.join('')") == "\x03turn"
