@@ -46,7 +46,12 @@ PROGRAM = """
       const whole = text + written.map(([character]) => character).join("");
       await engine.read(whole.slice(0, 50));
       await engine.read(whole.slice(0, 50) + "aaaa");
-      return { written, ...(await engine.read(whole)) };
+      const found = await engine.read(whole), { tanh } = Math;
+      let calls = 0;
+      Math.tanh = value => (calls++, tanh(value));
+      await engine.read(whole + text[0]);
+      Math.tanh = tanh;
+      return { written, calls, ...found };
     }
 """
 
@@ -117,6 +122,8 @@ def test_engine_computes_the_model(kind, weights, place, book_path, tmp_path, re
     assert found["surprise"][0] is None
     np.testing.assert_allclose(0.5 ** np.array(found["surprise"][1:]), own_M, atol=tolerance)
     np.testing.assert_allclose(bits, found["surprise"][len(text) :], atol=1e-4)
+    # A longer text is read from where the other one ended, in one step.
+    assert found["calls"] == 2 * trained.model.num_layers * trained.model.hidden_size
     shares = dict(found["next"])
     assert len(shares) == 10
     best = np.sort(wanted_MV[-1])[::-1][:10]
