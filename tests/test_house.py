@@ -29,7 +29,8 @@ ORDER = """
     config checks config_check keys
     data.gutenberg data.encoding data.vocab data.cleaning data.find data.sources data.passes
     data.corpus data.batches
-    lstm.reference lstm.fused lstm.native_library lstm.native lstm.cudnn model optim steps
+    lstm.reference lstm.backward lstm.fused lstm.native_library lstm.native lstm.cudnn
+    model optim steps
     filters repetition sampling copy_limit streaming
     parallel.sharding parallel.native_output parallel.processes parallel.cluster
     runs.plots runs.metrics runs.folder runs.checksums

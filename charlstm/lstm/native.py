@@ -15,16 +15,8 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from charlstm.lstm.fused import (
-    LocalGrads,
-    Weights,
-    backward_scan,
-    differentiable,
-    forward_scan,
-    fuse_weights,
-    fused_lstm,
-    scale_of,
-)
+from charlstm.lstm.backward import LocalGrads, Weights, backward_scan, scale_of
+from charlstm.lstm.fused import differentiable, forward_scan, fuse_weights, fused_lstm
 from charlstm.lstm.native_library import load
 from charlstm.lstm.reference import NORM_EPSILON, LayerCarry, Params, are_integers
 

@@ -27,8 +27,9 @@ from lstm_numpy import (
     singles,
 )
 
+from charlstm.lstm.backward import _chunk_length, add_by_product, add_in_place
 from charlstm.lstm.cudnn import cudnn_lstm
-from charlstm.lstm.fused import _chunk_length, add_by_product, add_in_place, fused_lstm
+from charlstm.lstm.fused import fused_lstm
 from charlstm.lstm.native import native_lstm
 from charlstm.lstm.reference import flax_lstm, init_lstm
 
@@ -243,8 +244,9 @@ def test_absent_masks_add_no_operations():
     plain = size(keep_TB=None, mask_BH=None)
     assert plain[0] == 0
     assert size(keep_TB=np.ones((T, B), bool))[0] > 0
-    # One product each in the forward pass, the backward pass and the kernels' gradient.
-    assert size(mask_BH=np.ones((B, H), np.float32)) == (0, plain[1] + 3)
+    # One product in the forward pass. The backward pass and the kernels' gradient have one each,
+    # and stand there twice, for CPUs and for other platforms.
+    assert size(mask_BH=np.ones((B, H), np.float32)) == (0, plain[1] + 5)
 
 
 def fused_loss(params, carry, inputs, gradients):
@@ -260,7 +262,7 @@ def numpy_grads(params, carry, inputs, gradients):
 
 def test_fused_gradients_over_several_chunks_match_numpy():
     # 512 rows per step make 3 chunks of 2 steps. A smaller batch makes one chunk.
-    assert [_chunk_length(6, 512), _chunk_length(7, 512), _chunk_length(T, B)] == [2, 7, T]
+    assert [_chunk_length(t, b, 1024) for t, b in ((6, 512), (7, 512), (T, B))] == [2, 7, T]
     arguments, gradients = draw_case(18, t=6, b=512, h=32)
     found = value_and_gradients("fused", arguments, gradients)[1]
     assert_close(found, lstm_gradient(*arguments, *gradients))
@@ -397,7 +399,9 @@ def test_second_derivatives_of_fused_match_flax():
             assert_close(run("fused", mode, *arguments), wanted, RELATIVE["float64"])
 
 
-@pytest.mark.parametrize(("name", "kind"), [("fused", "ids"), ("flax", "vectors")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fused", "ids"), ("fused", "vectors"), ("flax", "vectors")]
+)
 def test_bfloat16_is_close_to_numpy_with_float32_results(name, kind):
     (params, carry, inputs), gradients = draw_case(15)
     inputs_TBE = inputs
@@ -441,6 +445,28 @@ def test_bfloat16_does_not_round_the_cell_state(name):
         (c_BH, _), _ = run(params, carry, inputs_TBE)
     # 1.2 up to the rounding of the input gate, 2 % of 0.2.
     np.testing.assert_allclose(c_BH, np.full((B, H), 1.2), atol=0.01)
+
+
+@pytest.mark.parametrize("parts", [(), ALL_PARTS])
+def test_bfloat16_does_not_round_the_forget_gate(parts):
+    # bfloat16 rounds this gate to 1, whose gradient does not decay.
+    forget, num_steps = 0.999, 200
+    params = jax.tree.map(
+        lambda leaf: np.zeros_like(leaf, np.float32), draw_case(17, parts=parts)[0][0]
+    )
+    params["hf"]["bias"] += np.log(forget / (1 - forget))
+    inputs_TBE = np.zeros((num_steps, B, E), np.float32)
+
+    @jax.jit
+    def grad(c_BH):
+        run = partial(fused_lstm, dtype=jnp.bfloat16)
+        return jax.grad(lambda c_BH: run(params, (c_BH, c_BH), inputs_TBE)[0][0].sum())(c_BH)
+
+    with little_optimization():
+        grad_BH = grad(np.ones((B, H), np.float32))
+    # bfloat16 moves the gate's sum, 6.9, by up to 1/64, and thus 1 - forget by up to 1/64 of it.
+    wanted = forget**num_steps
+    np.testing.assert_allclose(grad_BH, np.full((B, H), wanted), rtol=num_steps * 0.001 / 64)
 
 
 INITIAL_E, INITIAL_H = 40, 33
