@@ -1,8 +1,8 @@
 """Export a model as an ONNX graph; every model can be expressed.
 
 The graph maps ids_BT and a carry, c_NBH and h_NBH of the N layers, to logits_BTV and the new carry.
-A plain LSTM is ONNX's operator LSTM, whose gates stand in the order i, o, f, c (= g). Other layers
-are a Scan over time of the equations in charlstm.lstm.reference.
+A plain LSTM becomes ONNX's operator LSTM, whose gates stand in the order i, o, f, c (= g). Other
+layers become a Scan over time of the equations in charlstm.lstm.reference.
 """
 
 from copy import copy
@@ -24,7 +24,7 @@ WEIGHTS = "model.onnx"
 _OPSET, _IR_VERSION = 18, 8
 
 _FILES = """
-- `model.onnx`: the model, in float32. Its metadata have the content of `config.json` and
+- `model.onnx`: the model, in float32. Its metadata has the content of `config.json` and
   `vocab.json` under these names.
 """
 _LOADING = '''
