@@ -32,12 +32,12 @@ from absl import flags
 
 from charlstm.cli import options, runtime
 from charlstm.errors import UserError
-from charlstm.planning import cost
+from charlstm.planning.chips import CHIPS, Chip, check_rows
 
 CONFIG = options.define_config()
 MINUTES = flags.DEFINE_float("minutes", None, "propose settings for a command of this duration")
-CHIPS = flags.DEFINE_string(
-    "chips", "", f"NAME:NUMBER of accelerators that share the batch; names: {', '.join(cost.CHIPS)}"
+ACCELERATORS = flags.DEFINE_string(
+    "chips", "", f"NAME:NUMBER of accelerators that share the batch; names: {', '.join(CHIPS)}"
 )
 SECONDS = flags.DEFINE_float(
     "seconds", 6.0, "how long to time training steps; 0 measures nothing", 0.0, 3600.0
@@ -48,24 +48,24 @@ COMPILE = flags.DEFINE_string(
 JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
 
 
-def parse_chips(word: str) -> tuple[cost.Chip, int] | None:
+def parse_chips(word: str) -> tuple[Chip, int] | None:
     """Return the chip and the number of a word such as v5e:256, None for an empty word."""
     if not word:
         return None
     name, _, number = word.partition(":")
-    if name not in cost.CHIPS or not re.fullmatch(r"[1-9]\d{0,5}", number):
+    if name not in CHIPS or not re.fullmatch(r"[1-9]\d{0,5}", number):
         raise UserError(
-            f"--chips={word}: must be NAME:NUMBER, such as v5e:256; names: {', '.join(cost.CHIPS)}"
+            f"--chips={word}: must be NAME:NUMBER, such as v5e:256; names: {', '.join(CHIPS)}"
         )
-    return cost.CHIPS[name], int(number)
+    return CHIPS[name], int(number)
 
 
 def main() -> None:
     """Print the costs of the config, or of the settings that are proposed for --minutes."""
     config = options.checked_config(CONFIG)
-    chips, minutes, seconds = parse_chips(CHIPS.value), MINUTES.value, SECONDS.value
+    chips, minutes, seconds = parse_chips(ACCELERATORS.value), MINUTES.value, SECONDS.value
     if chips:
-        cost.check_rows(config, *chips)
+        check_rows(config, *chips)
     options.check_minutes(minutes)
     if config.init_from:
         raise UserError(

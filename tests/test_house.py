@@ -37,7 +37,7 @@ ORDER = """
     exchange.card exchange.weights exchange.folder exchange.safetensors exchange.plain
     exchange.torch exchange.keras exchange.onnx exchange.stablehlo exchange.reading exchange.formats
     runs.orbax_calls runs.checkpoints
-    planning.cost runs.machine
+    planning.cost planning.chips runs.machine
     training.transfer training.setup training.progress training.validation training.loop
     evaluation.scoring evaluation.dynamic evaluation.passes evaluation.audit evaluation.baselines
     evaluation.memorization

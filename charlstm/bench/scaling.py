@@ -1,6 +1,5 @@
-"""Measure a training step on virtual devices, and estimate it on accelerators."""
+"""Measure a training step on virtual devices; compute and compile it for accelerators."""
 
-import re
 import statistics
 import time
 from collections.abc import Iterable
@@ -20,13 +19,16 @@ from charlstm.bench.scaling_picture import draw
 from charlstm.data.batches import Batch
 from charlstm.model import CharLSTM
 from charlstm.parallel.sharding import AXIS, by_rows, init_sharded, replicated
-from charlstm.planning import cost
+from charlstm.planning import hlo
+from charlstm.planning.chips import Chip, step_time
+from charlstm.planning.planner import compile_for
 from charlstm.steps import make_train_step
 
 CASE = Case("train", 64, 32, hidden_size=128, vocab_size=96)
 ROWS_PER_DEVICE = 8  # in weak scaling, on virtual devices
-ROWS_PER_CHIP = 256  # in weak scaling, estimated
-VOCAB_SIZE = 256  # estimated
+ROWS_PER_CHIP = 256  # in weak scaling, computed
+VOCAB_SIZE = 256  # computed
+COMPILED_ROWS = (256, 64, 16)  # per chip
 MAX_CHIPS = 1024
 STEPS = 7  # of which the median is reported
 
@@ -49,29 +51,36 @@ class Scaling:
     """Results of strong scaling (a fixed batch) and weak scaling (fixed rows per device)."""
 
     virtual: dict[str, list[dict[str, Any]]]
-    estimated: dict[str, list[dict[str, Any]]]
+    computed: dict[str, list[dict[str, Any]]]  # by the formulas of charlstm.planning.chips
+    compiled: dict[str, list[dict[str, Any]]]  # by the compiler's estimate of cycles; may be empty
     picture: bytes  # a PNG
 
     def __str__(self) -> str:
         parts = {f"{name}, virtual devices": rows for name, rows in self.virtual.items()}
-        parts |= {f"{name}, estimated": rows for name, rows in self.estimated.items()}
+        parts |= {f"{name}, computed": rows for name, rows in self.computed.items()}
+        parts |= {f"{name}, compiled": rows for name, rows in self.compiled.items()}
         return "\n".join(f"{title}\n{table(rows)}\n" for title, rows in parts.items())
 
 
-def measure_scaling(config: ConfigDict, chip: cost.Chip, num_devices: int) -> Scaling:
-    """Measure a small model on up to `num_devices` devices, and estimate `config` on more chips.
+def measure_scaling(
+    config: ConfigDict, chip: Chip, num_devices: int, is_compiled: bool = False
+) -> Scaling:
+    """Measure a small model on up to `num_devices` devices, and compute `config` on more chips.
 
-    JAX must have that many devices; its option jax_num_cpu_devices makes virtual ones.
+    JAX must have that many devices; its option jax_num_cpu_devices makes virtual ones. With
+    `is_compiled` also compile `config` for a chip, as planning.compile_for does.
     """
     counts = powers_of_two(num_devices)
     virtual = {
         name: [result._asdict() for result in scale(CASE, counts, STEPS, rows)]
         for name, rows in (("strong", None), ("weak", ROWS_PER_DEVICE))
     }
-    estimated = estimate(config, chip, powers_of_two(MAX_CHIPS))
+    chips = powers_of_two(MAX_CHIPS)
+    computed = compute(config, chip, chips)
+    compiled = compile_steps(config, chip, chips) if is_compiled else {}
     about = f"{config.model.num_layers} x {config.model.hidden_size}, T = {config.seq_len}"
-    picture = draw(virtual, estimated, f"{about}, {chip.name}")
-    return Scaling(virtual, estimated, picture)
+    picture = draw(virtual, computed, compiled, f"{about}, {chip.name}")
+    return Scaling(virtual, computed, compiled, picture)
 
 
 def powers_of_two(most: int) -> list[int]:
@@ -106,7 +115,8 @@ def take_steps(case: Case, num_devices: int, num_steps: int, dtype: str) -> tupl
         state, metrics = compiled(state, batch)
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - begin)
-    number, in_loops = count_all_reduces(compiled.as_text() or "")
+    sums = hlo.collectives(hlo.parse(compiled.as_text() or ""))
+    number, in_loops = len(sums), sum(one.loops > 0 for one in sums)
     median = statistics.median(seconds)
     result = Result(num_devices, case.batch_size, losses, 0.0, median, median, number, in_loops)
     return result, jax.device_get(state.params)
@@ -141,21 +151,8 @@ def scale(
     return results
 
 
-def count_all_reduces(hlo: str) -> tuple[int, int]:
-    """Return the number of all-reduces in a compiled program, and of those inside loops."""
-    bodies = set(re.findall(r"\bbody=%?([\w.\-]+)", hlo))
-    name, number, in_loops = "", 0, 0
-    for line in hlo.splitlines():
-        if begins := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            name = begins[1]
-        elif re.search(r"= .*\ball-reduce(-start)?\(", line):
-            number += 1
-            in_loops += name in bodies
-    return number, in_loops
-
-
-def estimate(
-    config: ConfigDict, chip: cost.Chip, counts: Iterable[int]
+def compute(
+    config: ConfigDict, chip: Chip, counts: Iterable[int]
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the seconds of the parts of a step on each number of chips that has enough rows."""
     scaled = config.copy_and_resolve_references()
@@ -164,8 +161,33 @@ def estimate(
         for name, rows in (("strong", config.batch_size), ("weak", ROWS_PER_CHIP * count)):
             if rows >= count:
                 scaled.batch_size = rows
-                step = cost.step_time(scaled, VOCAB_SIZE, chip, count)
+                step = step_time(scaled, VOCAB_SIZE, chip, count)
                 rate = rows * config.seq_len / step.total
                 about = {"chips": count, "rows": rows, "chars_per_second": rate}
                 results[name].append(about | {"total": step.total} | step._asdict())
+    return results
+
+
+def compile_steps(
+    config: ConfigDict, chip: Chip, counts: Iterable[int]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the seconds of a step by the compiler's estimate, for COMPILED_ROWS per chip.
+
+    The step is compiled for one chip. The all-reduce of several, which has no estimate, is added by
+    formula.
+    """
+    topology = f"{chip.name}:{'x'.join('1' * chip.axes)}"
+    seconds = {}
+    for rows in COMPILED_ROWS:
+        alone = config.copy_and_resolve_references()
+        alone.batch_size = rows
+        step = compile_for(alone, topology).costs["programs"]["training step"]
+        seconds[rows] = step["estimated_cycles"] / chip.clock
+    results: dict[str, list[dict[str, Any]]] = {"strong": [], "weak": []}
+    for count in counts:
+        total = step_time(config, VOCAB_SIZE, chip, count)
+        for name, rows in (("strong", config.batch_size / count), ("weak", ROWS_PER_CHIP)):
+            if rows in seconds:
+                about = {"chips": count, "rows_per_chip": rows}
+                results[name].append(about | {"seconds": seconds[rows] + total.all_reduce})
     return results

@@ -24,6 +24,7 @@ from charlstm.model import zero_carry
 from charlstm.optim import make_optimizer, make_schedule
 from charlstm.parallel.sharding import by_rows, init_sharded, make_mesh, replicated
 from charlstm.planning import cost, hlo
+from charlstm.planning.chips import CHIPS
 from charlstm.sampling import READERS, Draw, initial_state
 from charlstm.streaming import CHUNK_LEN, compiled_generate_chunk, with_rows
 from charlstm.system.extras import import_extra
@@ -141,7 +142,7 @@ def lower_sampler(setup: Setup, params: Any) -> Any:
 def compile_costs(setup: Setup, topology: str) -> dict[str, Any]:
     """Compile the programs of a run for the devices of `setup.mesh`; return their costs."""
     config = setup.run.config
-    chip = cost.CHIPS.get(topology.partition(":")[0])
+    chip = CHIPS.get(topology.partition(":")[0])
     hbm_bytes = chip.memory if chip else None
     costs = {}
     for name, lowered in programs(setup).items():

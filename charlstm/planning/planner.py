@@ -17,6 +17,7 @@ from charlstm.config_check import validate
 from charlstm.errors import UserError
 from charlstm.parallel import sharding
 from charlstm.planning import cost, memory, report, rules, timing
+from charlstm.planning.chips import Chip, check_rows, chip_bytes, step_time
 from charlstm.planning.compile import compile_costs, for_topology, topology_devices
 from charlstm.planning.timing import StageTimes
 from charlstm.training.setup import Setup, prepare, set_up
@@ -27,7 +28,7 @@ TIMING_SECONDS = 6.0
 WIDTH_SECONDS = 1.5  # for which each candidate width is timed
 MARGIN = 0.03  # of the given time, since no two runs take the same time
 
-Chips = tuple[cost.Chip, int]
+Chips = tuple[Chip, int]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def estimate(
     Args:
       config: the settings of the run.
       timing_seconds: how long to time training steps; 0 leaves out all measurements.
-      chips: an entry of cost.CHIPS and how many share the batch; adds their time by formula.
+      chips: an entry of CHIPS and how many share the batch; adds their time by formula.
 
     Raises:
       UserError: if the config is invalid, or cannot run on this machine where it is to be timed.
@@ -125,7 +126,7 @@ def plan(
     seconds, begin = 60 * minutes, time.perf_counter()
     setup = _choose_shape(config, seconds)
     if chips:
-        cost.check_rows(setup.run.config, *chips)
+        check_rows(setup.run.config, *chips)
     loading = time.perf_counter() - begin + timing.process_seconds()
     setup = _choose_width(setup, _seconds_left(seconds, loading))
     stages = _measure_stages(setup, timing_seconds)
@@ -274,8 +275,8 @@ def _accelerator(setup: Setup, chips: Chips | None) -> dict[str, Any]:
     if chips is None:
         return {}
     (chip, number), config, vocab_size = chips, setup.run.config, setup.model.vocab_size
-    step = cost.step_time(config, vocab_size, chip, number)
-    needed = cost.device_bytes(config, vocab_size, number)
+    step = step_time(config, vocab_size, chip, number)
+    needed = chip_bytes(config, vocab_size, number)
     costs = {
         "chip": chip.name,
         "chips": number,

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from charlstm.planning.cost import StepTime
+from charlstm.planning.chips import StepTime
 from charlstm.planning.timing import CommandTimes
 from charlstm.system.tables import plain_text
 

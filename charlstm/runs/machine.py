@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from charlstm.errors import UserError
 from charlstm.lstm import native_library
 from charlstm.planning import cost
+from charlstm.planning.chips import chip_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +52,11 @@ def check_backend(config: ConfigDict) -> None:
 def check_memory(config: ConfigDict, vocab_size: int, mesh: Mesh) -> None:
     """Raise UserError if training with V = `vocab_size` needs more memory than there is."""
     model = config.model
-    needed = cost.device_bytes(config, vocab_size, mesh.size)
     if mesh.devices.flat[0].platform == "cpu":
-        needed *= len(mesh.local_devices)  # they share the memory
+        # The devices of a CPU share its memory.
+        needed = cost.device_bytes(config, vocab_size, mesh.size) * len(mesh.local_devices)
+    else:
+        needed = chip_bytes(config, vocab_size, mesh.size)
     if needed > (available := memory_bytes()):
         raise UserError(
             f"config.model.hidden_size={model.hidden_size}, config.model.num_layers="

@@ -10,6 +10,8 @@ from etils import epath
 from charlstm.config import base_config
 from charlstm.data.batches import Batch
 from charlstm.errors import UserError
+from charlstm.lstm.fused import fused_lstm
+from charlstm.lstm.reference import init_lstm
 from charlstm.model import CharLSTM, zero_carry
 from charlstm.optim import make_optimizer, make_schedule
 from charlstm.planning import cost
@@ -166,72 +168,25 @@ def test_state_bytes_agree_with_a_checkpoint_on_disk(tmp_path):
     assert 0.9 < on_disk / cost.state_bytes(config, 96) < 1.05
 
 
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_residual_bytes_equal_the_arrays_of_the_gradient(dtype, norm):
+    num_steps, batch_size, hidden_size = 3, 5, 32
+    config = config_with(dtype=dtype, hidden_size=hidden_size, recurrent_rms_norm=norm)
+    params = init_lstm(jax.random.key(0), 7, hidden_size, recurrent_rms_norm=norm)
+    carry = (jax.ShapeDtypeStruct((batch_size, hidden_size), "float32"),) * 2
+    ids_TB = jax.ShapeDtypeStruct((num_steps, batch_size), "int32")
+    run = partial(fused_lstm, dtype=dtype)
+    kept = jax.eval_shape(lambda *given: jax.vjp(run, *given, ids_TB)[1], params, carry)
+    sequences = [leaf for leaf in jax.tree.leaves(kept) if leaf.ndim == 3 and leaf.shape[-1] > 1]
+    assert {leaf.shape[:2] for leaf in sequences} == {(num_steps, batch_size)}
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in sequences)
+    assert num_bytes / (num_steps * batch_size * hidden_size) == cost.residual_bytes(config)
+
+
 def test_state_bytes_equal_the_arrays_of_a_state():
     config = config_with(hidden_size=32, num_layers=2)
     state = state_of(config, 11, optimizer_of(config))
     leaves = jax.tree.leaves(state._replace(key=()))
     key_bytes = 8
     assert cost.state_bytes(config, 11) == sum(leaf.size * 4 for leaf in leaves) + key_bytes
-
-
-# --- accelerators ---
-
-
-def wide_config():
-    config = config_with(hidden_size=2048, num_layers=2, dtype="bfloat16")
-    config.batch_size, config.seq_len = 4096, 128
-    return config
-
-
-@pytest.mark.parametrize("name", cost.CHIPS)
-def test_more_chips_only_slow_down_the_all_reduce(name):
-    steps = [cost.step_time(wide_config(), 96, cost.CHIPS[name], 2**power) for power in range(11)]
-    alone = [step.total - step.all_reduce for step in steps]
-    assert alone == sorted(alone, reverse=True)
-    assert steps[0].all_reduce == 0
-    sums = [step.all_reduce for step in steps]
-    assert sums == sorted(sums)
-
-
-def test_small_model_is_limited_by_latency():
-    chip = cost.CHIPS["v5e"]
-    config = config_with(hidden_size=64, dtype="bfloat16")
-    step = cost.step_time(config, 96, chip, 16)
-    assert step.limit == "latency"
-    assert step.latency == pytest.approx(2 * config.seq_len * chip.loop_seconds)
-
-
-def test_few_rows_are_limited_by_memory_bandwidth():
-    # On a v5e, 197e12 / 819e9 = 240 operations a byte.
-    chip = cost.CHIPS["v5e"]
-    few, many = (cost.step_time(wide_config(), 96, chip, 4096 // rows) for rows in (64, 1024))
-    assert few.memory > 3 * few.products
-    assert many.products > 1.5 * many.memory
-
-
-def test_step_takes_at_least_its_products():
-    config, chip = wide_config(), cost.CHIPS["v5p"]
-    flops = 3 * cost.flops_per_char(config, 96) * config.batch_size * config.seq_len
-    assert cost.step_time(config, 96, chip, 1).total >= flops / chip.flops
-
-
-def test_all_reduce_sends_each_byte_twice_around_the_ring():
-    chip = cost.CHIPS["v5e"]
-    assert cost.all_reduce_seconds(1e9, chip, 1) == 0
-    hops = 2 * 256**0.5 * 1e-6
-    assert cost.all_reduce_seconds(1e9, chip, 256) == pytest.approx(
-        2 * 255 / 256 * 1e9 / 2e11 + hops
-    )
-    # Four pods: each chip adds up 1/256 of the bytes over the network.
-    beyond = 2 * 3 / 4 * 1e9 / 256 / 3.1e9
-    assert cost.all_reduce_seconds(1e9, chip, 1024) == pytest.approx(
-        2 * 255 / 256 * 1e9 / 2e11 + hops + beyond
-    )
-
-
-def test_memory_per_chip_falls_to_the_replicated_state():
-    config = wide_config()
-    per_chip = [cost.device_bytes(config, 96, n) for n in (1, 64, 4096)]
-    state = cost.state_bytes(config, 96) + cost.gradient_bytes(config, 96)
-    assert per_chip == sorted(per_chip, reverse=True)
-    assert state < per_chip[-1] < 1.2 * state

@@ -12,7 +12,8 @@ from charlstm import planning
 from charlstm.config import base_config
 from charlstm.config_check import check_key
 from charlstm.errors import UserError
-from charlstm.planning import cost, memory, planner, report, rules, timing
+from charlstm.planning import memory, planner, report, rules, timing
+from charlstm.planning.chips import CHIPS
 from charlstm.planning.timing import StageTimes
 from charlstm.training.setup import prepare
 
@@ -70,7 +71,7 @@ def test_proposal_can_be_trained_and_leaves_no_files(config, book_path, monkeypa
     monkeypatch.setattr(timing, "process_seconds", lambda: 5.0)
     monkeypatch.setattr(memory, "step_bytes", lambda setup, rows: (20 + 2 * rows) * 2**20)
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # they also serve the other tests
-    chips = (cost.CHIPS["v5e"], 4)
+    chips = (CHIPS["v5e"], 4)
     result = planning.plan(config, 4, timing_seconds=0.1, chips=chips)
     assert list(temporary.iterdir()) == []
     # Four minutes are more than enough to read 5,400 characters as often as the rules allow.
@@ -99,7 +100,7 @@ def test_time_too_short_to_train_is_an_error(config, monkeypatch):
 
 def test_more_chips_than_proposed_rows_is_an_error(config):
     with pytest.raises(UserError, match=r"--chips=v5e:64: config.batch_size=8 .* fewer chips"):
-        planning.plan(config, 4, chips=(cost.CHIPS["v5e"], 64))
+        planning.plan(config, 4, chips=(CHIPS["v5e"], 64))
 
 
 # Starts the launcher with a ready proposal.
@@ -145,7 +146,7 @@ def test_plan_command_prints_a_command_of_train(as_json, book_path):
 def test_estimate_without_measurements_counts_on_any_machine(config):
     config.model.update({"hidden_size": 2048, "num_layers": 2, "dtype": "bfloat16"})
     config.batch_size, config.seq_len = 128, 16
-    result = planning.estimate(config, timing_seconds=0, chips=(cost.CHIPS["v5e"], 16))
+    result = planning.estimate(config, timing_seconds=0, chips=(CHIPS["v5e"], 16))
     assert result.settings == {}
     assert result.costs["accelerator"]["chips"] == 16
     table = str(result)
