@@ -12,8 +12,8 @@ and backward, and takes the longest of:
 (the roofline of Williams, Waterman and Patterson 2009). The forward loop writes the residuals and
 reads the preactivations; the backward loop reads the residuals and writes the gradients. XLA keeps
 the recurrent kernel, 8 H^2 bytes in bfloat16, on the chip over all iterations if it takes at most
-half of the memory there: VMEM on a TPU, CMEM on a v4. A larger one adds 8 H^2 / M to each iteration, as any kernel does on
-a GPU, where each iteration starts anew.
+half of the memory there: VMEM on a TPU, CMEM on a v4. A larger one adds 8 H^2 / M to each
+iteration, as any kernel does on a GPU, where each iteration starts anew.
 
 Outside the loops are the products of all time steps at once, Adam's update and one all-reduce of P
 gradients in the type of the products. On a ring of n chips that send W bytes per second, it takes
