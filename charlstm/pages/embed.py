@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from etils import epath
 from charlstm.errors import UserError
 from charlstm.files import write_file
 
+# A comment in a template, in whose place the file that it names is inserted.
+_COMMON = r"/\* (common\.\w+) \*/\n"
 # The element of a template that holds the data; a script reads it by JSON.parse.
 _BEGIN, _END = '<script id="data" type="application/json">', "</script>"
 # In the head of each template, so that a page replaces no other file.
@@ -42,7 +45,11 @@ def write_page(template_name: str, data: Any, out_path: epath.PathLike) -> None:
 
 def fill_page(template_name: str, data: Any) -> str:
     """Return the page that write_page writes."""
-    template = Path(__file__).with_name(template_name).read_text(encoding="utf-8")
+
+    def read(name: str) -> str:
+        return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+    template = re.sub(_COMMON, lambda name: read(name[1]), read(template_name))
     before, begin, after = template.partition(_BEGIN + _END)
     if not begin:
         raise ValueError(f"{template_name}: has no empty script element 'data'")
