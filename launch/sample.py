@@ -7,6 +7,8 @@ the run's text was. Without one, a run on documents starts a new document and st
 another run continues a random passage of its training text. Flags default to the run's
 config.sample. On a terminal control characters appear as escapes such as \\x1b.
 
+--workdir=builtin is a small model in the package, trained on the manual of Python.
+
 --no_copy counts a copy from its beginning in the prompt, if it reaches into the text. --best_of
 keeps the text with the fewest bits per character.
 """
