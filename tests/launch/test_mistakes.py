@@ -287,7 +287,7 @@ TEXTS = [
         "GPU cpu fused",
     ),
     ("book.txt --config.model.hidden_size=9999999", "hidden_size=9999999 GiB"),
-    ("book.txt --workdir=file", "file directory --workdir"),
+    ("book.txt --workdir=file", "file folder --workdir"),
     ("book.txt --workdir=file/run", "file/run --workdir"),
     ("book.txt --config.init_from=none", "config.init_from=none config.json launch/train.py"),
     ("book.txt --config.init_from=runs/full --workdir=runs/full", "runs/full itself --workdir"),

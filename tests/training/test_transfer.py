@@ -274,7 +274,7 @@ def test_sources_without_usable_weights_are_refused(source, other_path, tmp_path
         return str(caught.value)
 
     assert "no run" in refusal(tmp_path / "none")
-    assert "no run" in refusal(other_path)
+    assert "folder" in refusal(other_path)
     assert "itself" in refusal(source, "source")
     assert "itself" in refusal(tmp_path / "run")
     saved_run(small_config(other_path, **PLAIN), tmp_path / "new", steps=())
