@@ -11,9 +11,9 @@ and backward, and takes the longest of:
 
 (the roofline of Williams, Waterman and Patterson 2009). The forward loop writes the residuals and
 reads the preactivations; the backward loop reads the residuals and writes the gradients. XLA keeps
-the recurrent kernel, 8 H^2 bytes in bfloat16, on the chip over all iterations if it takes at most
-half of the memory there: VMEM on a TPU, CMEM on a v4. A larger one adds 8 H^2 / M to each
-iteration, as any kernel does on a GPU, where each iteration starts anew.
+the recurrent kernel, 8 H^2 bytes in bfloat16, on the chip over all iterations where it can: in
+VMEM on a TPU, in CMEM on a v4. The formula takes half of that memory as the limit. A larger kernel
+adds 8 H^2 / M to each iteration, as any does on a GPU, where each iteration is a launch of its own.
 
 Outside the loops are the products of all time steps at once, Adam's update and one all-reduce of P
 gradients in the type of the products. On a ring of n chips that send W bytes per second, it takes
@@ -23,7 +23,8 @@ hops of 1 us, half the length of each axis twice ('How to Scale Your Model', Aus
 https://jax-ml.github.io/scaling-book/sharding). Chips beyond one pod add up the sums of their pods
 over the network.
 
-README.md compares memory and time with what the compiler of TPUs reports.
+README.md compares memory and time with what the compiler of TPUs reports, and lists where it
+leaves a kernel in memory.
 """
 
 from typing import NamedTuple
@@ -45,7 +46,7 @@ KERNEL_SHARE = 0.5  # of the memory on a chip: compiled for a v5e, 63 MB stay th
 LANES = 128  # of a TPU, to which it pads the last axis of an array
 # Of the training loop, which this module cannot import.
 MAX_CALL_STEPS, MAX_CALL_CHARS = 32, 2**22
-CHUNK_ROWS, CHUNK_NUMBERS = 4096, 8
+CHUNK_ROWS = 4096  # of the gradient of the kernels, as in lstm.backward
 GIB = 2**30
 MIB = 2**20
 
@@ -205,10 +206,11 @@ def chip_bytes(config: ConfigDict, vocab_size: int, num_chips: int) -> int:
     """Return the bytes of a training step on each of `num_chips` TPUs: state, batches, temporaries.
 
     Temporaries per row, time step and unit: the residuals of all layers; the preactivations of
-    layers with dense input, where the backward pass reads them for the scale or the norm; the
-    gradients of one layer's output and, with dense input, of its preactivations. To these add the
-    logits and their gradient, padded to 128 characters, the backward pass of CHUNK_ROWS rows, and a
-    gradient of the parameters.
+    layers with dense input, where the backward pass reads them for the scale or the norm; and the
+    gradient of one layer's output. To these add the larger of two that follow one another: logits
+    in float32 and in the type of the products, padded to LANES characters; or the gradient of one
+    layer's preactivations, if its input is dense, with four sums and their gradients of CHUNK_ROWS
+    rows. Last, the gradient of the parameters, and a copy of them in the type of the products.
     """
     model, width = config.model, product_bytes(config)
     rows = -(-config.batch_size // num_chips)
@@ -216,12 +218,13 @@ def chip_bytes(config: ConfigDict, vocab_size: int, num_chips: int) -> int:
     is_norm_read = model.recurrent_rms_norm and width < FLOAT
     num_read = num_dense * (model.multiplicative or is_norm_read)
     unit_bytes = model.num_layers * residual_bytes(config) + width
-    unit_bytes += preactivation_bytes(config) * (num_read + (num_dense > 0))
-    logit_bytes = 2 * FLOAT * LANES * -(-vocab_size // LANES)
+    unit_bytes += preactivation_bytes(config) * num_read
     places = rows * config.seq_len
-    temporary = places * (unit_bytes * model.hidden_size + logit_bytes)
-    temporary += min(places, CHUNK_ROWS) * CHUNK_NUMBERS * width * model.hidden_size
-    temporary += width * count_params(config, vocab_size)
+    logits = (FLOAT + width) * LANES * -(-vocab_size // LANES) * places
+    chunk = min(places, CHUNK_ROWS) * (4 + 4) * width * model.hidden_size
+    inputs = (num_dense > 0) * preactivation_bytes(config) * places * model.hidden_size
+    temporary = unit_bytes * places * model.hidden_size + max(logits, inputs + chunk)
+    temporary += (FLOAT + width) * count_params(config, vocab_size)
     carry = 2 * FLOAT * model.hidden_size * model.num_layers * (config.batch_size - rows)
     return state_bytes(config, vocab_size) - carry + batch_bytes(config, num_chips) + temporary
 
