@@ -24,6 +24,8 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]
 def draw(virtual: Results, computed: Results, compiled: Results, about: str) -> bytes:
     """Return a PNG of strong and weak scaling, computed and compiled, and of virtual devices."""
 
+    kinds = "computed and compiled" if compiled else "computed"
+
     def draw_panels(figure: "Figure") -> None:
         panels = figure.subplots(1, 3)
         for axes, (name, rows) in zip(panels, computed.items(), strict=False):
@@ -31,7 +33,7 @@ def draw(virtual: Results, computed: Results, compiled: Results, about: str) -> 
             if points := [(row["chips"], 1e3 * row["seconds"]) for row in compiled.get(name, ())]:
                 label = "a step, compiled: the compiler's cycles"
                 axes.plot(*zip(*points, strict=True), "kD", label=label)
-            axes.set_title(f"{name} scaling, computed: {about}", fontsize=9)
+            axes.set_title(f"{name} scaling, {kinds}: {about}", fontsize=9)
         for name, rows in virtual.items():
             devices = [row["num_devices"] for row in rows]
             for key, line in (("share", "-"), ("work", ":")):

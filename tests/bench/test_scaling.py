@@ -2,9 +2,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from launching import command_of
+
+from charlstm.bench import scaling
+from charlstm.config import base_config
+from charlstm.planning.chips import CHIPS
 
 # In a process of its own, since XLA takes the number of devices once.
 PROGRAM = """
@@ -81,3 +86,24 @@ def test_launcher_writes_results_and_a_picture(tmp_path):
     assert report["computed"]["weak"][-1]["chips"] == 1024
     assert (tmp_path / "out" / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert "strong, virtual devices" in result.stdout
+
+
+def test_compiled_step_is_its_cycles_and_an_all_reduce(monkeypatch):
+    config, chip = base_config(), CHIPS["v5e"]
+    config.batch_size = 256
+    asked = []
+
+    def compile_for(config, topology):
+        asked.append((config.batch_size, topology))
+        step = {"estimated_cycles": 3_000_000 * config.batch_size}
+        return SimpleNamespace(costs={"programs": {"training step": step}})
+
+    monkeypatch.setattr(scaling, "compile_for", compile_for)
+    found = scaling.compile_steps(config, chip, [1, 2, 4])
+    assert asked == [(256, "v5e:1x1"), (64, "v5e:1x1"), (16, "v5e:1x1")]
+    # 2 ms per row at 1.5 GHz. No program has 128 rows per chip.
+    assert [row["chips"] for row in found["strong"]] == [1, 4]
+    assert [row["chips"] for row in found["weak"]] == [1, 2, 4]
+    assert found["strong"][0]["seconds"] == pytest.approx(0.512)
+    assert 0.128 < found["strong"][1]["seconds"] < 0.129
+    assert 0.512 < found["weak"][2]["seconds"] < 0.513

@@ -9,6 +9,7 @@ from launching import command_of
 from charlstm import planning
 from charlstm.config import base_config
 from charlstm.errors import UserError
+from charlstm.planning.chips import chip_bytes
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'"
@@ -63,6 +64,21 @@ def test_tpu_program_sums_once_and_keeps_kernels_on_chip(topology, settings, boo
     width = 2 if "model.dtype" in settings else 4
     gradient_bytes = width * costs["parameters"]
     assert sum(one["bytes"] for one in sums) == pytest.approx(gradient_bytes, rel=0.01)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_memory_by_formula_agrees_with_the_compiler(book_path):
+    # Large enough that the arrays of a step do not fit the memory on the chip.
+    settings = PLAIN | {"batch_size": 1024, "seq_len": 128, "model.hidden_size": 512}
+    settings |= {"model.multiplicative": False, "model.recurrent_rms_norm": False}
+    settings["model.dropout_rate"] = 0.0
+    costs = compiled("v5e:1x1", book_path, settings)
+    config = base_config()
+    config.update_from_flattened_dict(settings)
+    expected = chip_bytes(config, costs["vocabulary"], num_chips=1)
+    needed = costs["programs"]["training step"]["needed_bytes"]
+    assert expected / needed == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize(
