@@ -1,13 +1,14 @@
 """Comparisons with one tolerance policy, configs of small runs, and edits of a run."""
 
 import re
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from etils import epath
 from launching import NOISE
 from ml_collections import ConfigDict
@@ -155,6 +156,15 @@ def stop_after(num_calls):
     """Return a should_stop that becomes true after `num_calls` calls of train_steps."""
     calls = iter(range(1, 10**6))
     return lambda: next(calls) >= num_calls
+
+
+@contextmanager
+def no_pictures_and_samples():
+    """Draw no curves and no samples within the block: they take longer than the steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("charlstm.runs.metrics.RunLog.draw", lambda self: None)
+        patch.setattr("charlstm.training.loop.write_sample", lambda *arguments: {"sample": ""})
+        yield
 
 
 def flip(path, place):

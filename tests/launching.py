@@ -21,6 +21,10 @@ TINY = ["--config=tiny", "--config.num_steps=60", "--config.eval_every_steps=30"
 TINY += ["--config.optimizer.name=adamw"]
 
 
+# Modules for a WarmLauncher of launch/train.py. A run imports the last two for its curves.
+TRAINING = "charlstm.training.loop", "charlstm.system.console", "matplotlib.figure", "scipy.linalg"
+
+
 def command_of(launcher, *flags):
     return [sys.executable, str(ROOT / "launch" / f"{launcher}.py"), *map(str, flags)]
 

@@ -18,7 +18,7 @@ import optax
 import pytest
 from etils import epath
 from helpers import abstract_state_of, assert_equal, assert_stopped, records_of
-from launching import WarmLauncher, command_of, run_command
+from launching import TRAINING, WarmLauncher, command_of, run_command
 
 from charlstm.files import lock_folder
 from charlstm.model import CharLSTM
@@ -74,7 +74,7 @@ def assert_same_run(workdir, reference):
 @pytest.fixture(scope="module")
 def launch():
     """Return a WarmLauncher of launch/train.py."""
-    with closing(WarmLauncher("charlstm.training.loop", "charlstm.system.console")) as launch:
+    with closing(WarmLauncher(*TRAINING)) as launch:
         yield launch
 
 
@@ -227,7 +227,7 @@ def test_vanished_run_folder_is_an_error(launch, reference, tmp_path):
 
 def test_second_trainer_is_refused_and_readers_are_not(launch, reference, tmp_path):
     flags = [*ENDLESS, f"--workdir={tmp_path}/run"]
-    flags += ["--config.checkpoint_every_steps=1", "--config.eval_every_steps=7"]
+    flags += ["--config.checkpoint_every_steps=1", "--config.eval_every_steps=4"]
     folder = epath.Path(tmp_path / "run" / "checkpoints")
     process = launch.start("train", *flags, cwd=reference.parent, out=os.devnull)
     try:
@@ -239,7 +239,7 @@ def test_second_trainer_is_refused_and_readers_are_not(launch, reference, tmp_pa
         first = steps_in(folder)[-1]
         num_loads = 0
         # Checkpoints of both kinds are replaced while they are read.
-        while num_loads < 8 or steps_in(folder)[-1] < first + 7:
+        while num_loads < 6 or steps_in(folder)[-1] < first + 5:
             load_model(tmp_path / "run", ("best", "latest")[num_loads % 2])
             num_loads += 1
         assert num_loads < 100

@@ -14,6 +14,7 @@ from helpers import (
     QUICK,
     abstract_state_of,
     assert_equal,
+    no_pictures_and_samples,
     records_of,
     series,
     small_config,
@@ -80,6 +81,12 @@ def finished(tmp_path_factory, book):
 def _no_pictures(finished, monkeypatch):
     """Draw no curves but those of the finished run: they take longer than the steps."""
     monkeypatch.setattr("charlstm.runs.metrics.RunLog.draw", lambda self: None)
+
+
+@pytest.fixture
+def cheaply(cheaply, monkeypatch):
+    """Draw no samples either, which need another program."""
+    monkeypatch.setattr(loop, "write_sample", lambda *arguments: {"sample": ""})
 
 
 def test_run_folder_has_all_files(finished, book):
@@ -232,8 +239,6 @@ def test_best_is_by_training_loss_without_validation(cheaply, book_path, tmp_pat
         "data.order": "windows",
         "data.loss_on": "last",
         "model.input": "scaled",
-        "sample.method": "window",
-        "sample.temperature": 0.0,
     }
     config = small_config(book_path, **PLAIN | settings)
     assert train(config, tmp_path / "run")
@@ -316,7 +321,7 @@ def stalled(tmp_path_factory, book):
     (folder / "book.txt").write_text(book, encoding="utf-8")
     changes = {"num_steps": 60, "patience": 2, "optimizer.learning_rate": 1e-30}
     settings = PLAIN | changes | {"data.path": str(folder / "book.txt")}
-    with little_optimization():
+    with little_optimization(), no_pictures_and_samples():
         assert train(small_config("", **settings), folder / "run")
     return settings, folder / "run"
 

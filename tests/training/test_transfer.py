@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from etils import epath
-from helpers import QUICK, assert_close, assert_equal, flip, records_of, small_config, stop_after
+from helpers import (
+    QUICK,
+    assert_close,
+    assert_equal,
+    flip,
+    no_pictures_and_samples,
+    records_of,
+    small_config,
+    stop_after,
+)
 from helpers import untrained_run as saved_run
 
 from charlstm.config import flatten
@@ -138,10 +147,9 @@ def test_texts_without_a_common_character_keep_only_the_rest():
 
 
 @pytest.fixture(autouse=True)
-def _no_pictures_and_samples(monkeypatch):
-    """Draw no curves and no samples: they take longer than the steps."""
-    monkeypatch.setattr("charlstm.runs.metrics.RunLog.draw", lambda self: None)
-    monkeypatch.setattr("charlstm.training.loop.write_sample", lambda *arguments: {"sample": ""})
+def _no_pictures_and_samples():
+    with no_pictures_and_samples():
+        yield
 
 
 @pytest.fixture
