@@ -72,7 +72,7 @@ def make_app(run: Run, worker: Worker, host: str, limits: Limits) -> Any:
         if not isinstance(found, Surprise):
             raise RequestError(503, "the server is stopping")
         surprise = rounded(found.bits_M)
-        top = next_characters(run, found.top_ids_K, found.top_probs_K)
+        [top] = next_characters(run, found.top_ids_K[None], found.top_probs_K[None])
         return JSONResponse({"text": wanted.text, "surprise": surprise, "next": top})
 
     routes = [
@@ -204,21 +204,24 @@ def piece_data(run: Run, piece: Piece, top: int) -> dict[str, Any]:
     """Return the data of an event: characters, their bits, and what could follow each of them."""
     data: dict[str, Any] = {"text": run.decode(piece.ids_T), "bits": rounded(piece.bits_T)}
     if top:
-        rows = zip(piece.top_ids_TK[:, :top], piece.top_probs_TK[:, :top], strict=True)
-        data["next"] = [next_characters(run, *row) for row in rows]
+        data["next"] = next_characters(run, piece.top_ids_TK[:, :top], piece.top_probs_TK[:, :top])
     return data
 
 
-def next_characters(run: Run, ids_K: np.ndarray, probs_K: np.ndarray) -> list[list[Any]]:
-    """Return [character, probability] of the most probable next characters."""
+def next_characters(run: Run, ids_TK: np.ndarray, probs_TK: np.ndarray) -> list[list[Any]]:
+    """Return [[character, probability], ...] of the most probable next characters for each T."""
     characters = run.vocab.characters
-    pairs = zip(ids_K.tolist(), rounded(probs_K), strict=True)
-    return [[characters[index], prob] for index, prob in pairs]
+    names_TK = [[characters[index] for index in row] for row in ids_TK.tolist()]
+    probs_TK = np.round(probs_TK.astype(np.float64), DIGITS)
+    return [
+        list(map(list, zip(names, probs, strict=True)))
+        for names, probs in zip(names_TK, probs_TK.tolist(), strict=True)
+    ]
 
 
-def rounded(values: np.ndarray) -> list[float | None]:
+def rounded(values_M: np.ndarray) -> list[float | None]:
     """Return numbers for JSON, which has no NaN."""
-    found: list[float] = np.round(values.astype(np.float64), DIGITS).tolist()
+    found: list[float] = np.round(values_M.astype(np.float64), DIGITS).tolist()
     return [None if math.isnan(value) else value for value in found]
 
 
