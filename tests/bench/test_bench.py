@@ -214,7 +214,7 @@ def bench(*flags, cwd):
 
 @pytest.mark.slow
 def test_all_sections_of_a_tiny_run(tmp_path):
-    sections = "--what=step,growth,generate,evaluate,loop,entropy"
+    sections = "--what=step,growth,generate,evaluate,loop,serve,entropy"
     results = bench("--shapes=2x4x8", "--repeats=1", sections, cwd=tmp_path)
     assert (tmp_path / "out/bench.png").read_bytes().startswith(PNG)
     for section in ("step", "generate", "evaluate", "growth"):
@@ -224,4 +224,9 @@ def test_all_sections_of_a_tiny_run(tmp_path):
             assert values[case, "charlstm"] == pytest.approx(values[case, "flax"], abs=1e-4)
     assert results["loop"][-1]["round"] == "median"
     assert results["loop"][0]["command_seconds"] > 0
+    served = {each["readers"]: each["requests"] for each in results["serve"]}
+    assert served["1"] >= 1
+    assert served["8"] >= 8
+    assert served["8, 2 requests each"] == 16
+    assert all(each["chars_per_second"] > 0 for each in results["serve"])
     assert all(each["excess"] < 0.02 for each in results["entropy"])

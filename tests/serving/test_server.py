@@ -19,7 +19,7 @@ from charlstm.serving.requests import Limits
 from charlstm.serving.worker import Worker
 
 NUM_ROWS = 32
-LIMITS = Limits(length=10**6, seconds=1.0, connections=40, burst=10**6)
+LIMITS = Limits(length=10**6, connections=40, burst=10**6)
 REQUEST = {"text": "The count ", "length": 60, "temperature": 1.5, "seed": 3}
 
 
@@ -49,6 +49,13 @@ def served(trained, limits):
 @pytest.fixture(scope="module")
 def site(trained):
     with served(trained, LIMITS) as (url, worker):
+        yield url, worker
+
+
+@pytest.fixture(scope="module")
+def hasty_site(trained):
+    """Return the address and the worker of a server that waits for a client for one second."""
+    with served(trained, LIMITS._replace(seconds=1.0)) as (url, worker):
         yield url, worker
 
 
@@ -174,16 +181,16 @@ def test_mistakes_get_a_status_and_one_line_of_json(client):
         assert "access-control-allow-origin" not in answer.headers
 
 
-def test_clients_that_are_too_slow_or_speak_no_http_get_errors(site, connect):
-    url, _ = site
+def test_clients_that_are_too_slow_or_speak_no_http_get_errors(hasty_site, connect):
+    url, _ = hasty_site
     idle, not_http = connect(url), connect(url)
     not_http.sendall(b"\x16\x03\x01 garbage\r\n\r\n")
     slow_body = connect(url, ["POST /api/read HTTP/1.1", "content-length: 9"], b"{")
     assert [read_all(each)[0] for each in (not_http, slow_body, idle)] == [400, 408, 408]
 
 
-def test_clients_that_leave_or_do_not_read_free_their_rows(site, open_stream):
-    url, worker = site
+def test_clients_that_leave_or_do_not_read_free_their_rows(hasty_site, open_stream):
+    url, worker = hasty_site
     streams = [open_stream(url, length=10**6, top=10) for _ in range(NUM_ROWS + 3)]
     wait_until(lambda: worker.num_waiting == 3)
     for stream in streams[:3]:
@@ -234,7 +241,7 @@ def test_the_page_reads_and_writes_by_the_server(site, browser, client):
     assert text.startswith("The count ")
     assert len(text) == 210
     # Stop ends the text on the server too, and a refusal is shown.
-    tab.fill("#length", "1000000")
+    tab.fill("#length", "100000")
     tab.click("#write")
     tab.wait_for_selector("#write:text-is('Stop')")
     tab.click("#write")
