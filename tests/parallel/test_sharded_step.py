@@ -65,7 +65,7 @@ def on_two_devices(step, check_vma=True):
     ("check_vma", "fields"),
     [
         pytest.param(True, {}, marks=pytest.mark.slow),
-        (False, {}),
+        pytest.param(False, {}, marks=pytest.mark.slow),
         pytest.param(True, {"recurrence": "flax"}, marks=pytest.mark.slow),
         (True, ALL_PARTS),
     ],
