@@ -77,83 +77,132 @@ def multiply(h_XH: jax.Array, *factors: jax.Array | None) -> jax.Array:
 
 def backward_scan(residuals: Any, grads: Any) -> tuple[Weights, LayerCarry, jax.Array | None]:
     """Return the gradients of the weights, the carry, and the inputs where they are no ids."""
-    # On a CPU, the gradients of a chunk stay in the cache. Each chunk also reads and writes the
-    # gradient of the kernel, which takes as long as a product of about 1,000 rows on a TPU.
+    weights, *_ = residuals
+    # On a CPU, the gradients of a chunk stay in the cache. Elsewhere each chunk reads and writes
+    # the kernel's gradient in memory, which takes a TPU as long as the product of 1,000 rows.
     # A CPU adds rows in a sixth of the product's time; GPUs add in any order, and TPUs slowly.
-    return jax.lax.platform_dependent(
-        residuals,
-        grads,
-        cpu=partial(_back_by_chunks, 1024, add_in_place),
-        default=partial(_back_by_chunks, 4096, add_by_product),
-    )
+    cpu = partial(_back_by_chunks, 1024, add_in_place)
+    has_ids = weights.rows_EF is not None
+    default = partial(_back_by_chunks, 4096, add_by_product) if has_ids else _back_at_once
+    return jax.lax.platform_dependent(residuals, grads, cpu=cpu, default=default)
 
 
 def _back_by_chunks(
     num_rows: int, add_rows: Callable[..., jax.Array], residuals: Any, grads: Any
 ) -> tuple[Weights, LayerCarry, jax.Array | None]:
-    """Return the result of backward_scan, from chunks of at least `num_rows` rows."""
+    """Return the result of backward_scan; store the gradients of a chunk of time steps only."""
     weights, h0_BH, hidden_TBH, mask_BH, steps = residuals
     carry_grad, hidden_grad_TBH = grads
+    step_back = partial(_step_back, _transpose(weights), mask_BH)
+
+    def chunk_back(so_far: tuple[LayerCarry, Weights], chunk: Any) -> tuple[Any, Any]:
+        carry_grad, weights_grad = so_far
+        h0_BH, hidden_tBH, steps, hidden_grad_tBH = chunk
+        h_before_tBH = mask_rows(jnp.concatenate([h0_BH[None], hidden_tBH[:-1]]), steps.keep_TB)
+        carry_grad, preact_grad_tBF = jax.lax.scan(
+            step_back, carry_grad, (hidden_grad_tBH, h_before_tBH, steps), reverse=True
+        )
+        weights_grad = _add_chunk(
+            add_rows, weights, mask_BH, weights_grad, (preact_grad_tBF, h_before_tBH, steps)
+        )
+        return (carry_grad, weights_grad), preact_grad_tBF if weights.rows_EF is None else None
+
+    chunks = _split(num_rows, h0_BH, hidden_TBH, steps, hidden_grad_TBH)
+    so_far = carry_grad, _zeros_like(weights, carry_grad)
+    (carry_grad, weights_grad), inputs_grad = jax.lax.scan(chunk_back, so_far, chunks, reverse=True)
+    if inputs_grad is not None:
+        inputs_grad = inputs_grad.reshape(*hidden_TBH.shape[:2], -1)
+    return _cast_like(weights_grad, weights), carry_grad, inputs_grad
+
+
+def _back_at_once(residuals: Any, grads: Any) -> tuple[Weights, LayerCarry, jax.Array | None]:
+    """Return the result of backward_scan for preactivations, whose gradient is stored anyway.
+
+    The loop over all time steps reads the residuals in place; XLA would copy chunks of them.
+    """
+    weights, h0_BH, hidden_TBH, mask_BH, steps = residuals
+    carry_grad, hidden_grad_TBH = grads
+    transposed = _transpose(weights)
+
+    def step_back(carry_grad: LayerCarry, step: Any) -> tuple[LayerCarry, jax.Array]:
+        t, hidden_grad_BH, saved = step
+        h_before_BH = jnp.where(t == 0, h0_BH.astype(hidden_TBH.dtype), hidden_TBH[t - 1])
+        h_before_BH = mask_rows(h_before_BH, saved.keep_TB)
+        return _step_back(transposed, mask_BH, carry_grad, (hidden_grad_BH, h_before_BH, saved))
+
+    def add_chunk(weights_grad: Weights, chunk: Any) -> tuple[Weights, None]:
+        h0_BH, hidden_tBH, steps, preact_grad_tBF = chunk
+        h_before_tBH = mask_rows(jnp.concatenate([h0_BH[None], hidden_tBH[:-1]]), steps.keep_TB)
+        chunk = preact_grad_tBF, h_before_tBH, steps
+        return _add_chunk(None, weights, mask_BH, weights_grad, chunk), None
+
+    times_T = jnp.arange(len(hidden_TBH))
+    carry_grad, preact_grad_TBF = jax.lax.scan(
+        step_back, carry_grad, (times_T, hidden_grad_TBH, steps), reverse=True
+    )
+    # A slice of each chunk is slower: XLA transposes the whole chunk of the preactivations.
+    scale_TBH = _find_scale(None, hidden_TBH.shape[-1], steps)
+    steps = steps._replace(preact_TBF=None, scale_TBH=scale_TBH)
+    chunks = _split(4096, h0_BH, hidden_TBH, steps, preact_grad_TBF)
+    weights_grad, _ = jax.lax.scan(add_chunk, _zeros_like(weights, carry_grad), chunks)
+    return _cast_like(weights_grad, weights), carry_grad, preact_grad_TBF
+
+
+def _split(num_rows: int, h0_BH: jax.Array, hidden_TBH: jax.Array, *trees_T: Any) -> Any:
+    """Return (h0_CBH, hidden_CtBH, *trees_CtX): C chunks of time, of at least `num_rows` rows.
+
+    h0_CBH is the hidden state before each chunk.
+    """
     num_steps, batch_size = hidden_TBH.shape[:2]
     length = _chunk_length(num_steps, batch_size, num_rows)
-    # In chunks, to store the preactivations' gradients of a few time steps only.
-    hidden_grad_CtBH, hidden_CtBH, steps = jax.tree.map(
+    hidden_CtBH, *trees = jax.tree.map(
         lambda leaf_T: leaf_T.reshape(num_steps // length, length, *leaf_T.shape[1:]),
-        (hidden_grad_TBH, hidden_TBH, steps),
+        (hidden_TBH, *trees_T),
     )
     h0_CBH = jnp.concatenate([h0_BH[None].astype(hidden_TBH.dtype), hidden_CtBH[:-1, -1]])
-    chunks = hidden_grad_CtBH, h0_CBH, hidden_CtBH, steps
-    zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, carry_grad[0].dtype), weights)
-    (carry_grad, weights_grad), inputs_grad = jax.lax.scan(
-        partial(_chunk_back, add_rows, weights, mask_BH), (carry_grad, zeros), chunks, reverse=True
-    )
-    if inputs_grad is not None:
-        inputs_grad = inputs_grad.reshape(num_steps, batch_size, -1)
-    weights_grad = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), weights_grad, weights)
-    return weights_grad, carry_grad, inputs_grad
+    return h0_CBH, hidden_CtBH, *trees
 
 
-def _chunk_back(
-    add_rows: Callable[..., jax.Array],
+def _transpose(weights: Weights) -> Weights:
+    return weights._replace(kernel_HG=weights.kernel_HG.T)
+
+
+def _zeros_like(weights: Weights, carry_grad: LayerCarry) -> Weights:
+    """Return zeros to add the gradient of `weights` to, in the type of the carry."""
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, carry_grad[0].dtype), weights)
+
+
+def _cast_like(weights_grad: Weights, weights: Weights) -> Weights:
+    return jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), weights_grad, weights)
+
+
+def _add_chunk(
+    add_rows: Callable[..., jax.Array] | None,
     weights: Weights,
     mask_BH: jax.Array | None,
-    grads: tuple[LayerCarry, Weights],
-    chunk: tuple[jax.Array, jax.Array, jax.Array, Residuals],
-) -> tuple[tuple[LayerCarry, Weights], jax.Array | None]:
-    """Go back over the t time steps of a chunk, and add to the gradients of the weights.
-
-    Also return the gradient of the inputs, preact_grad_tBF, where they are preactivations.
-    """
-    carry_grad, (kernel_grad_HG, rows_grad_EF, gain_grad_G) = grads
-    hidden_grad_tBH, h0_BH, hidden_tBH, steps = chunk
-    h_before_tBH = mask_rows(jnp.concatenate([h0_BH[None], hidden_tBH[:-1]]), steps.keep_TB)
+    weights_grad: Weights,
+    chunk: tuple[jax.Array, jax.Array, Residuals],
+) -> Weights:
+    """Return `weights_grad` with the contribution of the t time steps of a chunk added."""
+    kernel_grad_HG, rows_grad_EF, gain_grad_G = weights_grad
+    preact_grad_tBF, h_before_tBH, steps = chunk
     kernel_HG, rows_EF, gain_G = weights
-    hidden_size, dtype = len(kernel_HG), kernel_HG.dtype
-    if rows_EF is not None and (scale_EH := scale_of(rows_EF, hidden_size)) is not None:
-        steps = steps._replace(scale_TBH=scale_EH[steps.ids_TB])
-    elif steps.preact_TBF is not None:
-        steps = steps._replace(scale_TBH=scale_of(steps.preact_TBF, hidden_size))
-    step_back = partial(_step_back, weights._replace(kernel_HG=kernel_HG.T), mask_BH)
-    carry_grad, preact_grad_tBF = jax.lax.scan(
-        step_back, carry_grad, (hidden_grad_tBH, h_before_tBH, steps), reverse=True
-    )
-    sums_grad_tBG = preact_grad_tBF[..., : 4 * hidden_size]
+    sums_grad_tBG = preact_grad_tBF[..., : kernel_HG.shape[1]]
     product_grad_tBG = _product_grad(sums_grad_tBG, gain_G, steps.normed)
-    gated_h_tBH = multiply(h_before_tBH, steps.scale_TBH, mask_BH)
+    gated_h_tBH = multiply(h_before_tBH, _find_scale(rows_EF, len(kernel_HG), steps), mask_BH)
     # One product over the rows of many time steps is faster than one per step.
     kernel_grad_HG += jnp.einsum(
         "tbh,tbg->hg",
-        gated_h_tBH.astype(dtype),
-        product_grad_tBG.astype(dtype),
+        gated_h_tBH.astype(kernel_HG.dtype),
+        product_grad_tBG.astype(kernel_HG.dtype),
         preferred_element_type=kernel_grad_HG.dtype,
     )
     if gain_grad_G is not None:
         normed_tBG, _ = steps.normed
         gain_grad_G += jnp.sum(sums_grad_tBG * normed_tBG.astype(gain_grad_G.dtype), axis=(0, 1))
-    if rows_EF is None:
-        return (carry_grad, Weights(kernel_grad_HG, None, gain_grad_G)), preact_grad_tBF
-    rows_grad_EF = add_rows(rows_grad_EF, steps.ids_TB, preact_grad_tBF)
-    return (carry_grad, Weights(kernel_grad_HG, rows_grad_EF, gain_grad_G)), None
+    if add_rows is not None and rows_EF is not None:
+        rows_grad_EF = add_rows(rows_grad_EF, steps.ids_TB, preact_grad_tBF)
+    return Weights(kernel_grad_HG, rows_grad_EF, gain_grad_G)
 
 
 def _step_back(
@@ -166,7 +215,7 @@ def _step_back(
     dc_BH, dh_BH = carry_grad
     hidden_grad_BH, h_before_BH, saved = step
     kernel_GH, rows_EF, gain_G = weights
-    _, _, scale_BH, keep_B, local_grads, normed = saved
+    _, _, _, keep_B, local_grads, normed = saved
     if isinstance(local_grads, GateInputs):
         local_grads = _compute_again(rows_EF, gain_G, saved, dc_BH.dtype)
     by_sums_BG, dh_by_dc_BH, dc_by_c_before_BH = local_grads
@@ -175,15 +224,26 @@ def _step_back(
     by_gate_BG = jnp.concatenate([dc_BH, dc_BH, dc_BH, dh_BH], axis=-1)
     sums_grad_BG = by_sums_BG * by_gate_BG
     preact_grad_BF = sums_grad_BG.astype(kernel_GH.dtype)
-    # _chunk_back computes this again: XLA is slow at writing both gradients from this loop.
+    # _add_chunk computes this again: XLA is slow at writing both gradients from this loop.
     product_grad_BG = _product_grad(sums_grad_BG, gain_G, normed).astype(kernel_GH.dtype)
     dh_BH = jnp.dot(product_grad_BG, kernel_GH, preferred_element_type=dc_BH.dtype)
     dh_BH = multiply(dh_BH, mask_BH)
+    scale_BH = _find_scale(rows_EF, dh_BH.shape[-1], saved)
     if scale_BH is not None:
         scale_grad_BH = (dh_BH * h_before_BH).astype(kernel_GH.dtype)
         preact_grad_BF = jnp.concatenate([preact_grad_BF, scale_grad_BH], axis=-1)
         dh_BH = dh_BH * scale_BH
     return (dc_BH * dc_by_c_before_BH, mask_rows(dh_BH, keep_B)), preact_grad_BF
+
+
+def _find_scale(rows_EF: jax.Array | None, hidden_size: int, steps: Residuals) -> Any:
+    """Return the scales of one time step or more, or None without any."""
+    if rows_EF is not None:
+        scale_EH = scale_of(rows_EF, hidden_size)
+        return None if scale_EH is None else scale_EH[steps.ids_TB]
+    if steps.preact_TBF is not None:
+        return scale_of(steps.preact_TBF, hidden_size)
+    return steps.scale_TBH
 
 
 def _compute_again(

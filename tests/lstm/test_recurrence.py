@@ -40,6 +40,7 @@ LSTMS = {
     "flax": flax_lstm,
     "fused": fused_lstm,
     "native": native_lstm,
+    "accelerator": fused_lstm,  # the program for other platforms, run on a CPU
 }
 RELATIVE = {"float64": FLOAT64, "float32": FLOAT32}
 
@@ -48,6 +49,13 @@ RELATIVE = {"float64": FLOAT64, "float32": FLOAT32}
 def _load_native(request):
     if "native" in request.node.name:
         request.getfixturevalue("native_library")
+
+
+@pytest.fixture(autouse=True)
+def _lower_as_for_accelerators(request, monkeypatch):
+    if "accelerator" in request.node.name:
+        choose = lambda *given, cpu, default: default(*given)  # noqa: E731
+        monkeypatch.setattr(jax.lax, "platform_dependent", choose)
 
 
 each_recurrence = pytest.mark.parametrize("name", ["flax", "fused"])
@@ -205,6 +213,8 @@ def numpy_with_resets(params, carry, inputs_TBE, gradients, mask_BH):
     [
         ("fused", "ids", "float32", True),
         ("fused", "vectors", "float32", True),
+        ("accelerator", "ids", "float32", True),
+        ("accelerator", "vectors", "float32", True),
         ("native", "ids", "float32", True),
         ("native", "vectors", "float32", False),
         ("flax", "vectors", "float64", True),
@@ -233,7 +243,10 @@ def draw_mask(b):
     return np.random.default_rng(24).integers(0, 3, (b, H)) / 2
 
 
-def test_absent_masks_add_no_operations():
+def test_absent_masks_add_no_operations(monkeypatch):
+    # The program has a backward pass for CPUs and one for other platforms. Count the first.
+    choose = lambda *given, cpu, default: cpu(*given)  # noqa: E731
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
     params, carry, inputs_TBE = singles(draw_case(23)[0])
 
     def size(**masks):
@@ -244,9 +257,8 @@ def test_absent_masks_add_no_operations():
     plain = size(keep_TB=None, mask_BH=None)
     assert plain[0] == 0
     assert size(keep_TB=np.ones((T, B), bool))[0] > 0
-    # One product in the forward pass. The backward pass and the kernels' gradient have one each,
-    # and stand there twice, for CPUs and for other platforms.
-    assert size(mask_BH=np.ones((B, H), np.float32)) == (0, plain[1] + 5)
+    # One product each in the forward pass, the backward pass and the kernels' gradient.
+    assert size(mask_BH=np.ones((B, H), np.float32)) == (0, plain[1] + 3)
 
 
 def fused_loss(params, carry, inputs, gradients):
@@ -260,12 +272,18 @@ def numpy_grads(params, carry, inputs, gradients):
     return lstm_gradient(params, carry, inputs_TBE, *gradients)[:2]
 
 
-def test_fused_gradients_over_several_chunks_match_numpy():
-    # 512 rows per step make 3 chunks of 2 steps. A smaller batch makes one chunk.
-    assert [_chunk_length(t, b, 1024) for t, b in ((6, 512), (7, 512), (T, B))] == [2, 7, T]
-    arguments, gradients = draw_case(18, t=6, b=512, h=32)
-    found = value_and_gradients("fused", arguments, gradients)[1]
+@pytest.mark.parametrize(("name", "num_steps"), [("fused", 6), ("accelerator", 16)])
+def test_gradients_over_several_chunks_match_numpy(name, num_steps):
+    # 512 rows per step make chunks of 2 steps on a CPU and of 8 elsewhere.
+    arguments, gradients = draw_case(18, t=num_steps, b=512, h=8)
+    found = value_and_gradients(name, arguments, gradients)[1]
     assert_close(found, lstm_gradient(*arguments, *gradients))
+
+
+def test_chunk_length_divides_the_window():
+    # A smaller batch makes one chunk, and so does a window without a divisor.
+    shapes = (6, 512, 1024), (16, 512, 4096), (7, 512, 1024), (T, B, 1024)
+    assert [_chunk_length(*shape) for shape in shapes] == [2, 8, 7, T]
 
 
 def test_add_by_product_matches_add_in_place():
@@ -400,7 +418,7 @@ def test_second_derivatives_of_fused_match_flax():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("fused", "ids"), ("fused", "vectors"), ("flax", "vectors")]
+    ("name", "kind"), [("fused", "ids"), ("accelerator", "vectors"), ("flax", "vectors")]
 )
 def test_bfloat16_is_close_to_numpy_with_float32_results(name, kind):
     (params, carry, inputs), gradients = draw_case(15)
