@@ -136,7 +136,7 @@ def _back_at_once(residuals: Any, grads: Any) -> tuple[Weights, LayerCarry, jax.
         chunk = preact_grad_tBF, h_before_tBH, steps
         return _add_chunk(None, weights, mask_BH, weights_grad, chunk), None
 
-    times_T = jnp.arange(len(hidden_TBH))
+    times_T = jnp.arange(hidden_TBH.shape[0])
     carry_grad, preact_grad_TBF = jax.lax.scan(
         step_back, carry_grad, (times_T, hidden_grad_TBH, steps), reverse=True
     )
