@@ -18,7 +18,7 @@ from charlstm.config import base_config
 def get_config() -> ConfigDict:
     """Return settings for 16 v5e chips; scale batch_size with the number of chips."""
     config = base_config()
-    # 256 rows per chip: 4.7 of a v5e's 16.9 GB as compiled, of which 1,024 rows take 14.2. Fewer
+    # 256 rows per chip: 4.6 of a v5e's 16.9 GB as compiled, of which 1,024 rows take 13.8. Fewer
     # rows make a step shorter, down to 16 rows per chip, where the overhead of the loops dominates.
     config.batch_size = 4096
     # A power of two, for any chunk size. Longer windows cost memory and time, and gain little.
