@@ -37,6 +37,7 @@ from charlstm.serving.worker import Worker
 logger = logging.getLogger("charlstm.serve")
 
 DIGITS = 4  # of bits and probabilities after the point
+EVENT_SECONDS = 0.04  # between the events of a text, since many small events take much time
 MAX_DISCARDED = 2**26  # bytes of a body that is too large, read so that the client gets the answer
 
 
@@ -198,6 +199,8 @@ class EventStream:
             if isinstance(end := items[-1], End):
                 about = {"reason": end.reason, "characters": count, "seed": self._request.seed}
                 yield f"event: end\ndata: {to_json(about)}\n\n"
+            else:
+                await asyncio.sleep(EVENT_SECONDS)
 
 
 def piece_data(run: Run, piece: Piece, top: int) -> dict[str, Any]:

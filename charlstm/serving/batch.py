@@ -18,7 +18,7 @@ from charlstm.filters import Settings
 from charlstm.model import Carry, CharLSTM, zero_carry
 from charlstm.sampling import PAD_ID, draw_uniforms, sample_token, step_carry
 
-CHUNK_LEN = 32  # characters that one call writes at most, per row
+CHUNK_LEN = 16  # characters that one call writes at most, per row
 PROMPT_LEN = 64  # characters of prompts that one call reads at most, per row
 
 

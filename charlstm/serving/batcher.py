@@ -28,7 +28,7 @@ from charlstm.streaming import with_rows
 
 NUM_PROMPTS = 4  # prompts read at once; on a CPU four rows take about as long as one
 FIRST_LEN = 4  # characters of a call while a reader waits for the first one
-MAX_PIECES = 8  # that a reader has not taken; its row then pauses
+MAX_PIECES = 32  # that a reader has not taken; its row then pauses
 
 
 class Piece(NamedTuple):
