@@ -33,7 +33,7 @@ def draw(virtual: Results, computed: Results, compiled: Results, about: str) -> 
             if points := [(row["chips"], 1e3 * row["seconds"]) for row in compiled.get(name, ())]:
                 label = "a step, compiled: the compiler's cycles"
                 axes.plot(*zip(*points, strict=True), "kD", label=label)
-            axes.set_title(f"{name} scaling, {kinds}: {about}", fontsize=9)
+            axes.set_title(f"{name} scaling, {kinds}: {about}", fontsize=8)
         for name, rows in virtual.items():
             devices = [row["num_devices"] for row in rows]
             for key, line in (("share", "-"), ("work", ":")):
