@@ -60,7 +60,10 @@ def topology_devices(word: str) -> list[Any]:
     if not TOPOLOGY.fullmatch(word):
         raise UserError(f"--compile={word}: must be NAME:AxB or NAME:AxBxC, such as v5e:4x4")
     import_extra("libtpu", "tpu", f"--compile={word} works on Linux on x86-64 only and")
-    options = OPTIONS.get(word.partition(":")[0], {})
+    name, _, sizes = word.partition(":")
+    options = dict(OPTIONS.get(name, {}))
+    if set(sizes.split("x")) == {"1"}:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # older versions of libtpu assume 2x2x1
     try:
         return topologies.get_topology_desc(word, "tpu", **options).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:

@@ -2,6 +2,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from launching import command_of
@@ -78,7 +79,9 @@ def test_memory_by_formula_agrees_with_the_compiler(book_path):
     config.update_from_flattened_dict(settings)
     expected = chip_bytes(config, costs["vocabulary"], num_chips=1)
     needed = costs["programs"]["training step"]["needed_bytes"]
-    assert expected / needed == pytest.approx(1, abs=0.1)
+    # The formula follows libtpu 0.0.52; the program of 0.0.42 takes a sixth more.
+    tolerance = 0.1 if version("libtpu") >= "0.0.52" else 0.2
+    assert expected / needed == pytest.approx(1, abs=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -123,9 +123,9 @@ PLAIN, FULL = KINDS
 @pytest.mark.parametrize(
     ("kind", "sizes", "model"),
     [
-        (PLAIN, (64, 100, 96), {}),
+        pytest.param(PLAIN, (64, 100, 96), {}, marks=pytest.mark.slow),
         (FULL, (64, 100, 96), {"num_layers": 3}),
-        (PLAIN, (64, 100, 5000), {"input": "embed"}),
+        pytest.param(PLAIN, (64, 100, 5000), {"input": "embed"}, marks=pytest.mark.slow),
         # With so many rows the gradient is computed one time step at a time.
         (FULL, (1024, 100, 96), {}),
     ],
