@@ -61,7 +61,7 @@ def topology_devices(word: str) -> list[Any]:
         raise UserError(f"--compile={word}: must be NAME:AxB or NAME:AxBxC, such as v5e:4x4")
     import_extra("libtpu", "tpu", f"--compile={word} works on Linux on x86-64 only and")
     name, _, sizes = word.partition(":")
-    options = dict(OPTIONS.get(name, {}))
+    options: dict[str, Any] = {**OPTIONS.get(name, {})}
     if set(sizes.split("x")) == {"1"}:
         options["chips_per_host_bounds"] = (1, 1, 1)  # older versions of libtpu assume 2x2x1
     try:
