@@ -11,6 +11,10 @@ from jax.export import is_symbolic_dim
 
 from charlstm.lstm.reference import LayerCarry, expand_rank, mask_rows
 
+# The least number of rows of a chunk, time steps times sequences, on CPUs and elsewhere.
+CPU_CHUNK_ROWS = 1024
+CHUNK_ROWS = 4096
+
 
 class Weights(NamedTuple):
     """What the loop over time reads at every step; F are the 4H gates and, if any, the H scales."""
@@ -81,9 +85,9 @@ def backward_scan(residuals: Any, grads: Any) -> tuple[Weights, LayerCarry, jax.
     # On a CPU, the gradients of a chunk stay in the cache. Elsewhere each chunk reads and writes
     # the kernel's gradient in memory, which takes a TPU as long as the product of 1,000 rows.
     # A CPU adds rows in a sixth of the product's time; GPUs add in any order, and TPUs slowly.
-    cpu = partial(_back_by_chunks, 1024, add_in_place)
+    cpu = partial(_back_by_chunks, CPU_CHUNK_ROWS, add_in_place)
     has_ids = weights.rows_EF is not None
-    default = partial(_back_by_chunks, 4096, add_by_product) if has_ids else _back_at_once
+    default = partial(_back_by_chunks, CHUNK_ROWS, add_by_product) if has_ids else _back_at_once
     return jax.lax.platform_dependent(residuals, grads, cpu=cpu, default=default)
 
 
@@ -143,7 +147,7 @@ def _back_at_once(residuals: Any, grads: Any) -> tuple[Weights, LayerCarry, jax.
     # A slice of each chunk is slower: XLA transposes the whole chunk of the preactivations.
     scale_TBH = _find_scale(None, hidden_TBH.shape[-1], steps)
     steps = steps._replace(preact_TBF=None, scale_TBH=scale_TBH)
-    chunks = _split(4096, h0_BH, hidden_TBH, steps, preact_grad_TBF)
+    chunks = _split(CHUNK_ROWS, h0_BH, hidden_TBH, steps, preact_grad_TBF)
     weights_grad, _ = jax.lax.scan(add_chunk, _zeros_like(weights, carry_grad), chunks)
     return _cast_like(weights_grad, weights), carry_grad, preact_grad_TBF
 

@@ -35,7 +35,7 @@ class Cluster(NamedTuple):
 
     name: str
     num_processes: int | None  # None: JAX detects it
-    is_certain: bool = True  # False: only JAX can tell whether there are other processes
+    is_certain: bool = True  # False: JAX may detect no cluster
 
 
 def find_cluster(variables: Mapping[str, str]) -> Cluster | None:

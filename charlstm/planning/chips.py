@@ -72,13 +72,12 @@ _TPU = "https://docs.cloud.google.com/tpu/docs/"
 _LINKS = "https://jax-ml.github.io/scaling-book/tpus"
 # VMEM of all cores, and CMEM of a v4: jax/_src/pallas/mosaic/tpu_info.py of jax 0.10.2.
 _ON_CHIP = 128 * MIB
-# Clocks: peak operations over twice the multipliers of all matrix units. For a v6e, the number of
-# which differs between sources, such that the compiler's cycles for a product of 8,192^3 take 1.11
-# times what they take at peak, as for the others.
 # The compiler's estimate for an iteration of a model of 64 units, forward and backward on average.
 _LOOP_CYCLES = 17_000
 
-
+# Clocks: peak operations over twice the multipliers of all matrix units. For a v6e, the number of
+# which differs between sources, such that the compiler's cycles for a product of 8,192^3 take 1.11
+# times what they take at peak, as for the others.
 CHIPS = {
     chip.name: chip
     for chip in (

@@ -128,12 +128,11 @@ def lower_sampler(setup: Setup, params: Any) -> Any:
     config = setup.run.config
     chosen = config.sample.to_dict()
     method, _ = chosen.pop("method"), chosen.pop("length")
-    settings = with_rows(Settings(**chosen), 1)
+    settings = Settings(**chosen)
     prompt_BP = np.zeros((1, config.seq_len), np.int32)
-    penalizes = Settings(**chosen).penalizes
-    state, _ = initial_state(setup.model, method, config.seq_len, prompt_BP, penalizes)
+    state, _ = initial_state(setup.model, method, config.seq_len, prompt_BP, settings.penalizes)
     given_BT = np.zeros((1, CHUNK_LEN), np.int32)
-    number, draw = np.int32(0), Draw(setup.run.key(config.seed), settings)
+    number, draw = np.int32(0), Draw(setup.run.key(config.seed), with_rows(settings, 1))
     sharding = SingleDeviceSharding(setup.mesh.devices.flat[0])
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=sharding),

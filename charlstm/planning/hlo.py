@@ -230,8 +230,7 @@ def _iterations(condition: tuple[Instruction, ...]) -> int | None:
         for line in condition
         if line.opcode == "constant" and (number := re.match(r"\((\d+)\)", line.rest))
     }
-    (root,) = (line for line in condition if line.is_root)
-    operands = re.findall(r"%([\w.-]+)", root.rest.split("), ")[0])
+    root, operands = _root(condition)
     if root.opcode != "compare" or "direction=LT" not in root.rest:
         return None
     return constants.get(operands[1])
@@ -245,6 +244,11 @@ def _unchanged(body: tuple[Instruction, ...]) -> list[int]:
         element = _ELEMENT.search(f"{line.opcode}{line.rest}")
         if element and element[1] in parameters:
             places[line.name] = int(element[2])
-    (root,) = (line for line in body if line.is_root)
-    operands = re.findall(r"%([\w.-]+)", root.rest.split("), ")[0])
+    _, operands = _root(body)
     return [place for place, name in enumerate(operands) if places.get(name) == place]
+
+
+def _root(computation: tuple[Instruction, ...]) -> tuple[Instruction, list[str]]:
+    """Return the instruction with the result of a computation, and the names of its operands."""
+    (root,) = (line for line in computation if line.is_root)
+    return root, re.findall(r"%([\w.-]+)", root.rest.split("), ")[0])

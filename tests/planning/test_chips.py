@@ -1,6 +1,7 @@
 import pytest
 
 from charlstm.config import base_config
+from charlstm.lstm import backward
 from charlstm.planning import chips, cost
 from charlstm.planning.chips import CHIPS, all_reduce_seconds, chip_bytes, step_time
 from charlstm.training import loop
@@ -74,6 +75,10 @@ def test_batches_are_as_large_as_those_of_the_training_loop():
         loop.MAX_CALL_STEPS,
         loop.MAX_CALL_CHARS,
     )
+
+
+def test_chunks_are_as_large_as_those_of_the_backward_pass():
+    assert chips.CHUNK_ROWS == backward.CHUNK_ROWS
 
 
 def test_memory_per_chip_falls_to_the_replicated_state():
