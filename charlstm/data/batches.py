@@ -292,7 +292,8 @@ def evaluation_batches(
     Args:
       ids_M: the held-out text.
       config: the settings of the run: stateful for order=streams, stateless for order=windows.
-      batch_size: the number of streams, by default that of training; 1 reads the text in order.
+      batch_size: the number of streams, by default that of training; 1 reads the text in order. A
+        text too short for it is read in fewer streams.
 
     Raises:
       UserError: if the text is too short to predict anything in it.
@@ -308,9 +309,10 @@ def evaluation_batches(
         return Windows(ids_M, config.batch_size, config.seq_len, last_only=True)
     # Streams shorter than their context would read more context than text.
     most = max(1, len(ids_M) // (2 * config.seq_len))
-    return Streams(
-        ids_M, min(batch_size or config.batch_size, most), config.seq_len, context=config.seq_len
-    )
+    wanted = batch_size or config.batch_size
+    # A power of two, because devices share rows only if their number divides them.
+    num_streams = wanted if wanted <= most else 2 ** (most.bit_length() - 1)
+    return Streams(ids_M, num_streams, config.seq_len, context=config.seq_len)
 
 
 def cold_batches(ids_M: np.ndarray, seq_len: int, batch_size: int) -> Iterator[Batch]:

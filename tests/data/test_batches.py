@@ -374,7 +374,8 @@ def test_evaluation_streams_count_each_target_once(size, batch_size, seq_len, at
 
 
 @pytest.mark.parametrize(
-    ("size", "num_streams"), [(2, 1), (39, 1), (40, 2), (60, 3), (100, 5), (1000, 5)]
+    ("size", "num_streams"),
+    [(2, 1), (39, 1), (40, 2), (60, 2), (80, 4), (99, 4), (100, 5), (1000, 5)],
 )
 def test_evaluation_reads_a_short_text_in_fewer_streams(size, num_streams):
     assert evaluation_batches(text_of(size), small_config(5, 10)).batch_size == num_streams
