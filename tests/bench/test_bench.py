@@ -215,7 +215,7 @@ def bench(*flags, cwd):
 @pytest.mark.slow
 def test_all_sections_of_a_tiny_run(tmp_path):
     sections = "--what=step,growth,generate,evaluate,loop,serve,entropy"
-    results = bench("--shapes=2x4x8", "--repeats=1", sections, cwd=tmp_path)
+    results = bench("--shapes=4x32x8", "--repeats=1", sections, cwd=tmp_path)
     assert (tmp_path / "out/bench.png").read_bytes().startswith(PNG)
     for section in ("step", "generate", "evaluate", "growth"):
         values = {(each["case"], each["backend"]): each.get("value") for each in results[section]}
