@@ -160,29 +160,41 @@ class CharLSTM(nn.Module):
             )
             new_carry.append(layer_carry)
             input_size = self.hidden_size
-        logits_TBV = self._logits(layer, embed).astype(jnp.float32)
-        return logits_TBV.swapaxes(0, 1), tuple(new_carry)
+        return self._logits(layer, embed).swapaxes(0, 1), tuple(new_carry)
 
     def _embed_inputs(self, ids_TB: jax.Array) -> tuple[jax.Array, nn.Embed | None]:
         if self.input == "one_hot":
             return ids_TB, None  # the recurrences take ids in place of one-hot vectors
         if self.input == "embed":
-            embed = nn.Embed(self.vocab_size, self.embed_size, dtype=self.dtype, name="embed")
-            return embed(ids_TB), embed
+            # Rounded after the lookup, whose gradient is then summed in float32.
+            embed = nn.Embed(self.vocab_size, self.embed_size, name="embed")
+            return embed(ids_TB).astype(self.dtype), embed
         ids_TB = ids_TB.astype(jnp.float32)
         return (ids_TB / self.vocab_size).astype(self.dtype)[..., None], None
 
     def _logits(self, layer_TBH: jax.Array, embed: nn.Embed | None) -> jax.Array:
-        kernel_init = nn.initializers.glorot_uniform()
-        if embed is None or not self.tie_embeddings:
-            dense = nn.Dense(
-                self.vocab_size, kernel_init=kernel_init, dtype=self.dtype, name="dense"
-            )
+        is_tied = embed is not None and self.tie_embeddings
+        dense = nn.Dense(
+            self.embed_size if is_tied else self.vocab_size,
+            kernel_init=nn.initializers.glorot_uniform(),
+            dtype=self.dtype,
+            dot_general=float32_product,
+            name="dense",
+        )
+        if embed is None or not is_tied:
             return dense(layer_TBH)
-        dense = nn.Dense(self.embed_size, kernel_init=kernel_init, dtype=self.dtype, name="dense")
         bias_V = self.param("bias", nn.initializers.zeros_init(), (self.vocab_size,))
-        logits_TBV = embed.attend(dense(layer_TBH))
-        return logits_TBV + expand_rank(bias_V.astype(self.dtype), logits_TBV)
+        table_VE = embed.embedding.astype(self.dtype)
+        logits_TBV = jnp.dot(dense(layer_TBH).astype(self.dtype), table_VE.T).astype(jnp.float32)
+        return logits_TBV + expand_rank(bias_V, logits_TBV)
+
+
+def float32_product(*args: Any, **kwargs: Any) -> jax.Array:
+    """Return jax.lax.dot_general of the arguments in float32.
+
+    What is added to it, such as a bias, then has its gradient summed in float32.
+    """
+    return jax.lax.dot_general(*args, **kwargs).astype(jnp.float32)
 
 
 def hidden_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:

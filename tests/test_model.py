@@ -11,7 +11,9 @@ import pytest
 from helpers import assert_close, assert_equal
 from lstm_numpy import lstm
 
+from charlstm.data.batches import Batch
 from charlstm.model import CharLSTM, hidden_mask, hidden_states, predict, zero_carry
+from charlstm.steps import cross_entropy
 
 # All different, to detect swapped axes.
 B, T, V, H = 3, 6, 11, 10
@@ -369,6 +371,31 @@ def test_bfloat16_model_returns_float32_close_to_float32_model(input, recurrence
     arguments = jax.random.key(0), ids_BT, carry
     initial = jax.eval_shape(rounded.init, *arguments)
     assert {leaf.dtype for leaf in jax.tree.leaves(initial)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_bfloat16_model_sums_gradients_in_float32(is_tied):
+    # A sum in bfloat16 stops growing after some 256 terms of one size. Here there are 4,096, most
+    # of the same character.
+    rng = np.random.default_rng(0)
+    ids_BT = rng.choice(V, size=(64, 65), p=[0.8] + [0.2 / (V - 1)] * (V - 1))
+    batch = Batch(ids_BT[:, :-1], ids_BT[:, 1:], np.ones((64, 64), np.float32), np.zeros(64, bool))
+
+    def gradients(dtype):
+        model = make_model("embed", dtype=dtype, tie_embeddings=is_tied)
+        carry = zero_carry(model, 64)
+
+        def loss(params):
+            logits_BTV, _ = predict(model, params, batch.inputs_BT, carry)
+            return cross_entropy(logits_BTV, batch).mean()
+
+        params = jax.jit(model.init)(jax.random.key(0), batch.inputs_BT, carry)["params"]
+        return jax.jit(jax.grad(loss))(params)
+
+    wanted, rounded = gradients("float32"), gradients("bfloat16")
+    for leaf, rounded_leaf in zip(*map(jax.tree.leaves, (wanted, rounded)), strict=True):
+        # bfloat16 keeps 8 bits, so that activations are off by up to 1/512 in each operation.
+        assert np.linalg.norm(rounded_leaf - leaf) < np.linalg.norm(leaf) / 64
 
 
 @pytest.mark.parametrize(

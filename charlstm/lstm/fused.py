@@ -94,7 +94,8 @@ def fuse_weights(params: Params, inputs: jax.Array, dtype: Any) -> tuple[Weights
         rows_EF = (input_kernel_EF + bias_F[None]).astype(dtype)
     else:
         inputs = inputs.astype(dtype) @ input_kernel_EF.astype(dtype)
-        inputs = inputs + expand_rank(bias_F.astype(dtype), inputs)
+        # In float32, in which the gradient of the bias is then summed over all rows.
+        inputs = (inputs + expand_rank(bias_F, inputs)).astype(dtype)
     return Weights(recurrent_kernel_HG.astype(dtype), rows_EF, gain_G), inputs
 
 
