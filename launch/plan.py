@@ -16,6 +16,9 @@ prints what the compiler reports of each. It needs no TPU, but `pip install -e '
 x86-64, and takes minutes for wide models:
 
   python launch/plan.py --config=tpu --compile=v5e:4x4
+
+--largest_batch also finds the largest batch that fits, by compiling the training step some five
+times.
 """
 
 import os
@@ -44,6 +47,9 @@ SECONDS = flags.DEFINE_float(
 )
 COMPILE = flags.DEFINE_string(
     "compile", "", "compile for a TPU topology, such as v5e:4x4, v4:2x2x1, v5p:4x4x4 or v6e:1x1"
+)
+LARGEST_BATCH = flags.DEFINE_boolean(
+    "largest_batch", False, "with --compile: also find the largest batch that fits"
 )
 JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
 
@@ -78,10 +84,12 @@ def main() -> None:
         if minutes or chips:
             raise UserError(f"--compile={topology}: leave out --minutes and --chips")
         runtime.prepare_libtpu()
+    elif LARGEST_BATCH.value:
+        raise UserError("--largest_batch: needs --compile=TOPOLOGY")
     from charlstm import planning  # its functions import JAX
 
     if topology:
-        compiled = planning.compile_for(config, topology)
+        compiled = planning.compile_for(config, topology, find_largest=LARGEST_BATCH.value)
         print(json.dumps(compiled.costs, allow_nan=False) if JSON.value else compiled)
         return
     if minutes:

@@ -25,6 +25,7 @@ from charlstm.optim import make_optimizer, make_schedule
 from charlstm.parallel.sharding import by_rows, init_sharded, make_mesh, replicated
 from charlstm.planning import cost, hlo
 from charlstm.planning.chips import CHIPS
+from charlstm.planning.memory import find_largest
 from charlstm.sampling import READERS, Draw, initial_state
 from charlstm.streaming import CHUNK_LEN, compiled_generate_chunk, with_rows
 from charlstm.system.extras import import_extra
@@ -88,8 +89,8 @@ def for_topology(setup: Setup, config: ConfigDict, devices: list[Any]) -> Setup:
     )
 
 
-def programs(setup: Setup) -> dict[str, Lowered]:
-    """Return the programs that training calls, on the devices of `setup.mesh`."""
+def lower_train_steps(setup: Setup) -> tuple[Lowered, Any]:
+    """Return the program of training steps on the devices of `setup.mesh`, and their parameters."""
     config, mesh = setup.run.config, setup.mesh
     optimizer = make_optimizer(config, make_schedule(config, setup.num_steps))
     key = setup.run.key(config.seed)
@@ -97,7 +98,14 @@ def programs(setup: Setup) -> dict[str, Lowered]:
     batches = abstract_batch(setup, config.batch_size, max_steps_per_call(setup))
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     train_steps: Any = compile_train_steps(setup, optimizer, state)
-    found = {"training step": Lowered(train_steps.lower(state, batches, count), 1)}
+    return Lowered(train_steps.lower(state, batches, count), 1), state.params
+
+
+def programs(setup: Setup) -> dict[str, Lowered]:
+    """Return the programs that training calls, on the devices of `setup.mesh`."""
+    mesh = setup.mesh
+    train_steps, params = lower_train_steps(setup)
+    found = {"training step": train_steps}
     if setup.val_batches:
         rows = setup.val_batches.batch_size
         sharding = by_rows(mesh, rows)
@@ -106,9 +114,9 @@ def programs(setup: Setup) -> dict[str, Lowered]:
             jax.eval_shape(partial(zero_carry, setup.model, rows)),
         )
         eval_step: Any = compile_eval_step(setup)
-        lowered = eval_step.lower(state.params, carry, abstract_batch(setup, rows))
+        lowered = eval_step.lower(params, carry, abstract_batch(setup, rows))
         found["evaluation step"] = Lowered(lowered, 0)
-    return found | {"sampler": Lowered(lower_sampler(setup, state.params), 1)}
+    return found | {"sampler": Lowered(lower_sampler(setup, params), 1)}
 
 
 def abstract_batch(setup: Setup, batch_size: int, num_steps: int | None = None) -> Batch:
@@ -166,6 +174,35 @@ def compile_costs(setup: Setup, topology: str) -> dict[str, Any]:
         "parameters": cost.count_params(config, setup.model.vocab_size),
         "programs": costs,
     }
+
+
+def largest_batch(setup: Setup, topology: str) -> dict[str, int]:
+    """Find by compiling how many rows fit a device of `setup.mesh`; return the largest batch.
+
+    Raises:
+      UserError: if the memory of these devices is unknown, or not even one row fits.
+      RunError: if the compiler fails.
+    """
+    chip, size = CHIPS.get(topology.partition(":")[0]), setup.mesh.size
+    if not chip:
+        raise UserError(f"--compile={topology}: the memory of this chip is unknown")
+    config = setup.run.config.copy_and_resolve_references()
+
+    def needed_bytes(rows: int) -> float:
+        config.batch_size = rows * size
+        resized = for_topology(setup, config, list(setup.mesh.devices.flat))
+        logger.info("compiling the training step with %d rows per device", rows)
+        step, _ = lower_train_steps(resized)
+        costs = program_costs(step, config.model.hidden_size, chip.memory)
+        if "needed_bytes" in costs:
+            return costs["needed_bytes"]
+        # The compiler refuses programs that need a little less than all memory.
+        return max(costs["temporary_bytes"], 1.01 * chip.memory)
+
+    fits, refused = find_largest(needed_bytes, chip.memory, config.batch_size // size)
+    if not fits:
+        raise UserError(f"--compile={topology}: a batch of one row per device does not fit")
+    return {"batch_size": fits * size, "rows_per_device": fits, "refused_rows": int(refused)}
 
 
 def program_costs(lowered: Lowered, hidden_size: int, hbm_bytes: float | None) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Memory of a compiled training step, and the largest batch that fits."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,3 +70,42 @@ def largest_batch(small: tuple[int, int], large: tuple[int, int], usable: float)
     """Return how many rows fit into `usable` bytes, on the line through two (rows, bytes)."""
     slope = (large[1] - small[1]) / (large[0] - small[0])
     return max(0, int((usable - small[1]) / slope + small[0]))
+
+
+def find_largest(
+    needed: Callable[[int], float], available: float, first: int
+) -> tuple[int, int | float]:
+    """Return the largest number of rows that was found to fit, and the smallest that was not.
+
+    They differ by at most a sixteenth, or by 1.
+
+    Args:
+      needed: returns the bytes for a number of rows, in a short or long time.
+      available: bytes.
+      first: the number of rows to try first, at least 1.
+    """
+    tried: dict[int, float] = {}
+    fits, refused, rows = 0, math.inf, first
+    while True:
+        tried[rows] = needed(rows)
+        if tried[rows] <= available:
+            fits = rows
+        else:
+            refused = rows
+        step = 2 ** max(0, fits.bit_length() - 5)
+        if refused - fits <= step:
+            return fits, refused
+        guess = _rows_on_line(tried, available)
+        if refused < math.inf and len(tried) % 2 == 0:
+            guess = (fits + refused) / 2  # in case the bytes are far from a line
+        guess = int(guess) // step * step
+        rows = int(min(max(guess, fits + step), refused - step))
+
+
+def _rows_on_line(tried: dict[int, float], available: float) -> float:
+    """Return the rows that fill `available` bytes on the line through the two nearest points."""
+    points = sorted(tried.items(), key=lambda point: abs(point[1] - available))
+    (rows, size), (other_rows, other_size) = points[0], points[1] if points[1:] else (0, 0.0)
+    if size == other_size:
+        return 4 * max(tried)
+    return rows + (available - size) * (rows - other_rows) / (size - other_size)

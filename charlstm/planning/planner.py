@@ -18,7 +18,12 @@ from charlstm.errors import UserError
 from charlstm.parallel import sharding
 from charlstm.planning import cost, memory, report, rules, timing
 from charlstm.planning.chips import Chip, check_rows, chip_bytes, step_time
-from charlstm.planning.compile import compile_costs, for_topology, topology_devices
+from charlstm.planning.compile import (
+    compile_costs,
+    for_topology,
+    largest_batch,
+    topology_devices,
+)
 from charlstm.planning.timing import StageTimes
 from charlstm.training.setup import Setup, prepare, set_up
 
@@ -77,7 +82,7 @@ def estimate(
     return Plan(config, {}, costs | _accelerator(setup, chips))
 
 
-def compile_for(config: ConfigDict, topology: str) -> Compiled:
+def compile_for(config: ConfigDict, topology: str, *, find_largest: bool = False) -> Compiled:
     """Compile the programs of a run for TPUs, without one; return what the compiler reports.
 
     The process needs the environment of charlstm.cli.runtime.prepare_libtpu. The text only has to
@@ -86,6 +91,7 @@ def compile_for(config: ConfigDict, topology: str) -> Compiled:
     Args:
       config: the settings of the run.
       topology: the chips that share the batch, such as 'v5e:4x4'.
+      find_largest: also find the largest batch that fits, by compiling some five training steps.
 
     Raises:
       UserError: if the config is invalid or cannot run on these chips, if libtpu is missing, or if
@@ -99,7 +105,10 @@ def compile_for(config: ConfigDict, topology: str) -> Compiled:
     config.model.recurrence = "fused"  # 'native' and 'auto' also run as 'fused' on a TPU
     devices = topology_devices(topology)
     setup = for_topology(_read_setup(_smallest(config)), config, devices)
-    return Compiled(compile_costs(setup, topology))
+    costs = compile_costs(setup, topology)
+    if find_largest:
+        costs["largest_batch"] = largest_batch(setup, topology)
+    return Compiled(costs)
 
 
 def plan(

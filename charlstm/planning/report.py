@@ -37,6 +37,12 @@ def compiled_table(costs: Mapping[str, Any]) -> str:
         "batch": f"{costs['batch_size']:,} x {costs['seq_len']:,}",
         "rows per device": f"{costs['rows_per_device']:,}",
     }
+    if "largest_batch" in costs:
+        largest = costs["largest_batch"]
+        rows["largest batch that fits"] = (
+            f"{largest['batch_size']:,}, {largest['rows_per_device']:,} rows per device; "
+            f"{largest['refused_rows']:,} do not fit"
+        )
     for name, value in rows.items():
         table.add_row(name, value)
     for program, found in costs["programs"].items():

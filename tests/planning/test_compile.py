@@ -22,17 +22,23 @@ SMALL = PLAIN | {"batch_size": 16, "model.hidden_size": 128}
 WIDE = PLAIN | {"batch_size": 64, "model.hidden_size": 1024, "model.dtype": "bfloat16"}
 
 
-def compiled(topology, book_path, settings):
+def compiled(topology, book_path, settings, *options):
     """Return what `launch/plan.py --compile` prints as JSON."""
     given = {"data.path": book_path, **settings}
     flags = [f"--config.{key}={value}" for key, value in given.items()]
-    command = command_of("plan", f"--compile={topology}", "--json", *flags)
+    command = command_of("plan", f"--compile={topology}", "--json", *options, *flags)
     result = subprocess.run(
         command, cwd=book_path.parent, capture_output=True, text=True, timeout=500
     )
     assert result.returncode == 0, result.stderr
     assert [line for line in result.stderr.splitlines() if "compiling" not in line] == []
     return json.loads(result.stdout)
+
+
+def config_of(settings):
+    config = base_config()
+    config.update_from_flattened_dict(settings)
+    return config
 
 
 @needs_libtpu
@@ -75,13 +81,25 @@ def test_memory_by_formula_agrees_with_the_compiler(book_path):
     settings |= {"model.multiplicative": False, "model.recurrent_rms_norm": False}
     settings["model.dropout_rate"] = 0.0
     costs = compiled("v5e:1x1", book_path, settings)
-    config = base_config()
-    config.update_from_flattened_dict(settings)
-    expected = chip_bytes(config, costs["vocabulary"], num_chips=1)
+    expected = chip_bytes(config_of(settings), costs["vocabulary"], num_chips=1)
     needed = costs["programs"]["training step"]["needed_bytes"]
     # The formula follows libtpu 0.0.52; the program of 0.0.42 takes a sixth more.
     tolerance = 0.1 if version("libtpu") >= "0.0.52" else 0.2
     assert expected / needed == pytest.approx(1, abs=tolerance)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_largest_batch_fills_the_memory_of_a_chip(book_path):
+    settings = PLAIN | {"seq_len": 64, "batch_size": 16384, "model.hidden_size": 256}
+    costs = compiled("v5e:1x1", book_path, settings, "--largest_batch")
+    found = costs["largest_batch"]
+    assert found["batch_size"] == found["rows_per_device"]
+    assert 0 < found["refused_rows"] - found["rows_per_device"] <= found["rows_per_device"] / 16
+    settings["batch_size"] = found["batch_size"]
+    # The formula is an estimate; see the test above.
+    expected = chip_bytes(config_of(settings), costs["vocabulary"], num_chips=1)
+    assert 0.8 < expected / costs["programs"]["training step"]["hbm_bytes"] < 1.1
 
 
 @pytest.mark.parametrize(
