@@ -115,7 +115,8 @@ def validate(config: ConfigDict) -> None:
     """Raise UserError for the first invalid setting, with its key, value and allowed values."""
     settings, defaults = flatten(config), flatten(base_config())
     for key, value in settings.items():
-        check_key(key)
+        if key not in defaults:
+            check_key(key)  # raises, and names the nearest key
         if type(value) is not type(defaults[key]):
             wanted = type(defaults[key]).__name__
             raise UserError(f"config.{key}={value!r}: must be of type {wanted}")

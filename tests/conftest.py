@@ -1,6 +1,7 @@
 """Settings before NumPy, JAX and Keras are imported, and fixtures of several modules."""
 
 import atexit
+import gc
 import os
 import random
 import shutil
@@ -33,6 +34,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 # A session in the background ignores these signals; the processes of tests must not inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Collections during the tests take a twentieth of the time; _collect_garbage replaces them.
+gc.disable()
 
 # Eight virtual devices in the process of the tests; launched processes are not affected.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -126,6 +130,12 @@ def rank_promotion():
 def _compile_cheaply(request):
     with little_optimization_everywhere() if request.path.stem in CHEAP else nullcontext():
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect_garbage():
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

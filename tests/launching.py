@@ -1,5 +1,6 @@
 """Start launchers: in a new process, or in a fork of one that has imported their modules."""
 
+import gc
 import json
 import os
 import runpy
@@ -126,6 +127,8 @@ def serve():
     """Start processes and return their exit codes, as a WarmLauncher requests on stdin."""
     for module in sys.argv[1:]:
         import_module(module)
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page with objects
     for line in sys.stdin:
         request, values = json.loads(line)
         if request == "start":
