@@ -213,6 +213,37 @@ CHEAPLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 ANY_MODEL = ["--config.model.recurrence=flax", "--config.model.dropout_rate=0"]
 
 
+def kill_one(launch, reference, victim, wanted_step):
+    """Train by two processes from wherever the run `deaths` is, and kill one while both train.
+
+    Return (processes, time): the other one is still running.
+    """
+    workdir = reference.parent / "deaths"
+    saved = latest_step(workdir)
+    flags = [*FLAGS, *SLOWLY, *ANY_MODEL, "--workdir=deaths"]
+    run = Processes(launch, reference.parent, flags, variables=CHEAPLY)
+    run.wait_for_step(workdir, wanted_step)
+    run.wait_for_line(0, f"steps: {saved} of 18 done")
+    run.processes[victim].kill()
+    return run, time.time()
+
+
+def check_other_ends(run, victim, killed_at):
+    """Check that the process that was not killed ends within a minute, with one line."""
+    assert run.wait()[1 - victim] == 1
+    assert run.errors[1 - victim].stat().st_mtime - killed_at < 60  # its last line
+    last = run.said(1 - victim).splitlines()[-1]
+    assert last.startswith(f"error: process {victim} of 2 "), run.said(1 - victim)
+    assert "Traceback" not in run.said(1 - victim)
+
+
+@pytest.fixture(scope="module")
+def orphan(launch, reference):
+    """Return (processes, time) of a run whose process 1 has just been killed."""
+    return kill_one(launch, reference, 1, 2)
+
+
+@pytest.mark.usefixtures("orphan")  # which waits for heartbeats meanwhile
 def test_two_processes_then_one_train_as_one_device(launch, reference):
     folder, workdir = reference.parent, reference.parent / "two"
     run = Processes(launch, folder, [*FLAGS, *SLOWLY, "--workdir=two"], num_devices=4)
@@ -237,27 +268,17 @@ def test_two_processes_then_one_train_as_one_device(launch, reference):
     assert list(workdir.glob("*tfevents*"))
 
 
-# Process 1 dies while both train, and process 0 before the first step of the resumed run.
-@pytest.mark.parametrize(
-    "deaths", [[(1, 2)], pytest.param([(1, 2), (0, 0)], marks=pytest.mark.slow)]
-)
-def test_death_of_either_process_ends_the_other(deaths, launch, reference):
-    folder = reference.parent
-    flags = [*FLAGS, *SLOWLY, *ANY_MODEL, f"--workdir=deaths{len(deaths)}"]
-    workdir = folder / f"deaths{len(deaths)}"
-    for victim, wanted_step in deaths:
-        saved = latest_step(workdir)
-        run = Processes(launch, folder, flags, variables=CHEAPLY)
-        run.wait_for_step(workdir, wanted_step)
-        run.wait_for_line(0, f"steps: {saved} of 18 done")
-        begin = time.monotonic()
-        run.processes[victim].kill()
-        codes = run.wait()
-        assert time.monotonic() - begin < 60
-        assert codes[1 - victim] == 1
-        last = run.said(1 - victim).splitlines()[-1]
-        assert last.startswith(f"error: process {victim} of 2 "), run.said(1 - victim)
-        assert "Traceback" not in run.said(1 - victim)
+def test_death_of_process_1_ends_process_0(orphan):
+    run, killed_at = orphan
+    check_other_ends(run, 1, killed_at)
+
+
+@pytest.mark.slow
+def test_death_of_process_0_ends_process_1(launch, reference, orphan):
+    orphan[0].wait()
+    # It dies before the first step of the resumed run.
+    run, killed_at = kill_one(launch, reference, 0, 0)
+    check_other_ends(run, 0, killed_at)
 
 
 @pytest.mark.parametrize("place", [by_slurm, by_open_mpi])
