@@ -110,16 +110,18 @@ def test_runs_killed_at_random_times_end_with_the_same_bits(reference, tmp_path)
     while kills < 100:
         workdir = tmp_path / f"run{finished}"
         command = command_of("train", *flags, f"--workdir={workdir}")
-        process = subprocess.Popen(command, cwd=reference.parent, **TOGETHER)
-        has_started = threading.Event()
-        threading.Thread(target=watch, args=(process, has_started)).start()
-        if chooser.random() < 0.8:
-            has_started.wait(timeout=60)
-            time.sleep(chooser.uniform(0, 4))
-        else:
-            time.sleep(chooser.uniform(0, 6))
-        process.kill()
-        code = process.wait()
+        with subprocess.Popen(command, cwd=reference.parent, **TOGETHER) as process:
+            has_started = threading.Event()
+            watcher = threading.Thread(target=watch, args=(process, has_started))
+            watcher.start()
+            if chooser.random() < 0.8:
+                has_started.wait(timeout=60)
+                time.sleep(chooser.uniform(0, 4))
+            else:
+                time.sleep(chooser.uniform(0, 6))
+            process.kill()
+            watcher.join()
+        code = process.returncode
         assert code in (0, -signal.SIGKILL)
         if code == -signal.SIGKILL:
             records = records_of(workdir)

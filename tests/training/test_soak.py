@@ -29,21 +29,19 @@ def test_memory_files_and_threads_stay_constant(tmp_path, book):
     # An evaluation with sample, curves and checkpoint every few seconds, and saves in between.
     flags += ["--config.eval_every_steps=400", "--config.checkpoint_every_steps=200"]
     flags += ["--config.log_every_steps=100", "--workdir=run"]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command_of("train", *flags), cwd=tmp_path, **output)
     readings = []
     end = time.monotonic() + 60 * MINUTES
-    log = (tmp_path / "log").open("wb")
-    try:
-        subprocess.Popen(["cat"], stdin=process.stdout, stdout=log)
-        while time.monotonic() < end:
-            time.sleep(5)
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            readings.append(usage(process.pid))
-    finally:
-        process.terminate()
-        code = process.wait(timeout=60)
-        log.close()
+    with (tmp_path / "log").open("wb") as log:
+        command = command_of("train", *flags)
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            while time.monotonic() < end:
+                time.sleep(5)
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                readings.append(usage(process.pid))
+        finally:
+            process.terminate()
+            code = process.wait(timeout=60)
     assert code == 143
     records = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     third = len(readings) // 3
