@@ -11,14 +11,13 @@ nothing:
 
   python launch/plan.py --config=tpu --chips=v5e:16 --seconds=0
 
---compile compiles the training step, the evaluation step and the sampler for a TPU topology, and
-prints what the compiler reports of each. It needs no TPU, but `pip install -e '.[tpu]'` on Linux on
-x86-64, and takes minutes for wide models:
+--compile compiles the training step, the evaluation step and the sampler for TPUs or GPUs, and
+prints what the compiler reports of each. It needs none of them, but on Linux on x86-64
+`pip install -e '.[tpu]'` or `'.[cuda-compiler]'`. --largest_batch also finds the largest batch that
+fits, by compiling the training step some five times. Wide models take minutes:
 
   python launch/plan.py --config=tpu --compile=v5e:4x4
-
---largest_batch also finds the largest batch that fits, by compiling the training step some five
-times.
+  python launch/plan.py --config=gpu --compile=h100:8 --largest_batch
 """
 
 import os
@@ -46,7 +45,7 @@ SECONDS = flags.DEFINE_float(
     "seconds", 6.0, "how long to time training steps; 0 measures nothing", 0.0, 3600.0
 )
 COMPILE = flags.DEFINE_string(
-    "compile", "", "compile for a TPU topology, such as v5e:4x4, v4:2x2x1, v5p:4x4x4 or v6e:1x1"
+    "compile", "", "compile for TPUs, such as v5e:4x4, v4:2x2x1 or v6e:1x1, or GPUs, such as h100:8"
 )
 LARGEST_BATCH = flags.DEFINE_boolean(
     "largest_batch", False, "with --compile: also find the largest batch that fits"
@@ -83,7 +82,7 @@ def main() -> None:
     if topology := COMPILE.value:
         if minutes or chips:
             raise UserError(f"--compile={topology}: leave out --minutes and --chips")
-        runtime.prepare_libtpu()
+        runtime.prepare_compilers()
     elif LARGEST_BATCH.value:
         raise UserError("--largest_batch: needs --compile=TOPOLOGY")
     from charlstm import planning  # its functions import JAX

@@ -53,7 +53,7 @@ def main() -> None:
     if COMPILE.value:
         if CHIP.value == "h100":
             raise UserError("--compile: needs a TPU as --chip, not h100")
-        runtime.prepare_libtpu()
+        runtime.prepare_compilers()
     out = folders.make_out(OUT.value, "scaling.json", {"virtual", "computed", "compiled"})
     import jax
 

@@ -49,7 +49,7 @@ ORDER = """
     cli.streams cli.signals cli.notebook cli.runtime cli.folders cli.options cli.usage
     exchange.export
     planning.rules planning.timing planning.memory planning.report planning.hlo planning.compile
-    planning.planner
+    planning.topology planning.planner
     sweep.texts sweep.trials sweep.grid sweep.table sweep.search
     bench.cases bench.entropy bench.jax_backend bench.torch_backend bench.keras_backend
     bench.timing bench.report bench.serving bench.measure

@@ -1,15 +1,20 @@
-"""Training, evaluation and generation lower for GPUs, without one."""
+"""Training, evaluation and generation lower and compile for GPUs, without one."""
 
+import importlib.util
 import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax import ShapeDtypeStruct, export
+from jax.experimental import rnn
+from jax.sharding import SingleDeviceSharding
 
 from charlstm import Batch, CharLSTM, init_state, make_eval_step, make_sampler, make_train_step
 from charlstm.optim import make_optimizer, make_schedule
+from charlstm.planning.topology import topology_devices
 from charlstm.steps import make_train_steps
 from configs import gpu
 
@@ -48,3 +53,22 @@ def test_steps_and_sampler_of_gpu_config_lower_for_gpus(dtype, recurrence):
         products = re.findall(r"dot_general .*: \(tensor<(.*?)>, tensor<(.*?)>\)", module)
         kinds = {operand.split("x")[-1] for pair in products for operand in pair}
         assert kinds == {"bf16" if dtype == "bfloat16" else "f32"}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="needs JAX's plugin for CUDA: pip install -e '.[cuda-compiler]'",
+)
+def test_step_with_cudnn_compiles_for_a_gpu(monkeypatch):
+    # cuDNN computes these sizes on a GPU only. Any others have the same types and shapes otherwise.
+    name = "compute_rnn_workspace_reserve_space_sizes"
+    monkeypatch.setattr(rnn.gpu_rnn, name, lambda *_: (1024, 2048), raising=False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    model = CharLSTM(V, 8, 2, recurrence="cudnn", dropout_rate=0.1)
+    optimizer = optax.adam(1e-3)
+    state = jax.eval_shape(partial(init_state, model, optimizer, batch_size=B), jax.random.key(0))
+    sharding = SingleDeviceSharding(topology_devices("h100:1")[0])
+    step = jax.jit(make_train_step(model, optimizer), in_shardings=sharding)
+    text = step.lower(state, batch_of()).compile().as_text()
+    calls = re.findall(r'custom_call_target="(cudnn_rnn\w*)"', text)
+    assert sorted(calls) == 2 * ["cudnn_rnn_bwd_ffi"] + 2 * ["cudnn_rnn_ffi"]

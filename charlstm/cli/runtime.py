@@ -53,12 +53,12 @@ def has_only_libtpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
     return google not in {path.read_text().strip() for path in devices.glob("*/vendor")}
 
 
-def prepare_libtpu() -> None:
-    """Set the environment in which libtpu compiles for chips that this machine may not have.
+def prepare_compilers() -> None:
+    """Set the environment in which JAX compiles for devices that this machine may not have.
 
     Call it before JAX is imported.
     """
-    # JAX leaves the chips of this machine, if it has any, to other processes.
+    # JAX leaves the devices of this machine, if it has any, to other processes.
     os.environ["JAX_PLATFORMS"] = "cpu"
     # Programs for other machines cannot be read back from the cache.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

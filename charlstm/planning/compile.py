@@ -1,7 +1,7 @@
-"""Compile the programs of a run for TPUs on a machine without one.
+"""Compile the programs of a run for TPUs and GPUs on a machine without any.
 
-libtpu contains the compiler, and jax.experimental.topologies describes the chips to it. What is
-returned is the compiler's own account of the programs; nothing runs.
+libtpu and JAX's CUDA plugin contain the compilers. What is returned is a compiler's own account of
+the programs; nothing runs.
 """
 
 import logging
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
@@ -28,17 +27,12 @@ from charlstm.planning.chips import CHIPS
 from charlstm.planning.memory import find_largest
 from charlstm.sampling import READERS, Draw, initial_state
 from charlstm.streaming import CHUNK_LEN, compiled_generate_chunk, with_rows
-from charlstm.system.extras import import_extra
 from charlstm.training.loop import compile_train_steps, max_steps_per_call
 from charlstm.training.setup import Setup
 from charlstm.training.validation import compile_eval_step
 
 logger = logging.getLogger(__name__)
 
-# An axis without chips crashes libtpu.
-TOPOLOGY = re.compile(r"[a-zA-Z0-9]+:[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}")
-# JAX joins the two cores of a v4 to one device, but libtpu does not by default.
-OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 OUT_OF_MEMORY = re.compile(r"\(?([\d.]+)([KMGT])\)? exceeds available HBM \(([\d.]+)([KMGT])\)")
 UNITS = {unit: 2 ** (10 * power) for power, unit in enumerate("KMGT", 1)}
 
@@ -48,27 +42,6 @@ class Lowered(NamedTuple):
 
     program: Any  # jax.stages.Lowered
     outer_loops: int  # the number of loops around all steps, such as that over training steps
-
-
-def topology_devices(word: str) -> list[Any]:
-    """Return the devices of a topology such as 'v5e:4x4', which JAX can compile for.
-
-    charlstm.cli.runtime.prepare_libtpu lists the environment variables that libtpu needs.
-
-    Raises:
-      UserError: if libtpu is missing or does not know the topology.
-    """
-    if not TOPOLOGY.fullmatch(word):
-        raise UserError(f"--compile={word}: must be NAME:AxB or NAME:AxBxC, such as v5e:4x4")
-    import_extra("libtpu", "tpu", f"--compile={word} works on Linux on x86-64 only and")
-    name, _, sizes = word.partition(":")
-    options: dict[str, Any] = {**OPTIONS.get(name, {})}
-    if set(sizes.split("x")) == {"1"}:
-        options["chips_per_host_bounds"] = (1, 1, 1)  # older versions of libtpu assume 2x2x1
-    try:
-        return topologies.get_topology_desc(word, "tpu", **options).devices
-    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        raise UserError(f"--compile={word}: libtpu refuses it ({one_line(error)})") from error
 
 
 def for_topology(setup: Setup, config: ConfigDict, devices: list[Any]) -> Setup:
@@ -218,59 +191,81 @@ def program_costs(lowered: Lowered, hidden_size: int, hbm_bytes: float | None) -
     try:
         compiled = lowered.program.compile()
         seconds = time.perf_counter() - begin
-        memory, counts = compiled.memory_analysis(), compiled.cost_analysis()
+        memory = compiled.memory_analysis()
         program = hlo.parse(compiled.as_text())
     except jax.errors.JaxRuntimeError as error:
         if not (found := OUT_OF_MEMORY.search(str(error))):
-            raise RunError(f"the compiler of libtpu fails: {one_line(error)}") from error
+            raise RunError(f"the compiler fails: {one_line(error)}") from error
         needed, available = (float(found[place]) * UNITS[found[place + 1]] for place in (1, 3))
         return {"fits": False, "temporary_bytes": needed, "hbm_bytes": available}
     new_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
     held_bytes = memory.argument_size_in_bytes + memory.generated_code_size_in_bytes
     needed_bytes = held_bytes + new_bytes + memory.temp_size_in_bytes
-    return {
+    costs = {
         "fits": hbm_bytes is None or needed_bytes <= hbm_bytes,
         "hbm_bytes": hbm_bytes,
         "needed_bytes": needed_bytes,
-        "peak_bytes": memory.peak_memory_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "compile_seconds": seconds,
+        "collectives": described_collectives(program, lowered.outer_loops),
+    }
+    if (counts := compiled.cost_analysis()) is None:  # as for GPUs
+        return costs | {"launches_in_loops": described_launches(program)}
+    return costs | {
+        "peak_bytes": memory.peak_memory_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
         "flops": counts["flops"],
         "bytes_accessed": counts["bytes accessed"],
-        "compile_seconds": seconds,
         "estimated_cycles": hlo.estimated_cycles(program),
-    } | described(program, lowered.outer_loops, hidden_size)
-
-
-def described(program: hlo.Program, outer_loops: int, hidden_size: int) -> dict[str, Any]:
-    """Return the collectives of a program, and the memory of the kernels that its loops read."""
-    return {
-        "collectives": [
-            {
-                "kind": one.opcode,
-                "bytes": one.num_bytes,
-                "arrays": len(one.arrays),
-                "dtypes": sorted({array.dtype for array in one.arrays}),
-                "in_loop": one.loops > outer_loops,
-            }
-            for one in hlo.collectives(program)
-        ],
-        "kernels_in_loops": [
-            {
-                "pass": "backward" if "transpose(" in loop.op_name else "forward",
-                "dtype": kernel.dtype,
-                "bytes": kernel.num_bytes,
-                "memory": kernel.memory,
-                "on_chip": kernel.memory in hlo.ON_CHIP,
-            }
-            for loop in hlo.loops(program)
-            if loop.is_innermost
-            for kernel in wide_kernels(loop, hidden_size)
-        ],
+        "kernels_in_loops": described_kernels(program, hidden_size),
     }
+
+
+def described_collectives(program: hlo.Program, outer_loops: int) -> list[dict[str, Any]]:
+    """Return the collectives of a program, each as an object of JSON."""
+    return [
+        {
+            "kind": one.opcode,
+            "bytes": one.num_bytes,
+            "arrays": len(one.arrays),
+            "dtypes": sorted({array.dtype for array in one.arrays}),
+            "in_loop": one.loops > outer_loops,
+        }
+        for one in hlo.collectives(program)
+    ]
+
+
+def described_launches(program: hlo.Program) -> list[dict[str, Any]]:
+    """Return how many operations a GPU starts in each iteration of the loops over time."""
+    return [
+        {"pass": direction(loop), "launches": loop.launches}
+        for loop in hlo.loops(program)
+        if loop.is_innermost
+    ]
+
+
+def described_kernels(program: hlo.Program, hidden_size: int) -> list[dict[str, Any]]:
+    """Return the memory of the recurrent kernels that the loops over time of a program read."""
+    return [
+        {
+            "pass": direction(loop),
+            "dtype": kernel.dtype,
+            "bytes": kernel.num_bytes,
+            "memory": kernel.memory,
+            "on_chip": kernel.memory in hlo.ON_CHIP,
+        }
+        for loop in hlo.loops(program)
+        if loop.is_innermost
+        for kernel in wide_kernels(loop, hidden_size)
+    ]
+
+
+def direction(loop: hlo.Loop) -> str:
+    """Return 'forward' or 'backward'."""
+    return "backward" if "transpose(" in loop.op_name else "forward"
 
 
 def wide_kernels(loop: hlo.Loop, hidden_size: int) -> list[hlo.Array]:

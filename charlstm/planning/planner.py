@@ -18,13 +18,9 @@ from charlstm.errors import UserError
 from charlstm.parallel import sharding
 from charlstm.planning import cost, memory, report, rules, timing
 from charlstm.planning.chips import Chip, check_rows, chip_bytes, step_time
-from charlstm.planning.compile import (
-    compile_costs,
-    for_topology,
-    largest_batch,
-    topology_devices,
-)
+from charlstm.planning.compile import compile_costs, for_topology, largest_batch
 from charlstm.planning.timing import StageTimes
+from charlstm.planning.topology import topology_devices
 from charlstm.training.setup import Setup, prepare, set_up
 
 logger = logging.getLogger(__name__)
@@ -50,7 +46,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Compiled:
-    """The programs of a run as they are compiled for TPUs. `str` gives a table."""
+    """The programs of a run as they are compiled for accelerators. `str` gives a table."""
 
     costs: dict[str, Any]  # as `launch/plan.py --compile=... --json` prints them
 
@@ -83,26 +79,26 @@ def estimate(
 
 
 def compile_for(config: ConfigDict, topology: str, *, find_largest: bool = False) -> Compiled:
-    """Compile the programs of a run for TPUs, without one; return what the compiler reports.
+    """Compile the programs of a run for accelerators, without any; return what a compiler reports.
 
-    The process needs the environment of charlstm.cli.runtime.prepare_libtpu. The text only has to
-    be long enough to evaluate.
+    The process needs the environment of charlstm.cli.runtime.prepare_compilers. The text only has
+    to be long enough to evaluate.
 
     Args:
       config: the settings of the run.
-      topology: the chips that share the batch, such as 'v5e:4x4'.
+      topology: the chips that share the batch, such as 'v5e:4x4' or 'h100:8'.
       find_largest: also find the largest batch that fits, by compiling some five training steps.
 
     Raises:
-      UserError: if the config is invalid or cannot run on these chips, if libtpu is missing, or if
-        it does not know the topology.
+      UserError: if the config is invalid or cannot run on these chips, if the compiler is missing,
+        or if it does not know the topology.
       RunError: if the compiler fails.
     """
     validate(config)
     config = config.copy_and_resolve_references()
     if config.model.recurrence == "cudnn":
-        raise UserError("config.model.recurrence=cudnn: needs an NVIDIA GPU; use fused")
-    config.model.recurrence = "fused"  # 'native' and 'auto' also run as 'fused' on a TPU
+        raise UserError("config.model.recurrence=cudnn: JAX compiles it on a GPU only; use fused")
+    config.model.recurrence = "fused"  # 'native' and 'auto' run as 'fused' on accelerators
     devices = topology_devices(topology)
     setup = for_topology(_read_setup(_smallest(config)), config, devices)
     costs = compile_costs(setup, topology)

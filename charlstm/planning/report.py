@@ -24,7 +24,7 @@ def cost_table(costs: Mapping[str, Any]) -> str:
 
 
 def compiled_table(costs: Mapping[str, Any]) -> str:
-    """Return a table with a row per cost of each program that was compiled for a TPU."""
+    """Return a table with a row per cost of each program that was compiled."""
     hosts = f"{costs['hosts']:,} host{'s' if costs['hosts'] > 1 else ''}"
     table = Table.grid(padding=(0, 2))
     rows = {
@@ -57,22 +57,34 @@ def _compiled(found: Mapping[str, Any]) -> dict[str, str]:
     fits = f"{size}, {'fits' if found['fits'] else 'does not fit'}"
     if "needed_bytes" not in found:
         return {"temporaries": f"{_size(found['temporary_bytes'])}{fits}"}
-    kernels, collectives = found["kernels_in_loops"], found["collectives"]
-    return {
+    rows = {
         "memory": f"{_size(found['needed_bytes'])}{fits}",
         "arguments": _size(found["argument_bytes"]),
         "outputs": f"{_size(found['output_bytes'])}, of which {_size(found['aliased_bytes'])} "
         "replace arguments",
         "temporaries": _size(found["temporary_bytes"]),
-        "program": _size(found["code_bytes"]),
-        "peak, by the compiler": _size(found["peak_bytes"]),
-        "operations, each loop body once": f"{found['flops']:,.0f}",
-        "bytes read and written, likewise": f"{found['bytes_accessed']:,.0f}",
-        "cycles of one step, estimated": f"{found['estimated_cycles']:,}",
-        "collectives": "; ".join(map(_collective, collectives)) or "none",
-        "kernels [H, 4H] in loops": "; ".join(map(_kernel, kernels)) or "none found",
+    }
+    if "launches_in_loops" in found:  # on a GPU
+        launches = found["launches_in_loops"]
+        rows["launches per iteration of loops"] = "; ".join(map(_launches, launches)) or "no loops"
+    else:
+        kernels = found["kernels_in_loops"]
+        rows |= {
+            "program": _size(found["code_bytes"]),
+            "peak, by the compiler": _size(found["peak_bytes"]),
+            "operations, each loop body once": f"{found['flops']:,.0f}",
+            "bytes read and written, likewise": f"{found['bytes_accessed']:,.0f}",
+            "cycles of one step, estimated": f"{found['estimated_cycles']:,}",
+            "kernels [H, 4H] in loops": "; ".join(map(_kernel, kernels)) or "none found",
+        }
+    return rows | {
+        "collectives": "; ".join(map(_collective, found["collectives"])) or "none",
         "compile time": _duration(found["compile_seconds"]),
     }
+
+
+def _launches(loop: Mapping[str, Any]) -> str:
+    return f"{loop['pass']} {loop['launches']}"
 
 
 def _collective(one: Mapping[str, Any]) -> str:

@@ -15,6 +15,10 @@ from charlstm.planning.chips import chip_bytes
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'"
 )
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="needs JAX's plugin for CUDA: pip install -e '.[cuda-compiler]'",
+)
 # Fewer operations than the default ones, which halves the time to compile.
 PLAIN = {"optimizer.name": "adam", "optimizer.weight_decay": 0.0, "optimizer.average_window": 0.0}
 PLAIN |= {"optimizer.schedule": "constant", "optimizer.warmup_steps": 0, "seq_len": 16}
@@ -73,6 +77,24 @@ def test_tpu_program_sums_once_and_keeps_kernels_on_chip(topology, settings, boo
     assert sum(one["bytes"] for one in sums) == pytest.approx(gradient_bytes, rel=0.01)
 
 
+@needs_plugin
+@pytest.mark.slow
+def test_gpu_program_sums_outside_loops_over_time(book_path):
+    costs = compiled("h100:2", book_path, WIDE)
+    assert costs["devices"] == 2
+    step, evaluation, sampler = costs["programs"].values()
+    assert step["fits"]
+    assert {loop["pass"] for loop in step["launches_in_loops"]} == {"forward", "backward"}
+    for program in (step, evaluation, sampler):
+        assert all(loop["launches"] > 0 for loop in program["launches_in_loops"])
+        assert not any(one["in_loop"] for one in program["collectives"])
+    assert not sampler["collectives"]
+    assert {one["kind"] for one in step["collectives"]} == {"all-reduce"}
+    # Each gradient once, in the type of the products or in float32.
+    summed_bytes = sum(one["bytes"] for one in step["collectives"])
+    assert 1.99 < summed_bytes / costs["parameters"] < 4.1
+
+
 @needs_libtpu
 @pytest.mark.slow
 def test_memory_by_formula_agrees_with_the_compiler(book_path):
@@ -106,6 +128,7 @@ def test_largest_batch_fills_the_memory_of_a_chip(book_path):
     ("topology", "message"),
     [
         ("v5e", r"--compile=v5e: must be NAME:AxB"),
+        ("h100:1x2x8x2", r"--compile=h100:1x2x8x2: must be NAME:AxB or NAME:N"),
         ("v5e:0x1", r"--compile=v5e:0x1: must be NAME:AxB"),  # crashes libtpu
     ],
 )
@@ -114,7 +137,11 @@ def test_topology_of_another_form_is_an_error(topology, message):
         planning.compile_for(base_config(), topology)
 
 
-def test_missing_libtpu_is_an_error_that_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(UserError, match=r"--compile=v5e:2x2 .*x86-64.*'\.\[tpu\]'"):
-        planning.compile_for(base_config(), "v5e:2x2")
+@pytest.mark.parametrize(
+    ("topology", "package", "extra"),
+    [("v5e:2x2", "libtpu", "tpu"), ("h100:8", "jax_cuda12_plugin", "cuda-compiler")],
+)
+def test_missing_compiler_is_an_error_that_names_the_extra(topology, package, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"--compile={topology} .*Linux.*'\.\[{extra}\]'"):
+        planning.compile_for(base_config(), topology)

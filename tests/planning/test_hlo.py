@@ -54,6 +54,14 @@ def test_array_that_an_iteration_changes_is_no_constant():
     assert [array.dtype for array in inner.constants] == ["s32"]
 
 
+def test_launches_are_operations_that_compute_or_copy():
+    _, inner = found_loops(TEXT)
+    # The addition of the index, a fusion and a copy.
+    assert inner.launches == 3
+    more = TEXT.replace(INNER, "  %copy.7 = f32[] copy(%constant.9)\n" + INNER)
+    assert found_loops(more)[1].launches == 4
+
+
 def test_collective_after_the_loops_is_in_none():
     (one,) = found_collectives(TEXT)
     assert (one.opcode, one.loops, one.num_bytes) == ("all-reduce", 0, 4)
