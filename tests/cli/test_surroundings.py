@@ -7,10 +7,8 @@ import sys
 
 import pytest
 from conftest import ROOT
-from helpers import small_config
+from helpers import small_config, untrained_run
 from launching import command_of
-
-from charlstm.training.loop import train
 
 # Run a launcher, and send it SIGINT at the import of a module or at the next compilation.
 INTERRUPTED = """
@@ -44,7 +42,7 @@ runpy.run_path(script, run_name="__main__")
 def trained(tmp_path_factory, book):
     folder = tmp_path_factory.mktemp("signals")
     (folder / "book.txt").write_text(book, encoding="utf-8")
-    train(small_config(folder / "book.txt", num_steps=1), folder / "run")
+    untrained_run(small_config(folder / "book.txt"), folder / "run")
     return folder
 
 

@@ -11,7 +11,7 @@ import termios
 import pytest
 from conftest import ROOT
 from etils import epath
-from helpers import small_config
+from helpers import QUICK, small_config
 
 import charlstm.system.console
 from charlstm.errors import one_line
@@ -121,7 +121,7 @@ def test_training_goes_on_if_nothing_can_be_printed(monkeypatch, package, book_p
         show_logs(progress_on_stdout=True)
         logging.getLogger("charlstm.training.loop").warning("lost" * 10_000)
         print("lost", file=sys.stderr)
-        assert train(small_config(book_path, num_steps=2), tmp_path / "run")
+        assert train(small_config(book_path, num_steps=2, **QUICK), tmp_path / "run")
         sys.stdout.close()
         sys.stderr.close()  # as Python does at its end
     os.close(writer)
