@@ -58,7 +58,13 @@ def run(optimizer, params, num_steps=40, model=MODEL, **options):
     return metrics["loss"]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+SLOW = "apply_if_finite of MultiSteps", "inject_hyperparams of adam in bfloat16"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in OPTIMIZERS],
+)
 def test_optax_optimizer_learns(name, params):
     losses = run(OPTIMIZERS[name], params)
     assert losses[-1] < 0.7 * losses[0]
