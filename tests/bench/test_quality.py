@@ -101,7 +101,7 @@ def tiny_config(book_path):
     ("backend", "seconds", "num_steps"),
     [
         *(pytest.param(name, 600, 84, marks=pytest.mark.slow) for name in ("jax", "keras")),
-        ("keras", 0, 1),
+        pytest.param("keras", 0, 1, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("rank_promotion")

@@ -25,15 +25,16 @@ from configs.tiny import get_config
 
 FLAGS = [
     "--config=tiny",
-    "--config.num_steps=18",
-    "--config.log_every_steps=3",
-    "--config.eval_every_steps=6",
+    "--config.num_steps=20",
+    "--config.log_every_steps=5",
+    "--config.eval_every_steps=5",
     "--config.patience=9",  # all processes agree on an early stop
     "--config.sample.length=40",
     # test_sharding.py trains the other parts of the default recipe.
     "--config.optimizer.learning_rate=2e-3",
     "--config.optimizer.name=adamw",
     "--config.optimizer.schedule=constant",
+    "--config.optimizer.warmup_steps=10",
     "--config.model.recurrent_rms_norm=false",
     "--config.model.multiplicative=false",
     "--config.data.path=book.txt",
@@ -223,7 +224,7 @@ def kill_one(launch, reference, victim, wanted_step):
     flags = [*FLAGS, *SLOWLY, *ANY_MODEL, "--workdir=deaths"]
     run = Processes(launch, reference.parent, flags, variables=CHEAPLY)
     run.wait_for_step(workdir, wanted_step)
-    run.wait_for_line(0, f"steps: {saved} of 18 done")
+    run.wait_for_line(0, f"steps: {saved} of 20 done")
     run.processes[victim].kill()
     return run, time.time()
 
@@ -252,7 +253,7 @@ def test_two_processes_then_one_train_as_one_device(launch, reference):
     assert run.wait() == [128 + signal.SIGTERM] * 2, run.said(0) + run.said(1)
     assert_stopped(workdir, run.said(0))
     # Both write their shards, and process 0 everything else.
-    parts = {path.name for path in workdir.glob("checkpoints/6/state/ocdbt.process_*")}
+    parts = {path.name for path in workdir.glob("checkpoints/5/state/ocdbt.process_*")}
     assert parts == {"ocdbt.process_0", "ocdbt.process_1"}
     assert "validation" in run.said(0)
     assert "8 x cpu" in run.said(0)

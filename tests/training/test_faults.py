@@ -34,8 +34,11 @@ FLAGS = [
     "--config.eval_every_steps=20",
     "--config.checkpoint_every_steps=10",
     "--config.sample.length=40",
-    # One compiled program for any number of steps, and a plain model.
+    # One compiled program for any number of steps, and a plain model: that of test_processes.py.
+    "--config.optimizer.learning_rate=2e-3",
+    "--config.optimizer.name=adamw",
     "--config.optimizer.schedule=constant",
+    "--config.optimizer.warmup_steps=10",
     "--config.model.recurrent_rms_norm=false",
     "--config.model.multiplicative=false",
     "--config.data.path=book.txt",
