@@ -54,7 +54,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHEAP = {
     f"test_{name}"
     for name in "api audit bench calibration checkpoints comparison compression console copy_limit "
-    "cost documents dynamic faults folder folders fuzz html inside keys launch metrics "
+    "cost documents dynamic folder folders fuzz html inside keys launch metrics "
     "mistakes model optim optimizers paths plan progress quality repetition "
     "report_page runtime sampling scaling score scoring sharded_step sharding steps "
     "surprise surroundings sweep switches tour writing".split()

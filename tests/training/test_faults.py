@@ -256,7 +256,7 @@ def test_second_trainer_is_refused_and_readers_are_not(launch, reference, tmp_pa
         pass
 
 
-def test_initial_weights_do_not_depend_on_blas_threads():
+def test_initial_weights_do_not_depend_on_blas_threads(cheaply):
     # Large enough that the factorization uses several threads.
     settings = {"vocab_size": 70, "hidden_size": 256, "num_layers": 1}
     program = (
