@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from helpers import small_config, untrained_run
-from launching import TINY, WarmLauncher, command_of, run_command, train_on
+from launching import TINY, TRAINING, WarmLauncher, command_of, run_command, train_on
 
 from charlstm.evaluation import report
 
@@ -35,7 +35,7 @@ def launch_help():
 
 @cache
 def warm_launcher():
-    launcher = WarmLauncher("charlstm.training.loop", "charlstm.system.console")
+    launcher = WarmLauncher(*TRAINING, "charlstm.evaluation.sample_check")
     atexit.register(launcher.close)
     return launcher
 
