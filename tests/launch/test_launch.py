@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from helpers import small_config, untrained_run
-from launching import TINY, TRAINING, WarmLauncher, command_of, run_command, train_on
+from launching import (
+    COMMAND_LINE,
+    TINY,
+    TRAINING,
+    WarmLauncher,
+    command_of,
+    run_command,
+    train_on,
+)
 
 from charlstm.evaluation import report
 
@@ -28,7 +36,7 @@ def trained(tmp_path_factory, book):
 @pytest.fixture(scope="module")
 def launch_help():
     """Return launch(launcher, *flags, cwd=...) for processes that need no JAX."""
-    warm = WarmLauncher("ml_collections.config_flags", "charlstm.config")
+    warm = WarmLauncher(*COMMAND_LINE)
     yield warm
     warm.close()
 

@@ -13,6 +13,7 @@ import subprocess
 import time
 from importlib import import_module
 
+import launching
 import pytest
 import zstandard
 from conftest import ROOT
@@ -186,7 +187,7 @@ def launch_without_jax(tmp_path_factory):
     (folder / "jax.py").write_text("raise SystemExit('JAX was imported')")
     path = os.pathsep.join([str(folder), str(ROOT)])
     environment = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    warm = WarmLauncher("ml_collections.config_flags", "charlstm.config", env=environment)
+    warm = WarmLauncher(*launching.COMMAND_LINE, env=environment)
     yield warm
     warm.close()
 
@@ -218,7 +219,7 @@ def test_debug_shows_the_traceback_of_a_mistake(flag, tmp_path):
 @pytest.fixture(scope="module")
 def launch():
     """Return launch(launcher, *flags, cwd=...)."""
-    warm = WarmLauncher("charlstm.training.loop", "charlstm.system.console")
+    warm = WarmLauncher(*launching.TRAINING, "charlstm.evaluation.sample_check")
     yield warm
     warm.close()
 
