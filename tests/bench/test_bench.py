@@ -8,7 +8,7 @@ from concurrent.futures import Future
 import jax
 import pytest
 from conftest import ROOT
-from launching import WarmLauncher
+from launching import COMMAND_LINE, WarmLauncher
 
 from charlstm.bench import report, timing
 from charlstm.bench.cases import Case
@@ -188,7 +188,7 @@ MISTAKES = [
 
 @pytest.fixture(scope="module")
 def launch():
-    warm = WarmLauncher("absl.app", "ml_collections.config_flags", "numpy", "rich.console")
+    warm = WarmLauncher(*COMMAND_LINE, "numpy", "rich.console")
     yield warm
     warm.close()
 
