@@ -148,7 +148,7 @@ CHIPS = {
             axes=1,
             pod_size=8,
             network_bandwidth=5e10,
-            loop_seconds=20e-6,  # assumed
+            loop_seconds=20e-6,  # assumed: some ten launches of 2 us
             source="https://jax-ml.github.io/scaling-book/gpus (SXM; 8 a node)",
         ),
     )
