@@ -1,11 +1,12 @@
-"""A wide model for one accelerator with at least 16 GB. It has not been run on one.
+"""A wide model for one accelerator with at least 4 GB: compiled for an H100, not run on one.
 
 python launch/train.py --config=gpu --config.data.path=FOLDER
 
 For texts of tens of megabytes. It overfits smaller texts; use --config=medium for them. To estimate
-time and memory:
+time and memory, and to compile it without a GPU:
 
 python launch/plan.py --config=gpu
+python launch/plan.py --config=gpu --compile=h100:1
 """
 
 from ml_collections import ConfigDict
