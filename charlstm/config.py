@@ -92,8 +92,8 @@ def _model() -> ConfigDict:
     model.embed_size = 64
     # Use the learned vectors as output weights, for vocabularies of thousands of characters.
     model.tie_embeddings = False
-    # Type of the products: float32 or bfloat16. Parameters and cell state stay float32. JAX rounds
-    # float32 products on accelerators; see "Precision" in charlstm/parallel/README.md.
+    # Type of the products: float32 or bfloat16. Parameters and cell state stay float32. On
+    # accelerators JAX rounds the operands of float32 products: charlstm/parallel/README.md.
     model.dtype = "float32"
     return model
 

@@ -190,9 +190,9 @@ class CharLSTM(nn.Module):
 
 
 def float32_product(*args: Any, **kwargs: Any) -> jax.Array:
-    """Return jax.lax.dot_general of the arguments in float32.
+    """Return jax.lax.dot_general of the arguments, converted to float32.
 
-    What is added to it, such as a bias, then has its gradient summed in float32.
+    A bias that is added to it has its gradient summed in float32.
     """
     return jax.lax.dot_general(*args, **kwargs).astype(jnp.float32)
 

@@ -6,15 +6,15 @@ Takes the flags of train.py, trains nothing and writes to no run folder. It meas
 minute by executing each stage of a run briefly. --minutes proposes width, streams, window, steps,
 dropout and learning rate for a command of that duration, start-up and evaluations included, and
 prints the command of train.py; charlstm/planning/README.md explains the rule. --chips adds the time
-of a step on accelerators, by the formulas of charlstm/planning/cost.py. --seconds=0 measures
+of a step on accelerators, by the formulas of charlstm/planning/chips.py. --seconds=0 measures
 nothing:
 
   python launch/plan.py --config=tpu --chips=v5e:16 --seconds=0
 
 --compile compiles the training step, the evaluation step and the sampler for TPUs or GPUs, and
-prints what the compiler reports of each. It needs none of them, but on Linux on x86-64
-`pip install -e '.[tpu]'` or `'.[cuda-compiler]'`. --largest_batch also finds the largest batch that
-fits, by compiling the training step some five times. Wide models take minutes:
+prints what the compiler reports of each. It needs no TPU or GPU. On Linux on x86-64,
+`pip install -e '.[tpu]'` or `'.[cuda-compiler]'` installs the compiler. --largest_batch also finds
+the largest batch that fits, by compiling about four more training steps. Wide models take minutes:
 
   python launch/plan.py --config=tpu --compile=v5e:4x4
   python launch/plan.py --config=gpu --compile=h100:8 --largest_batch

@@ -15,7 +15,7 @@ from charlstm.cli import runtime
 # As in the launchers: the result of LAPACK depends on the number of its threads.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["KERAS_BACKEND"] = "jax"
-if runtime.has_only_libtpu():
+if runtime.has_only_compilers():
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # All processes of a session, workers and launchers included, share the caches of compiled programs.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -35,7 +35,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Collections during the tests take a twentieth of the time; _collect_garbage replaces them.
+# Collections take a twentieth of the time of tests. _collect_garbage collects after each module,
+# whose last test then reports what was not closed. Launched processes collect as usual.
 gc.disable()
 
 # Eight virtual devices in the process of the tests; launched processes are not affected.

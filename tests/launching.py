@@ -23,7 +23,7 @@ TINY += ["--config.optimizer.name=adamw"]
 
 
 # Modules for a WarmLauncher of processes that end before they import JAX.
-COMMAND_LINE = "charlstm.cli.options", "charlstm.cli.folders", "charlstm.cli.runtime"
+WITHOUT_JAX = "charlstm.cli.options", "charlstm.cli.folders", "charlstm.cli.runtime"
 # Modules for a WarmLauncher of launch/train.py. A run imports the last two for its curves.
 TRAINING = "charlstm.training.loop", "charlstm.system.console", "matplotlib.figure", "scipy.linalg"
 

@@ -1,4 +1,4 @@
-"""Training, evaluation and generation lower and compile for GPUs, without one."""
+"""Without a GPU, all programs lower for one, and a step with cuDNN compiles."""
 
 import importlib.util
 import re
@@ -60,7 +60,7 @@ def test_steps_and_sampler_of_gpu_config_lower_for_gpus(dtype, recurrence):
     reason="needs JAX's plugin for CUDA: pip install -e '.[cuda-compiler]'",
 )
 def test_step_with_cudnn_compiles_for_a_gpu(monkeypatch):
-    # cuDNN computes these sizes on a GPU only. Any others have the same types and shapes otherwise.
+    # cuDNN computes these sizes on a GPU. They only set the length of the workspace.
     name = "compute_rnn_workspace_reserve_space_sizes"
     monkeypatch.setattr(rnn.gpu_rnn, name, lambda *_: (1024, 2048), raising=False)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -18,6 +18,8 @@ from charlstm.cli import streams
 from charlstm.errors import UserError, one_line
 from charlstm.system.paths import cache_folder, given_path
 
+VENDORS = {"0x1ae0", "0x10de", "0x1002"}  # of PCI devices: Google, NVIDIA, AMD
+DEVICE_FILES = {"accel0", "vfio", "nvidiactl", "nvidia0", "kfd", "dxg"}
 WRITING_SECONDS = 60  # another process may still write a file younger than this
 
 
@@ -36,21 +38,23 @@ def prepare() -> None:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     # tensorboardX sets it otherwise, later, when XLA's threads may call getenv and then crash.
     os.environ.setdefault("CRC32C_SW_MODE", "auto")
-    if has_only_libtpu():
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else the start of libtpu prints errors
+    if has_only_compilers():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else JAX tries to start them, with errors
     keep_compilations()
     keep_memory()
 
 
-def has_only_libtpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
-    """Return whether libtpu is installed on a machine without a TPU, and no plugin for GPUs.
+def has_only_compilers(root: Path = Path("/")) -> bool:
+    """Return whether compilers for accelerators are installed, and no accelerator is.
 
-    `devices` is Linux's list of PCI devices.
+    The compilers are libtpu and JAX's plugin for CUDA. `root` is the root folder of Linux.
     """
-    if not find_spec("libtpu") or find_spec("jax_plugins"):
+    if not find_spec("libtpu") and not find_spec("jax_cuda12_plugin"):
         return False
-    google = "0x1ae0"
-    return google not in {path.read_text().strip() for path in devices.glob("*/vendor")}
+    vendors = {path.read_text().strip() for path in root.glob("sys/bus/pci/devices/*/vendor")}
+    # A container may have a device and no list, and WSL has no PCI devices.
+    names = {path.name for path in root.glob("dev/*")}
+    return not vendors & VENDORS and not names & DEVICE_FILES
 
 
 def prepare_compilers() -> None:

@@ -13,15 +13,16 @@ and backward, and takes the longest of:
 reads the preactivations; the backward loop reads the residuals and writes the gradients. XLA keeps
 the recurrent kernel, 8 H^2 bytes in bfloat16, on the chip over all iterations where it can: in
 VMEM on a TPU, in CMEM on a v4. The formula takes half of that memory as the limit. A larger kernel
-adds 8 H^2 / M to each iteration, as any does on a GPU, where each iteration is a launch of its own.
+adds 8 H^2 / M to each iteration, as any does on a GPU, where no memory keeps a kernel from one
+operation to the next.
 
 Outside the loops are the products of all time steps at once, Adam's update and one all-reduce of P
-gradients in the type of the products. On a ring of n chips that send W bytes per second, it takes
-2 (n - 1) / n times the bytes over W (Patarasuk and Yuan 2009, 'Bandwidth optimal all-reduce
-algorithms for clusters of workstations'). On a torus with `axes` axes it also takes axes n^(1/axes)
-hops of 1 us, half the length of each axis twice ('How to Scale Your Model', Austin et al. 2025,
-https://jax-ml.github.io/scaling-book/sharding). Chips beyond one pod add up the sums of their pods
-over the network.
+gradients in the type of the products, as the gradients of kernels are. On a ring of n chips that
+send W bytes per second, it takes 2 (n - 1) / n times the bytes over W (Patarasuk and Yuan 2009,
+'Bandwidth optimal all-reduce algorithms for clusters of workstations'). On a torus with `axes` axes
+it also takes axes n^(1/axes) hops of 1 us, half the length of each axis twice (Austin et al. 2025,
+'How to Scale Your Model', https://jax-ml.github.io/scaling-book/sharding). Chips beyond one pod add
+up the sums of their pods over the network.
 
 README.md compares memory and time with what the compiler of TPUs reports, and lists where it
 leaves a kernel in memory.
@@ -140,7 +141,7 @@ CHIPS = {
         Chip(
             name="h100",
             flops=989e12,
-            memory=80e9,
+            memory=0.75 * 84.94e9,  # JAX takes three quarters: XLA_PYTHON_CLIENT_MEM_FRACTION
             memory_bandwidth=3.35e12,
             on_chip=0.0,
             clock=1.83e9,
@@ -148,7 +149,7 @@ CHIPS = {
             axes=1,
             pod_size=8,
             network_bandwidth=5e10,
-            loop_seconds=20e-6,  # assumed: some ten launches of 2 us
+            loop_seconds=20e-6,  # assumed: about ten operations of 2 us each
             source="https://jax-ml.github.io/scaling-book/gpus (SXM; 8 a node)",
         ),
     )

@@ -149,8 +149,10 @@ def compile_costs(setup: Setup, topology: str) -> dict[str, Any]:
     }
 
 
-def largest_batch(setup: Setup, topology: str) -> dict[str, int]:
+def compile_largest_batch(setup: Setup, topology: str, step: dict[str, Any]) -> dict[str, int]:
     """Find by compiling how many rows fit a device of `setup.mesh`; return the largest batch.
+
+    `step` has the costs of the training step of `setup`, as program_costs returns them.
 
     Raises:
       UserError: if the memory of these devices is unknown, or not even one row fits.
@@ -160,19 +162,22 @@ def largest_batch(setup: Setup, topology: str) -> dict[str, int]:
     if not chip:
         raise UserError(f"--compile={topology}: the memory of this chip is unknown")
     config = setup.run.config.copy_and_resolve_references()
+    first = config.batch_size // size
 
     def needed_bytes(rows: int) -> float:
-        config.batch_size = rows * size
-        resized = for_topology(setup, config, list(setup.mesh.devices.flat))
-        logger.info("compiling the training step with %d rows per device", rows)
-        step, _ = lower_train_steps(resized)
-        costs = program_costs(step, config.model.hidden_size, chip.memory)
+        costs = step
+        if rows != first:
+            config.batch_size = rows * size
+            resized = for_topology(setup, config, list(setup.mesh.devices.flat))
+            logger.info("compiling the training step with %d rows per device", rows)
+            lowered, _ = lower_train_steps(resized)
+            costs = program_costs(lowered, config.model.hidden_size, chip.memory)
         if "needed_bytes" in costs:
             return costs["needed_bytes"]
         # The compiler refuses programs that need a little less than all memory.
         return max(costs["temporary_bytes"], 1.01 * chip.memory)
 
-    fits, refused = find_largest(needed_bytes, chip.memory, config.batch_size // size)
+    fits, refused = find_largest(needed_bytes, chip.memory, first)
     if not fits:
         raise UserError(f"--compile={topology}: a batch of one row per device does not fit")
     return {"batch_size": fits * size, "rows_per_device": fits, "refused_rows": int(refused)}
@@ -213,7 +218,7 @@ def program_costs(lowered: Lowered, hidden_size: int, hbm_bytes: float | None) -
         "collectives": described_collectives(program, lowered.outer_loops),
     }
     if (counts := compiled.cost_analysis()) is None:  # as for GPUs
-        return costs | {"launches_in_loops": described_launches(program)}
+        return costs | {"operations_in_loops": described_operations(program)}
     return costs | {
         "peak_bytes": memory.peak_memory_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
@@ -238,10 +243,10 @@ def described_collectives(program: hlo.Program, outer_loops: int) -> list[dict[s
     ]
 
 
-def described_launches(program: hlo.Program) -> list[dict[str, Any]]:
-    """Return how many operations a GPU starts in each iteration of the loops over time."""
+def described_operations(program: hlo.Program) -> list[dict[str, Any]]:
+    """Return how many operations each iteration of the loops over time has."""
     return [
-        {"pass": direction(loop), "launches": loop.launches}
+        {"pass": direction(loop), "operations": loop.operations}
         for loop in hlo.loops(program)
         if loop.is_innermost
     ]

@@ -17,7 +17,7 @@ COLLECTIVES = (
     *("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute"),
     *("collective-broadcast", "ragged-all-to-all"),
 )
-_WITHOUT_LAUNCH = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
+_WITHOUT_WORK = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
 
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^{}]*\})?")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)")
@@ -74,7 +74,7 @@ class Loop(NamedTuple):
     constants: tuple[Array, ...]  # arrays that all iterations read and none changes
     loops: int  # the number of loops that contain it
     is_innermost: bool
-    launches: int  # operations of its body that a device starts one after another
+    operations: int  # of its body, each of which computes or copies arrays
 
 
 class Program(NamedTuple):
@@ -196,9 +196,9 @@ def loops(program: Program) -> list[Loop]:
         op_name = _OP_NAME.search(instruction.rest)
         inside = walk(Program(program.computations, called["body"]))
         is_innermost = not any(other.opcode == "while" for other, _ in inside)
-        launches = sum(line.opcode not in _WITHOUT_LAUNCH for line in body)
+        operations = sum(line.opcode not in _WITHOUT_WORK for line in body)
         name = op_name[1] if op_name else ""
-        found.append(Loop(name, constants, depth, is_innermost, launches))
+        found.append(Loop(name, constants, depth, is_innermost, operations))
     return found
 
 

@@ -98,7 +98,7 @@ def find_largest(
         guess = _rows_on_line(tried, available)
         if refused < math.inf and len(tried) % 2 == 0:
             guess = (fits + refused) / 2  # in case the bytes are far from a line
-        guess = int(guess) // step * step
+        guess = min(int(guess), 16 * max(tried)) // step * step  # memory may grow little at first
         rows = int(min(max(guess, fits + step), refused - step))
 
 

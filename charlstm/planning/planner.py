@@ -18,7 +18,7 @@ from charlstm.errors import UserError
 from charlstm.parallel import sharding
 from charlstm.planning import cost, memory, report, rules, timing
 from charlstm.planning.chips import Chip, check_rows, chip_bytes, step_time
-from charlstm.planning.compile import compile_costs, for_topology, largest_batch
+from charlstm.planning.compile import compile_costs, compile_largest_batch, for_topology
 from charlstm.planning.timing import StageTimes
 from charlstm.planning.topology import topology_devices
 from charlstm.training.setup import Setup, prepare, set_up
@@ -87,7 +87,7 @@ def compile_for(config: ConfigDict, topology: str, *, find_largest: bool = False
     Args:
       config: the settings of the run.
       topology: the chips that share the batch, such as 'v5e:4x4' or 'h100:8'.
-      find_largest: also find the largest batch that fits, by compiling some five training steps.
+      find_largest: also find the largest batch that fits, by compiling about four more steps.
 
     Raises:
       UserError: if the config is invalid or cannot run on these chips, if the compiler is missing,
@@ -98,12 +98,14 @@ def compile_for(config: ConfigDict, topology: str, *, find_largest: bool = False
     config = config.copy_and_resolve_references()
     if config.model.recurrence == "cudnn":
         raise UserError("config.model.recurrence=cudnn: JAX compiles it on a GPU only; use fused")
-    config.model.recurrence = "fused"  # 'native' and 'auto' run as 'fused' on accelerators
+    if config.model.recurrence in ("auto", "native"):
+        config.model.recurrence = "fused"  # which they are on accelerators
     devices = topology_devices(topology)
     setup = for_topology(_read_setup(_smallest(config)), config, devices)
     costs = compile_costs(setup, topology)
     if find_largest:
-        costs["largest_batch"] = largest_batch(setup, topology)
+        step = costs["programs"]["training step"]
+        costs["largest_batch"] = compile_largest_batch(setup, topology, step)
     return Compiled(costs)
 
 

@@ -64,9 +64,9 @@ def _compiled(found: Mapping[str, Any]) -> dict[str, str]:
         "replace arguments",
         "temporaries": _size(found["temporary_bytes"]),
     }
-    if "launches_in_loops" in found:  # on a GPU
-        launches = found["launches_in_loops"]
-        rows["launches per iteration of loops"] = "; ".join(map(_launches, launches)) or "no loops"
+    if "operations_in_loops" in found:  # on a GPU
+        loops = found["operations_in_loops"]
+        rows["operations per iteration of loops"] = "; ".join(map(_operations, loops)) or "no loops"
     else:
         kernels = found["kernels_in_loops"]
         rows |= {
@@ -83,8 +83,8 @@ def _compiled(found: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _launches(loop: Mapping[str, Any]) -> str:
-    return f"{loop['pass']} {loop['launches']}"
+def _operations(loop: Mapping[str, Any]) -> str:
+    return f"{loop['pass']} {loop['operations']}"
 
 
 def _collective(one: Mapping[str, Any]) -> str:

@@ -7,14 +7,14 @@ import jax
 from jax.experimental import topologies
 
 from charlstm.errors import UserError, one_line
+from charlstm.planning.chips import CHIPS
 from charlstm.system.extras import import_extra
 
 # An axis without chips crashes libtpu.
 _TOPOLOGY = re.compile(r"[a-zA-Z0-9]+:[1-9]\d{0,3}(x[1-9]\d{0,3}){0,2}")
 # JAX joins the two cores of a v4 to one device, but libtpu does not by default.
 _TPU_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
-# XLA's GpuTargetConfigProto. The figures are those of NVIDIA's data sheet of the H100 SXM and, for
-# compute capability 9.0, of the CUDA programming guide.
+# XLA's GpuTargetConfigProto, with the figures of h100_sxm in openxla/xla.
 _GPU_TARGETS = {
     "h100": """
 gpu_device_info {
@@ -31,11 +31,11 @@ gpu_device_info {
   block_dim_limit_z: 65535
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
-  memory_bandwidth: 3352000000000
+  memory_bandwidth: 3352320000000
   l2_cache_size: 52428800
   clock_rate_ghz: 1.98
-  device_memory_size: 80000000000
-  cuda_compute_capability { major: 9 }
+  device_memory_size: 84942979072
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 8 }
@@ -58,13 +58,19 @@ def topology_devices(word: str) -> list[Any]:
       UserError: if the compiler is missing or does not know the topology.
     """
     if not _TOPOLOGY.fullmatch(word):
-        raise UserError(f"--compile={word}: must be NAME:AxB or NAME:N, such as v5e:4x4 or h100:8")
+        raise UserError(
+            f"--compile={word}: must be NAME:AxB or NAME:AxBxC for TPUs, such as v5e:4x4, and "
+            "NAME:N or NAME:HOSTSxN for GPUs, such as h100:8"
+        )
     name, _, sizes = word.partition(":")
     find = _gpus if name in _GPU_TARGETS else _tpus
     try:
         return find(word, name, sizes).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        raise UserError(f"--compile={word}: is no known topology ({one_line(error)})") from error
+        raise UserError(
+            f"--compile={word}: is not a known topology of TPUs ({one_line(error)}); known GPUs: "
+            f"{', '.join(_GPU_TARGETS)}"
+        ) from error
 
 
 def _tpus(word: str, name: str, sizes: str) -> topologies.TopologyDescription:
@@ -76,9 +82,15 @@ def _tpus(word: str, name: str, sizes: str) -> topologies.TopologyDescription:
 
 
 def _gpus(word: str, name: str, sizes: str) -> topologies.TopologyDescription:
-    purpose = f"--compile={word} works on Linux only and"
+    *hosts, gpus = sizes.split("x")
+    if len(hosts) > 1 or int(gpus) > CHIPS[name].pod_size:
+        raise UserError(
+            f"--compile={word}: must be {name}:N or {name}:HOSTSxN, with at most "
+            f"{CHIPS[name].pod_size} GPUs on each host"
+        )
+    purpose = f"--compile={word} works on Linux on x86-64 only and"
     import_extra("jax_cuda12_plugin", "cuda-compiler", purpose)
-    hosts_and_gpus = sizes if "x" in sizes else f"1x{sizes}"
+    shape = "x".join(["1", *(hosts or ["1"]), gpus])
     return topologies.get_topology_desc(
-        platform="cuda", target_config=_GPU_TARGETS[name], topology=f"1x{hosts_and_gpus}"
+        platform="cuda", target_config=_GPU_TARGETS[name], topology=shape
     )

@@ -25,19 +25,26 @@ def test_compilation_cache_is_in_the_users_cache_by_default(monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("packages", "vendor", "wanted"),
+    ("packages", "vendor", "device", "wanted"),
     [
-        ({"libtpu"}, "0x8086", True),
-        ({"libtpu"}, "0x1ae0", False),  # Google, as of a TPU
-        ({"libtpu", "jax_plugins"}, "0x8086", False),  # as of a GPU
-        ((), "0x8086", False),
+        ({"libtpu"}, "0x8086", "tty", True),
+        ({"jax_cuda12_plugin"}, "0x8086", "tty", True),
+        ({"libtpu", "jax_cuda12_plugin"}, "0x8086", "tty", True),
+        ({"libtpu"}, "0x1ae0", "tty", False),  # Google, as of a TPU
+        ({"libtpu", "jax_cuda12_plugin"}, "0x10de", "tty", False),  # NVIDIA
+        ({"jax_cuda12_plugin"}, "0x8086", "nvidia0", False),  # in a container
+        ((), "0x8086", "tty", False),
     ],
 )
-def test_libtpu_without_a_tpu_is_recognized(packages, vendor, wanted, monkeypatch, tmp_path):
+def test_compilers_without_an_accelerator_are_recognized(
+    packages, vendor, device, wanted, monkeypatch, tmp_path
+):
     monkeypatch.setattr(runtime, "find_spec", lambda name: name in packages or None)
-    (tmp_path / "0").mkdir()
-    (tmp_path / "0" / "vendor").write_text(f"{vendor}\n")
-    assert runtime.has_only_libtpu(tmp_path) == wanted
+    for name in ("sys/bus/pci/devices/0/vendor", f"dev/{device}"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.write_text(f"{vendor}\n")
+    assert runtime.has_only_compilers(tmp_path) == wanted
 
 
 # Compile, truncate the cache entry, compile again, and print the sizes before and after.

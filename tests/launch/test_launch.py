@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT
 from helpers import small_config, untrained_run
 from launching import (
-    COMMAND_LINE,
     TINY,
     TRAINING,
+    WITHOUT_JAX,
     WarmLauncher,
     command_of,
     run_command,
@@ -36,7 +36,7 @@ def trained(tmp_path_factory, book):
 @pytest.fixture(scope="module")
 def launch_help():
     """Return launch(launcher, *flags, cwd=...) for processes that need no JAX."""
-    warm = WarmLauncher(*COMMAND_LINE)
+    warm = WarmLauncher(*WITHOUT_JAX)
     yield warm
     warm.close()
 

@@ -187,7 +187,7 @@ def launch_without_jax(tmp_path_factory):
     (folder / "jax.py").write_text("raise SystemExit('JAX was imported')")
     path = os.pathsep.join([str(folder), str(ROOT)])
     environment = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    warm = WarmLauncher(*launching.COMMAND_LINE, env=environment)
+    warm = WarmLauncher(*launching.WITHOUT_JAX, env=environment)
     yield warm
     warm.close()
 

@@ -84,15 +84,16 @@ def test_gpu_program_sums_outside_loops_over_time(book_path):
     assert costs["devices"] == 2
     step, evaluation, sampler = costs["programs"].values()
     assert step["fits"]
-    assert {loop["pass"] for loop in step["launches_in_loops"]} == {"forward", "backward"}
+    assert {loop["pass"] for loop in step["operations_in_loops"]} == {"forward", "backward"}
     for program in (step, evaluation, sampler):
-        assert all(loop["launches"] > 0 for loop in program["launches_in_loops"])
+        assert all(loop["operations"] > 0 for loop in program["operations_in_loops"])
         assert not any(one["in_loop"] for one in program["collectives"])
     assert not sampler["collectives"]
     assert {one["kind"] for one in step["collectives"]} == {"all-reduce"}
-    # Each gradient once, in the type of the products or in float32.
-    summed_bytes = sum(one["bytes"] for one in step["collectives"])
-    assert 1.99 < summed_bytes / costs["parameters"] < 4.1
+    # Each gradient once. XLA for GPUs does not sum arrays of several types together.
+    widths = {"bf16": 2, "f32": 4}
+    sizes = [one["bytes"] / widths["+".join(one["dtypes"])] for one in step["collectives"]]
+    assert sum(sizes) == pytest.approx(costs["parameters"], rel=0.01)
 
 
 @needs_libtpu
@@ -128,7 +129,8 @@ def test_largest_batch_fills_the_memory_of_a_chip(book_path):
     ("topology", "message"),
     [
         ("v5e", r"--compile=v5e: must be NAME:AxB"),
-        ("h100:1x2x8x2", r"--compile=h100:1x2x8x2: must be NAME:AxB or NAME:N"),
+        ("h100:1x2x8", r"--compile=h100:1x2x8: must be h100:N or h100:HOSTSxN"),
+        ("h100:9", "at most 8 GPUs"),
         ("v5e:0x1", r"--compile=v5e:0x1: must be NAME:AxB"),  # crashes libtpu
     ],
 )

@@ -54,12 +54,12 @@ def test_array_that_an_iteration_changes_is_no_constant():
     assert [array.dtype for array in inner.constants] == ["s32"]
 
 
-def test_launches_are_operations_that_compute_or_copy():
+def test_operations_of_a_loop_compute_or_copy_arrays():
     _, inner = found_loops(TEXT)
     # The addition of the index, a fusion and a copy.
-    assert inner.launches == 3
+    assert inner.operations == 3
     more = TEXT.replace(INNER, "  %copy.7 = f32[] copy(%constant.9)\n" + INNER)
-    assert found_loops(more)[1].launches == 4
+    assert found_loops(more)[1].operations == 4
 
 
 def test_collective_after_the_loops_is_in_none():

@@ -17,23 +17,25 @@ def search(most, first, needed):
 
 
 @pytest.mark.parametrize(
-    "needed",
+    ("needed", "most_tries"),
     [
-        lambda rows: 7.0 * rows,
-        lambda rows: 1e6 + 7.0 * rows,
-        lambda rows: 1e3 + rows**1.5,
-        lambda rows: 1e3 + math.sqrt(rows),
+        (lambda rows: 7.0 * rows, 6),
+        (lambda rows: 1e6 + 7.0 * rows, 6),
+        (lambda rows: 1e3 + rows**1.5, 15),
+        (lambda rows: 1e3 + math.sqrt(rows), 15),
         # A compiler needs more for some programs than the line says.
-        lambda rows: 500 + 7.0 * rows + 1000 * (rows > 300),
-        lambda rows: 500 + 7.0 * (-(-rows // 128) * 128),
+        (lambda rows: 500 + 7.0 * rows + 1000 * (rows > 300), 15),
+        (lambda rows: 500 + 7.0 * (-(-rows // 128) * 128), 15),
+        # And the memory on the chip may hold small batches.
+        (lambda rows: 1e7 + rows + 1e5 * max(rows - 64, 0), 15),
     ],
 )
 @pytest.mark.parametrize(("most", "first"), [(1, 1), (3, 1000), (1000, 4), (1200, 1200), (99, 100)])
-def test_largest_number_of_rows_is_found_with_few_tries(needed, most, first):
+def test_largest_number_of_rows_is_found_with_few_tries(needed, most_tries, most, first):
     fits, refused, tries = search(most, first, needed)
     assert needed(fits) <= needed(most) < needed(refused)
     assert refused - fits <= max(1, fits / 16)
-    assert len(tries) <= 15
+    assert len(tries) <= most_tries
 
 
 def test_no_rows_are_found_where_one_does_not_fit():

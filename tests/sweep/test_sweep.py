@@ -131,12 +131,12 @@ MISTAKES = [
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
     """Return launch(*flags, cwd=...) for a sweep without JAX, whose import ends a process."""
-    from launching import COMMAND_LINE, WarmLauncher
+    from launching import WITHOUT_JAX, WarmLauncher
 
     folder = tmp_path_factory.mktemp("without")
     (folder / "jax.py").write_text("raise SystemExit('JAX was imported')")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
-    warm = WarmLauncher(*COMMAND_LINE, "charlstm.data.corpus", env=environment)
+    warm = WarmLauncher(*WITHOUT_JAX, "charlstm.data.corpus", env=environment)
     yield lambda *flags, cwd: warm("sweep", *SHORT, *flags, cwd=cwd)
     warm.close()
 
