@@ -137,6 +137,7 @@ def _compile_cheaply(request):
 def _collect_garbage():
     yield
     gc.collect()
+    gc.freeze()  # later collections skip what is left, most of it in the caches of JAX
 
 
 @pytest.fixture(scope="session")
