@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from charlstm.data.batches import Batch, evaluation_batches
+from charlstm.data.batches import evaluation_batches
 from charlstm.errors import RunError, UserError, one_line
 from charlstm.filters import Settings
 from charlstm.model import zero_carry
@@ -24,7 +24,7 @@ from charlstm.optim import make_optimizer, make_schedule
 from charlstm.parallel.sharding import by_rows, init_sharded, make_mesh, replicated
 from charlstm.planning import cost, hlo
 from charlstm.planning.chips import CHIPS
-from charlstm.planning.memory import find_largest
+from charlstm.planning.memory import abstract_batch, find_largest
 from charlstm.sampling import READERS, Draw, initial_state
 from charlstm.streaming import CHUNK_LEN, compiled_generate_chunk, with_rows
 from charlstm.training.loop import compile_train_steps, max_steps_per_call
@@ -90,18 +90,6 @@ def programs(setup: Setup) -> dict[str, Lowered]:
         lowered = eval_step.lower(params, carry, abstract_batch(setup, rows))
         found["evaluation step"] = Lowered(lowered, 0)
     return found | {"sampler": Lowered(lower_sampler(setup, params), 1)}
-
-
-def abstract_batch(setup: Setup, batch_size: int, num_steps: int | None = None) -> Batch:
-    """Return the shapes of a batch of B = `batch_size` rows, or of S = `num_steps` batches."""
-    steps = () if num_steps is None else (num_steps,)
-    sharding = by_rows(setup.mesh, batch_size, axis=len(steps))
-    shape = batch_size, setup.run.config.seq_len
-    ids, weights, reset = (
-        jax.ShapeDtypeStruct((*steps, *shape[:rank]), dtype, sharding=sharding)
-        for rank, dtype in ((2, "int32"), (2, "float32"), (1, "bool"))
-    )
-    return Batch(ids, ids, weights, reset)
 
 
 def lower_sampler(setup: Setup, params: Any) -> Any:

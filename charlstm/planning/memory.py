@@ -43,20 +43,27 @@ def step_bytes(setup: Setup, batch_size: int) -> int:
     """
     config = setup.run.config
     optimizer = make_optimizer(config, make_schedule(config, setup.num_steps))
-    sharding = by_rows(setup.mesh, batch_size)
-    ids, weights, reset = (
-        jax.ShapeDtypeStruct((batch_size, config.seq_len)[:rank], dtype, sharding=sharding)
-        for rank, dtype in ((2, "int32"), (2, "float32"), (1, "bool"))
-    )
     key = setup.run.key(config.seed)
     abstract_state, _ = init_sharded(setup.model, optimizer, key, batch_size, setup.mesh)
     train_step = jax.jit(make_train_step(setup.model, optimizer), donate_argnums=0)
-    compiled = train_step.lower(abstract_state, Batch(ids, ids, weights, reset)).compile()
+    compiled = train_step.lower(abstract_state, abstract_batch(setup, batch_size)).compile()
     used = compiled.memory_analysis()
     if used is None:
         return cost.device_bytes(config, setup.model.vocab_size, setup.mesh.size)
     new = used.output_size_in_bytes - used.alias_size_in_bytes
     return used.argument_size_in_bytes + used.temp_size_in_bytes + new
+
+
+def abstract_batch(setup: Setup, batch_size: int, num_steps: int | None = None) -> Batch:
+    """Return the shapes of a batch of B = `batch_size` rows, or of S = `num_steps` batches."""
+    steps = () if num_steps is None else (num_steps,)
+    sharding = by_rows(setup.mesh, batch_size, axis=len(steps))
+    shape = batch_size, setup.run.config.seq_len
+    ids, weights, reset = (
+        jax.ShapeDtypeStruct((*steps, *shape[:rank]), dtype, sharding=sharding)
+        for rank, dtype in ((2, "int32"), (2, "float32"), (1, "bool"))
+    )
+    return Batch(ids, ids, weights, reset)
 
 
 def rows_by_formula(setup: Setup, usable: float) -> int:
@@ -68,8 +75,13 @@ def rows_by_formula(setup: Setup, usable: float) -> int:
 
 def largest_batch(small: tuple[int, int], large: tuple[int, int], usable: float) -> int:
     """Return how many rows fit into `usable` bytes, on the line through two (rows, bytes)."""
-    slope = (large[1] - small[1]) / (large[0] - small[0])
-    return max(0, int((usable - small[1]) / slope + small[0]))
+    return max(0, int(rows_on_line(small, large, usable)))
+
+
+def rows_on_line(point: tuple[int, float], other: tuple[int, float], num_bytes: float) -> float:
+    """Return the rows that take `num_bytes` on the line through two (rows, bytes)."""
+    slope = (other[1] - point[1]) / (other[0] - point[0])
+    return (num_bytes - point[1]) / slope + point[0]
 
 
 def find_largest(
@@ -95,17 +107,17 @@ def find_largest(
         step = 2 ** max(0, fits.bit_length() - 5)
         if refused - fits <= step:
             return fits, refused
-        guess = _rows_on_line(tried, available)
+        guess = _extrapolate(tried, available)
         if refused < math.inf and len(tried) % 2 == 0:
             guess = (fits + refused) / 2  # in case the bytes are far from a line
         guess = min(int(guess), 16 * max(tried)) // step * step  # memory may grow little at first
         rows = int(min(max(guess, fits + step), refused - step))
 
 
-def _rows_on_line(tried: dict[int, float], available: float) -> float:
+def _extrapolate(tried: dict[int, float], available: float) -> float:
     """Return the rows that fill `available` bytes on the line through the two nearest points."""
     points = sorted(tried.items(), key=lambda point: abs(point[1] - available))
-    (rows, size), (other_rows, other_size) = points[0], points[1] if points[1:] else (0, 0.0)
-    if size == other_size:
+    nearest, other = points[0], points[1] if points[1:] else (0, 0.0)
+    if nearest[1] == other[1]:
         return 4 * max(tried)
-    return rows + (available - size) * (rows - other_rows) / (size - other_size)
+    return rows_on_line(nearest, other, available)
